@@ -1,0 +1,67 @@
+"""Checks shared by the pure functions: every message names both sizes."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+Grid = tuple[int, int]
+
+
+def check_heads(query: Tensor, key: Tensor, value: Tensor, agents: Tensor | None = None) -> None:
+    """Raise ValueError unless the tensors are (B, H, N, D), (B, H, L, D), (B, H, L, E) and (B, H, M, D)."""
+    named = {"query": query, "key": key, "value": value}
+    if agents is not None:
+        named["agents"] = agents
+    for name, tensor in named.items():
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must have 4 dimensions (batch, heads, tokens, head size), got {tuple(tensor.shape)}")
+    for name, tensor in named.items():
+        if tensor.shape[:2] != query.shape[:2]:
+            raise ValueError(
+                f"{name} has (batch, heads) = {tuple(tensor.shape[:2])}, but query has {tuple(query.shape[:2])}"
+            )
+        if name != "value" and tensor.shape[-1] != query.shape[-1]:
+            raise ValueError(f"{name} has head size {tensor.shape[-1]}, but query has {query.shape[-1]}")
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"{name} has dtype {tensor.dtype}, but query has {query.dtype}")
+    if key.shape[2] != value.shape[2]:
+        raise ValueError(f"key has {key.shape[2]} tokens, but value has {value.shape[2]}")
+
+
+def check_bias(name: str, bias: Tensor | None, shape: tuple[int, int, int, int]) -> None:
+    """Raise ValueError unless `bias` broadcasts to `shape`."""
+    if bias is None:
+        return
+    short = bias.ndim > 4 or any(
+        size not in (1, want) for size, want in zip(reversed(bias.shape), reversed(shape), strict=False)
+    )
+    if short:
+        raise ValueError(f"{name} has shape {tuple(bias.shape)}, which does not broadcast to {shape}")
+
+
+def check_tokens(x: Tensor, grid: Grid) -> None:
+    """Raise ValueError unless `x` is (B, N, C) with N = grid height times grid width."""
+    if x.ndim != 3:
+        raise ValueError(f"tokens must have 3 dimensions (batch, tokens, channels), got {tuple(x.shape)}")
+    if min(grid) < 1 or x.shape[1] != math.prod(grid):
+        raise ValueError(f"{x.shape[1]} tokens do not fill a grid of {grid[0]} x {grid[1]} = {math.prod(grid)}")
+
+
+def check_number(name: str, value: float, at_least: float = 0.0) -> None:
+    """Raise ValueError unless `value` is a finite number not below `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < at_least:
+        raise ValueError(f"{name} must be a finite number >= {at_least}, got {value!r}")
+
+
+def check_count(name: str, value: int, at_least: int = 1) -> None:
+    """Raise ValueError unless `value` is a whole number not below `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"{name} must be a whole number >= {at_least}, got {value!r}")
+
+
+def check_fraction(name: str, value: float, below_one: bool = True) -> None:
+    """Raise ValueError unless 0 <= `value` < 1 (or <= 1 where `below_one` is False)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1 or (below_one and value == 1):
+        raise ValueError(f"{name} must be in [0, 1{')' if below_one else ']'}, got {value!r}")

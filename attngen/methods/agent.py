@@ -1,0 +1,176 @@
+"""Agent attention: a few pooled queries stand between the queries and the keys, so cost grows linearly with tokens.
+
+Paper: Agent Attention, Han et al., ECCV 2024, arXiv 2312.08874. The training-free form for Stable Diffusion scales the
+second softmax by a power of the usual scale and adds a share of the values, which replaces the learned convolution.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from attngen.kernels import sdpa
+from attngen.methods._checks import Grid, check_bias, check_count, check_heads, check_number, check_tokens
+from attngen.methods.base import Attention, AttentionMethod, LayerShape, with_context
+
+
+def agent_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    agents: Tensor,
+    *,
+    scale: float | None = None,
+    broadcast_scale: float | None = None,
+    aggregation_bias: Tensor | None = None,
+    broadcast_bias: Tensor | None = None,
+    shortcut: float = 0.0,
+) -> Tensor:
+    """softmax(Q Aᵀ · s₂ + B₂) · softmax(A Kᵀ · s₁ + B₁) · V + shortcut · V: 4·M·N·D multiply-adds a head, not 2·N²·D.
+
+    Equations 3 to 6 of arXiv 2312.08874; with learned biases it is the mediator attention of arXiv 2408.05710.
+
+    Args:
+        query: (B, H, N, D).
+        key: (B, H, L, D).
+        value: (B, H, L, E).
+        agents: (B, H, M, D), usually pooled queries.
+        scale: s₁, of the aggregation; D**-0.5 if None.
+        broadcast_scale: s₂, of the broadcast; `scale` if None.
+        aggregation_bias: B₁, broadcastable to (B, H, M, L).
+        broadcast_bias: B₂, broadcastable to (B, H, N, M).
+        shortcut: share of `value` added to the output; needs N = L if not zero.
+
+    Returns:
+        (B, H, N, E) in the dtype of `value`; both softmaxes sum in float32 at least.
+
+    Raises:
+        ValueError: for a wrong rank, head size, batch, dtype, bias shape, or a shortcut where N differs from L.
+    """
+    check_heads(query, key, value, agents)
+    num_queries, num_keys, num_agents = query.shape[2], key.shape[2], agents.shape[2]
+    check_bias("aggregation_bias", aggregation_bias, (*query.shape[:2], num_agents, num_keys))
+    check_bias("broadcast_bias", broadcast_bias, (*query.shape[:2], num_queries, num_agents))
+    if shortcut != 0 and num_queries != num_keys:
+        raise ValueError(f"a shortcut needs as many queries as values, got {num_queries} queries and {num_keys} values")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    broadcast_scale = scale if broadcast_scale is None else broadcast_scale
+    output = sdpa.agent_attention(
+        query, key, value, agents, scale, broadcast_scale, aggregation_bias, broadcast_bias
+    )
+    return output + shortcut * value if shortcut != 0 else output
+
+
+def pool_tokens(x: Tensor, grid: Grid, size: Grid) -> Tensor:
+    """Average the tokens of each cell of a coarser grid (adaptive average pooling, cells may overlap by a token).
+
+    Args:
+        x: (B, N, C), tokens in row-major order.
+        grid: (height, width) of the tokens, height times width = N.
+        size: (rows, columns) of the result.
+
+    Returns:
+        (B, rows · columns, C), row-major, in the dtype of `x`.
+
+    Raises:
+        ValueError: if the tokens do not fill the grid, or `size` is not within it.
+    """
+    check_tokens(x, grid)
+    if min(size) < 1 or size[0] > grid[0] or size[1] > grid[1]:
+        raise ValueError(f"cannot pool a grid of {grid[0]} x {grid[1]} to {size[0]} x {size[1]}")
+    # (B, N, C) seen as an image is already in channels-last memory order: no copy.
+    image = x.unflatten(1, grid).permute(0, 3, 1, 2)
+    return F.adaptive_avg_pool2d(image, size).permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def agent_grid(num_agents: int, grid: Grid) -> Grid:
+    """Rows and columns of at most `num_agents` cells on a token grid of any shape.
+
+    The largest count whose cells are no more than twice as long as wide (or as near to that as the grid allows); among
+    equals the squarest cells. A square count on a square grid gives the square root, so 64 on 32 x 32 is 8 x 8.
+
+    Args:
+        num_agents: most cells wanted, at least 1.
+        grid: (height, width) of the tokens.
+    """
+    check_count("num_agents", num_agents)
+    height, width = grid
+
+    def rank(size: Grid) -> tuple[float, int, float]:
+        stretch = abs(math.log(height * size[1] / (width * size[0])))
+        return (max(stretch, math.log(2) + 1e-9), -size[0] * size[1], stretch)
+
+    rows = range(1, min(height, num_agents) + 1)
+    return min(((p, q) for p in rows for q in range(1, min(width, num_agents // p) + 1)), key=rank)
+
+
+@dataclass(frozen=True)
+class AgentAttention(AttentionMethod):
+    """Training-free agent attention with agents pooled from the queries on the token grid.
+
+    A layer stays exact where two agent passes would not be cheaper than one exact pass (2 · agents >= tokens).
+
+    Attributes:
+        num_agents: most agents a layer uses; arranged on the layer's grid by `agent_grid`.
+        broadcast_exponent: the broadcast softmax is scaled by (D**-0.5)**broadcast_exponent; below 1 it is sharper,
+            which makes up for the averaging. 0.3 for Stable Diffusion in arXiv 2312.08874.
+        shortcut: share of the values added to the output, 0.075 there.
+    """
+
+    num_agents: int = 256
+    broadcast_exponent: float = 0.3
+    shortcut: float = 0.075
+
+    kind: ClassVar[str] = "agent"
+
+    def __post_init__(self) -> None:
+        check_count("num_agents", self.num_agents)
+        check_number("broadcast_exponent", self.broadcast_exponent)
+        check_number("shortcut", self.shortcut)
+
+    def why_exact(self, grid: Grid) -> str | None:
+        agents, tokens = math.prod(self.pool_size(grid)), math.prod(grid)
+        return f"{agents} agents are too many for {tokens} tokens" if 2 * agents >= tokens else None
+
+    def pool_size(self, grid: Grid) -> Grid:
+        return agent_grid(self.num_agents, grid)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        agents: Tensor | None,
+        context: tuple[Tensor, Tensor] | None,
+        attention: Attention,
+    ) -> Tensor:
+        assert agents is not None, "the host pools agents for every method with a pool size"
+        all_keys, all_values = with_context(key, value, context)
+        output = through_agents(query, all_keys, all_values, agents, self.broadcast_exponent, attention)
+        return output + self.shortcut * value if self.shortcut else output
+
+    def flops(self, shape: LayerShape) -> int:
+        agents = math.prod(self.pool_size(shape.grid))
+        return shape.projection_flops(shape.tokens, shape.tokens) + agent_flops(shape, agents, shape.tokens)
+
+
+def through_agents(
+    query: Tensor, key: Tensor, value: Tensor, agents: Tensor, broadcast_exponent: float, attention: Attention
+) -> Tensor:
+    """Both softmaxes of `agent_attention` by two calls of `attention`. Shapes as there."""
+    scale = query.shape[-1] ** -0.5
+    aggregated = attention(agents, key, value, scale=scale)
+    return attention(query, agents, aggregated, scale=scale**broadcast_exponent)
+
+
+def agent_flops(shape: LayerShape, agents: int, tokens: int) -> int:
+    """Aggregation over `tokens` image tokens and the text, broadcast to the image tokens, text queries left exact."""
+    keys = tokens + shape.context
+    core = 4 * shape.width * (agents * (keys + tokens) + shape.context * keys)
+    pooling_and_shortcut = 3 * tokens * shape.width
+    return core + pooling_and_shortcut

@@ -1,0 +1,146 @@
+"""What every attention method answers: is it cheaper here, which tokens does it read, how does it mix them, what does it cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attngen.methods._checks import Grid
+
+Attention = Callable[..., Tensor]
+"""Exact attention `(query, key, value, scale=None)` over (B, H, N, D)."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes that decide the cost of one attention layer for one picture.
+
+    Attributes:
+        grid: (height, width) of the layer's image tokens.
+        channels: channels of the hidden states.
+        width: heads times head size.
+        num_heads: heads.
+        context: text tokens that take part in joint attention, else 0.
+    """
+
+    grid: Grid
+    channels: int
+    width: int
+    num_heads: int = 1
+    context: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid)
+
+    def projection_flops(self, queries: int, keys: int) -> int:
+        """Q and output projections of `queries` tokens, K and V of `keys`, and all four of the text tokens."""
+        return 4 * self.channels * self.width * (queries + keys + 2 * self.context)
+
+    def core_flops(self, queries: int, keys: int) -> int:
+        """Both products of softmax attention, image queries over image keys and text, and text queries over all."""
+        return 4 * self.width * (queries + self.context) * (keys + self.context)
+
+    def exact_flops(self) -> int:
+        """The whole layer with softmax attention, in floating-point operations (two a multiply-add)."""
+        return self.projection_flops(self.tokens, self.tokens) + self.core_flops(self.tokens, self.tokens)
+
+
+class Selection(NamedTuple):
+    """The tokens a method lets take part.
+
+    Attributes:
+        queries: (B, N', C), what becomes queries.
+        keys: (B, L', C), what becomes keys and values.
+        agents: (B, M, C) hidden states that become agents, or None.
+        restore: maps the layer's output (B, N', C) back to (B, N, C), or None where N' = N.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    agents: Tensor | None = None
+    restore: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class AttentionMethod:
+    """Options of one attention method. Frozen and without state: the same object serves every layer and call.
+
+    Attributes:
+        kind: name in JSON.
+        needs_metric: whether `select` reads its `metric`.
+    """
+
+    kind: ClassVar[str] = ""
+    needs_metric: ClassVar[bool] = False
+
+    def why_exact(self, grid: Grid) -> str | None:
+        """Why this method is exact softmax attention on `grid`, in a few words; None where it is not."""
+        raise NotImplementedError
+
+    def select(self, x: Tensor, metric: Tensor, grid: Grid, draws: Tensor | None) -> Selection:
+        """Choose tokens before the projections.
+
+        Args:
+            x: (B, N, C), the layer's input.
+            metric: (B, N, C), what similarity is measured on: the block's input where known, else `x`.
+            grid: (height, width), N = height · width.
+            draws: (K,) random whole numbers for this forward call, or None for the deterministic choice.
+        """
+        return Selection(x, x)
+
+    def pool_size(self, grid: Grid) -> Grid | None:
+        """Rows and columns to which the queries are pooled to make agents, or None."""
+        return None
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        agents: Tensor | None,
+        context: tuple[Tensor, Tensor] | None,
+        attention: Attention,
+    ) -> Tensor:
+        """Mix values into image queries.
+
+        Args:
+            query: (B, H, N, D).
+            key: (B, H, L, D), image keys.
+            value: (B, H, L, D), image values.
+            agents: (B, H, M, D), or None.
+            context: keys and values (B, H, T, D) of the text in joint attention, or None.
+            attention: exact attention through the backend in force.
+
+        Returns:
+            (B, H, N, D).
+        """
+        key, value = with_context(key, value, context)
+        return attention(query, key, value)
+
+    def flops(self, shape: LayerShape) -> int:
+        """Floating-point operations (two a multiply-add) of the whole layer for one picture, where it is active."""
+        raise NotImplementedError
+
+    def num_agents_at(self, grid: Grid) -> int | None:
+        """Agents used on `grid`, or None for a method without agents."""
+        size = self.pool_size(grid)
+        return None if size is None else math.prod(size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The method as JSON: `{"method": kind, option: value, …}`."""
+        return {"method": self.kind, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
+
+
+def with_context(key: Tensor, value: Tensor, context: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Image keys and values, followed by the text's where there are any."""
+    if context is None:
+        return key, value
+    return torch.cat([key, context[0]], dim=2), torch.cat([value, context[1]], dim=2)

@@ -1,0 +1,139 @@
+"""Linear attention: a feature map in place of the softmax lets keys and values be summed before a query comes.
+
+Papers: Katharopoulos et al. 2020, arXiv 2006.16236 (elu); focused linear attention, FLatten, Han et al., ICCV 2023,
+arXiv 2308.00442. The normaliser uses the mean of the keys' features and both factors of the sum are divided by the
+number of keys, so that half precision does not overflow at high resolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attngen.kernels import reference
+from attngen.methods._checks import Grid, check_heads, check_number
+from attngen.methods.base import Attention, AttentionMethod, LayerShape
+
+FeatureMap = Callable[[Tensor], Tensor]
+
+
+def focused_feature_map(x: Tensor, factor: float = 3) -> Tensor:
+    """‖x‖ · xᵖ / ‖xᵖ‖ over the last axis: the norm stays, the direction moves to the nearest axis (eq. 6, 2308.00442).
+
+    Args:
+        x: non-negative features, any shape.
+        factor: the power p; 1 returns `x`.
+
+    Returns:
+        The shape and dtype of `x`; computed in float32 at least, on x divided by its maximum, so no power overflows.
+
+    Raises:
+        ValueError: for a factor below 1.
+    """
+    check_number("factor", factor, at_least=1)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    # The direction does not depend on the divisor, so no gradient need flow through it.
+    powered = (wide / wide.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny).detach()) ** factor
+    direction = F.normalize(powered, dim=-1)
+    return (torch.linalg.vector_norm(wide, dim=-1, keepdim=True) * direction).to(x.dtype)
+
+
+def _elu(x: Tensor) -> Tensor:
+    return F.elu(x) + 1
+
+
+def _focused(x: Tensor) -> Tensor:
+    return focused_feature_map(F.relu(x) + 1e-6)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+FEATURE_MAPS: Mapping[str, FeatureMap] = {"elu": _elu, "relu": F.relu, "focused": _focused, "identity": _identity}
+
+
+def linear_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, feature_map: str | FeatureMap = "elu", eps: float = 1e-6
+) -> Tensor:
+    """φ(qᵢ) Σⱼ φ(kⱼ)ᵀvⱼ / (φ(qᵢ) · Σⱼ φ(kⱼ)): 4·N·D² multiply-adds a head (eq. 5, arXiv 2006.16236).
+
+    Args:
+        query: (B, H, N, D).
+        key: (B, H, L, D).
+        value: (B, H, L, E).
+        feature_map: "elu" (elu + 1), "relu", "focused" (cubed relu at unchanged norm, over the head), "identity" (the
+            features come mapped), or a function of a tensor that keeps its shape.
+        eps: added to φ(qᵢ) · meanⱼ φ(kⱼ); a query without any matching key gives 0.
+
+    Returns:
+        (B, H, N, E) in the dtype of `value`; features and sums are float32 at least.
+
+    Raises:
+        ValueError: for a wrong rank, head size, batch or dtype, or an unknown feature map.
+    """
+    check_heads(query, key, value)
+    phi = resolve_feature_map(feature_map)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return reference.linear_attention(phi(query.to(wide)), phi(key.to(wide)), value, eps)
+
+
+def resolve_feature_map(feature_map: str | FeatureMap) -> FeatureMap:
+    """The function behind a feature map's name; ValueError names the known ones."""
+    if callable(feature_map):
+        return feature_map
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(f"unknown feature_map {feature_map!r}; known: {', '.join(FEATURE_MAPS)}")
+    return FEATURE_MAPS[feature_map]
+
+
+@dataclass(frozen=True)
+class LinearAttention(AttentionMethod):
+    """Linear attention in place of softmax. Without training the picture changes a lot; meant for models trained with it.
+
+    In joint attention image queries read the image linearly and the text exactly, weighted by the number of keys, as
+    in MM-EDiT (arXiv 2503.16726); text queries stay exact.
+
+    Attributes:
+        feature_map: "elu", "relu", "focused" or "identity", see `linear_attention`.
+    """
+
+    feature_map: str = "elu"
+
+    kind: ClassVar[str] = "linear"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.feature_map, str):
+            raise ValueError(f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {self.feature_map!r}")
+        resolve_feature_map(self.feature_map)
+
+    def why_exact(self, grid: Grid) -> str | None:
+        return None
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        agents: Tensor | None,
+        context: tuple[Tensor, Tensor] | None,
+        attention: Attention,
+    ) -> Tensor:
+        image = linear_attention(query, key, value, feature_map=self.feature_map)
+        if context is None:
+            return image
+        share = key.shape[2] / (key.shape[2] + context[0].shape[2])
+        return share * image + (1 - share) * attention(query, *context)
+
+    def flops(self, shape: LayerShape) -> int:
+        # Text queries are exact over image and text; image queries are exact over the text alone.
+        text = 4 * shape.width * shape.context * (2 * shape.tokens + shape.context)
+        head_size = shape.width // shape.num_heads
+        core = 4 * shape.tokens * shape.width * head_size + 3 * shape.tokens * shape.width
+        return shape.projection_flops(shape.tokens, shape.tokens) + core + text

@@ -1,0 +1,277 @@
+"""Token merging: similar tokens are averaged before attention and copied back after it.
+
+Papers: Token Merging for Fast Stable Diffusion, Bolya and Hoffman 2023, arXiv 2303.17604 (identical numbers to tomesd
+0.1.3); with agents made by a second, stronger merge: arXiv 2312.08874, section 4.4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attngen.methods._checks import Grid, check_count, check_fraction, check_number, check_tokens
+from attngen.methods.agent import agent_flops, through_agents
+from attngen.methods.base import Attention, AttentionMethod, LayerShape, Selection, with_context
+
+# Similarities held at once, in numbers a picture: 2^26 float32 values are 256 MiB.
+_MAX_SCORES = 2**26
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMatching:
+    """Which tokens merge into which: the result of `match_tokens`.
+
+    The merged sequence holds the sources that stay, by falling similarity, then every destination, averaged with the
+    sources assigned to it.
+
+    Attributes:
+        source: (N - G,) positions of the tokens that may merge, G destinations.
+        destination: (G,) positions of the tokens merged into, one of each cell.
+        order: (B, N - G) sources from the most to the least similar to their nearest destination.
+        nearest: (B, N - G) each source's most similar destination.
+        num_merged: sources merged for the features.
+        num_agent_merged: sources merged for the agents, or None where agents would not pay.
+    """
+
+    source: Tensor
+    destination: Tensor
+    order: Tensor
+    nearest: Tensor
+    num_merged: int
+    num_agent_merged: int | None
+
+    @property
+    def agents(self) -> Callable[[Tensor], Tensor] | None:
+        """Function (B, N, C) -> (B, M, C) that merges tokens to agents, or None where 2 · M >= merged tokens."""
+        count = self.num_agent_merged
+        return None if count is None else lambda x: self._merge(x, count)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """Average matching tokens: (B, N, C) -> (B, N - num_merged, C)."""
+        return self._merge(x, self.num_merged)
+
+    def unmerge(self, x: Tensor) -> Tensor:
+        """Copy merged tokens back to where they came from: (B, N - num_merged, C) -> (B, N, C).
+
+        Raises:
+            ValueError: if `x` does not have the merged number of tokens.
+        """
+        num_tokens, count = len(self.source) + len(self.destination), self.num_merged
+        if x.ndim != 3 or x.shape[1] != num_tokens - count:
+            raise ValueError(f"expected (batch, {num_tokens - count}, channels) merged tokens, got {tuple(x.shape)}")
+        positions = torch.cat(
+            [
+                self.source[self.order[:, count:]],
+                self.destination.expand(len(x), -1),
+                self.source[self.order[:, :count]],
+            ],
+            dim=1,
+        )
+        merged_rows = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        rows = torch.cat([merged_rows, len(self.source) - count + self._targets(count)], dim=1)
+        row_of_position = torch.empty_like(rows).scatter(1, positions, rows)
+        return x.gather(1, _rows(row_of_position, x))
+
+    def _targets(self, count: int) -> Tensor:
+        """(B, count): the destination of each of the `count` most similar sources."""
+        return self.nearest.gather(1, self.order[:, :count])
+
+    def _merge(self, x: Tensor, count: int) -> Tensor:
+        num_tokens = len(self.source) + len(self.destination)
+        if x.ndim != 3 or x.shape[1] != num_tokens:
+            raise ValueError(f"expected (batch, {num_tokens}, channels) tokens, got {tuple(x.shape)}")
+        sources, destinations = x[:, self.source], x[:, self.destination]
+        kept = sources.gather(1, _rows(self.order[:, count:], x))
+        merging = sources.gather(1, _rows(self.order[:, :count], x))
+        averaged = destinations.scatter_reduce(1, _rows(self._targets(count), x), merging, reduce="mean")
+        return torch.cat([kept, averaged], dim=1)
+
+
+def _rows(index: Tensor, x: Tensor) -> Tensor:
+    """(B, K) positions as an index for gathering whole rows of `x` (B, N, C)."""
+    return index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+
+
+def match_tokens(
+    x: Tensor,
+    grid: Grid,
+    stride: Grid,
+    ratio: float,
+    agent_ratio: float | None = None,
+    generator: torch.Generator | None = None,
+) -> TokenMatching:
+    """Match each token to the most similar of a regular subset, one of each cell (section 3.2, arXiv 2303.17604).
+
+    Args:
+        x: (B, N, C), what similarity (cosine) is measured on, row-major.
+        grid: (height, width), N = height · width. Tokens beyond the last whole cell are never destinations.
+        stride: (rows, columns) of a cell.
+        ratio: share of all tokens to merge away; at most those that are not destinations.
+        agent_ratio: share merged away to make agents, or None for no agents.
+        generator: draws each cell's destination; None takes the top-left token.
+
+    Raises:
+        ValueError: if the tokens do not fill the grid, a cell is larger than it, or a ratio is not in [0, 1).
+    """
+    check_tokens(x, grid)
+    rows, columns = _cells(grid, stride)
+    draws = None
+    if generator is not None:
+        size = (rows, columns, 1)
+        draws = torch.randint(stride[0] * stride[1], size, generator=generator, device=generator.device)
+        draws = draws.to(x.device).flatten()
+    return match_drawn_tokens(x, grid, stride, ratio, agent_ratio, draws)
+
+
+def match_drawn_tokens(
+    x: Tensor, grid: Grid, stride: Grid, ratio: float, agent_ratio: float | None, draws: Tensor | None
+) -> TokenMatching:
+    """`match_tokens` with the draws given: (cells,) whole numbers below rows · columns of a cell, or None."""
+    check_fraction("ratio", ratio)
+    rows, columns = _cells(grid, stride)
+    source, destination = _split(grid, stride, draws, x.device)
+    num_merged = merged_count(grid, stride, ratio)
+    num_agent_merged = None
+    if agent_ratio is not None:
+        check_fraction("agent_ratio", agent_ratio)
+        num_agent_merged = merged_count(grid, stride, agent_ratio)
+        if 2 * (x.shape[1] - num_agent_merged) >= x.shape[1] - num_merged:
+            num_agent_merged = None
+    similarity, nearest = _nearest(x, source, destination)
+    order = similarity.argsort(dim=-1, descending=True)
+    return TokenMatching(source, destination, order, nearest, num_merged, num_agent_merged)
+
+
+def merged_count(grid: Grid, stride: Grid, ratio: float) -> int:
+    """Tokens that a ratio merges away: at most all that are not destinations."""
+    tokens = math.prod(grid)
+    return min(tokens - math.prod(_cells(grid, stride)), int(tokens * ratio))
+
+
+def _cells(grid: Grid, stride: Grid) -> Grid:
+    if min(stride) < 1 or stride[0] > grid[0] or stride[1] > grid[1]:
+        raise ValueError(f"cells of {stride[0]} x {stride[1]} do not fit a grid of {grid[0]} x {grid[1]}")
+    return grid[0] // stride[0], grid[1] // stride[1]
+
+
+def _split(grid: Grid, stride: Grid, draws: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Positions of the sources and of the destinations."""
+    rows, columns = _cells(grid, stride)
+    if draws is None:
+        draws = torch.zeros(rows * columns, dtype=torch.long, device=device)
+    draws = draws.to(device).view(rows, columns)
+    row = torch.arange(rows, device=device)[:, None] * stride[0] + draws // stride[1]
+    column = torch.arange(columns, device=device)[None, :] * stride[1] + draws % stride[1]
+    chosen = (row * grid[1] + column).flatten()
+    flags = torch.zeros(math.prod(grid), dtype=torch.long, device=device).index_fill(0, chosen, -1)
+    # Sorting the flags lists the destinations, then the sources, without a data-dependent size. The published code
+    # leaves the order among equals to the sort; the same call gives the same rows. Attention does not see the order.
+    positions = flags.argsort()
+    return positions[rows * columns :], positions[: rows * columns]
+
+
+def _nearest(x: Tensor, source: Tensor, destination: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine similarity and index of each source's most similar destination: both (B, N - G)."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    # A zero token has no direction; as it stands it is equally far from all.
+    unit = x / norm.where(norm > 0, 1)
+    sources, destinations = unit[:, source], unit[:, destination].transpose(-1, -2)
+    chunk = max(1, _MAX_SCORES // destinations.shape[-1])
+    best = [(part @ destinations).max(dim=-1) for part in sources.split(chunk, dim=1)]
+    if not best:
+        empty = x.new_zeros(len(x), 0)
+        return empty, empty.long()
+    return torch.cat([b.values for b in best], dim=1), torch.cat([b.indices for b in best], dim=1)
+
+
+@dataclass(frozen=True)
+class TokenMerging(AttentionMethod):
+    """Token merging around self-attention, optionally with agents from a second merge (the AgentSD recipe).
+
+    Similarity is measured on the input of the transformer block, as in the papers, where the host can see it.
+
+    Attributes:
+        ratio: share of tokens merged away, below 1 - 1 / stride²; above that it is cut to it.
+        stride: side of the cell that keeps one destination.
+        agent_ratio: share merged away to make agents, or None: exact attention among the merged tokens. Agents are
+            used only where twice their number is below the merged tokens'.
+        random: draw each cell's destination anew in every call from the patch's seed; otherwise the top-left token.
+        broadcast_exponent: see `AgentAttention`; used with agents.
+        shortcut: see `AgentAttention`; used with agents.
+    """
+
+    ratio: float = 0.5
+    stride: int = 2
+    agent_ratio: float | None = None
+    random: bool = True
+    broadcast_exponent: float = 0.3
+    shortcut: float = 0.075
+
+    kind: ClassVar[str] = "token-merging"
+    needs_metric: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_fraction("ratio", self.ratio)
+        check_count("stride", self.stride)
+        if self.agent_ratio is not None:
+            check_fraction("agent_ratio", self.agent_ratio)
+        check_number("broadcast_exponent", self.broadcast_exponent)
+        check_number("shortcut", self.shortcut)
+
+    @property
+    def cell(self) -> Grid:
+        return self.stride, self.stride
+
+    def why_exact(self, grid: Grid) -> str | None:
+        if self.stride > min(grid):
+            return f"cells of {self.stride} x {self.stride} do not fit a grid of {grid[0]} x {grid[1]}"
+        if merged_count(grid, self.cell, self.ratio) == 0 and self.num_agents_at(grid) is None:
+            return f"a ratio of {self.ratio} merges no token of {math.prod(grid)}"
+        return None
+
+    def select(self, x: Tensor, metric: Tensor, grid: Grid, draws: Tensor | None) -> Selection:
+        if draws is not None:
+            cells = math.prod(_cells(grid, self.cell))
+            draws = draws[:cells] % (self.stride * self.stride)
+        with torch.no_grad():
+            matching = match_drawn_tokens(metric, grid, self.cell, self.ratio, self.agent_ratio, draws)
+        merged = matching.merge(x)
+        agents = matching.agents(x) if matching.agents is not None else None
+        return Selection(merged, merged, agents, matching.unmerge)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        agents: Tensor | None,
+        context: tuple[Tensor, Tensor] | None,
+        attention: Attention,
+    ) -> Tensor:
+        all_keys, all_values = with_context(key, value, context)
+        if agents is None:
+            return attention(query, all_keys, all_values)
+        output = through_agents(query, all_keys, all_values, agents, self.broadcast_exponent, attention)
+        return output + self.shortcut * value
+
+    def num_agents_at(self, grid: Grid) -> int | None:
+        if self.agent_ratio is None or self.stride > min(grid):
+            return None
+        tokens = math.prod(grid)
+        agents = tokens - merged_count(grid, self.cell, self.agent_ratio)
+        return agents if 2 * agents < tokens - merged_count(grid, self.cell, self.ratio) else None
+
+    def flops(self, shape: LayerShape) -> int:
+        destinations = math.prod(_cells(shape.grid, self.cell))
+        matching = 2 * (shape.tokens - destinations) * destinations * shape.channels
+        tokens, agents = shape.tokens - merged_count(shape.grid, self.cell, self.ratio), self.num_agents_at(shape.grid)
+        projections = shape.projection_flops(tokens, tokens)
+        if agents is None:
+            return projections + matching + shape.core_flops(tokens, tokens)
+        return projections + matching + 2 * agents * shape.channels * shape.width + agent_flops(shape, agents, tokens)

@@ -1,0 +1,404 @@
+"""SiT: a diffusion transformer for stochastic interpolants, with softmax, mediator or linear attention.
+
+Paper: SiT, Ma et al., ECCV 2024, arXiv 2401.08740 (the network is DiT's, arXiv 2212.09748); mediators: arXiv 2408.05710.
+Time at the model's edge is SiT's own: t = 0 is noise, t = 1 is data.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import apply_lora_scale
+from torch import Tensor, nn
+
+from attngen.methods._checks import Grid
+from attngen.methods.linear import FEATURE_MAPS, linear_attention
+from attngen.methods.mediator import MediatorMixer, convolve_tokens, depthwise_convolution, join_heads, split_heads
+
+ATTENTION_KINDS = ("softmax", "mediator", "linear")
+
+# Depth, heads and head size of the published sizes; patch sizes are 2, 4 and 8 (table 1 of arXiv 2212.09748).
+SIZES: Mapping[str, Mapping[str, int]] = {
+    "S": {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64},
+    "B": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},
+    "L": {"num_layers": 24, "num_attention_heads": 16, "attention_head_dim": 64},
+    "XL": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},
+}
+PATCH_SIZES = (2, 4, 8)
+
+
+def _project(attn: SiTAttention, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if attn.fused_projections:
+        query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        return query, key, value
+    return attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+
+
+class SiTAttnProcessor:
+    """Softmax attention through the backend the user chose."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: SiTAttention, hidden_states: Tensor) -> Tensor:
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in _project(attn, hidden_states))
+        mixed = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return attn.project_out(mixed.flatten(2, 3).to(query.dtype))
+
+
+class SiTMediatorAttnProcessor:
+    """Mediator attention; its weights are in the layer's `mixer`."""
+
+    def __call__(
+        self, attn: SiTAttention, hidden_states: Tensor, grid: Grid, num_mediators: int | Grid | None = None
+    ) -> Tensor:
+        assert isinstance(attn.mixer, MediatorMixer)
+        return attn.project_out(attn.mixer(*_project(attn, hidden_states), grid, num_mediators))
+
+
+class SiTLinearAttnProcessor:
+    """Linear attention with a depth-wise convolution of the values, which it needs to see neighbours."""
+
+    def __call__(self, attn: SiTAttention, hidden_states: Tensor, grid: Grid) -> Tensor:
+        query, key, value = _project(attn, hidden_states)
+        heads = (split_heads(x, attn.heads) for x in (query, key, value))
+        mixed = join_heads(linear_attention(*heads, feature_map=attn.feature_map))
+        assert isinstance(attn.mixer, nn.Conv2d)
+        return attn.project_out(mixed + convolve_tokens(attn.mixer, value, grid))
+
+
+class SiTAttention(nn.Module, AttentionModuleMixin):
+    """Self-attention of one SiT block, (B, N, C) -> (B, N, C).
+
+    Args:
+        num_heads: attention heads.
+        head_dim: size of a head; heads times head size is the width C.
+        kind: one of `ATTENTION_KINDS`.
+        num_mediators: mediators trained with, for "mediator".
+        grid: (height, width) of the tokens trained on, for "mediator".
+        feature_map: for "linear", see `attngen.functional.linear_attention`.
+    """
+
+    _default_processor_cls = SiTAttnProcessor
+    _available_processors = [SiTAttnProcessor, SiTMediatorAttnProcessor, SiTLinearAttnProcessor]
+
+    def __init__(
+        self, num_heads: int, head_dim: int, kind: str, num_mediators: int, grid: Grid, feature_map: str
+    ) -> None:
+        super().__init__()
+        width = num_heads * head_dim
+        self.heads, self.head_dim, self.inner_dim = num_heads, head_dim, width
+        self.feature_map = feature_map
+        # Read by diffusers' fusing, caches and LoRA.
+        self.use_bias, self.is_cross_attention, self.added_kv_proj_dim = True, False, None
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(0.0)])
+        self.mixer: nn.Module | None = None
+        if kind == "mediator":
+            self.mixer = MediatorMixer(num_heads, head_dim, num_mediators, grid)
+        elif kind == "linear":
+            self.mixer = depthwise_convolution(width)
+        processors = {
+            "softmax": SiTAttnProcessor,
+            "mediator": SiTMediatorAttnProcessor,
+            "linear": SiTLinearAttnProcessor,
+        }
+        self.set_processor(processors[kind]())
+
+    def project_out(self, hidden_states: Tensor) -> Tensor:
+        return self.to_out[1](self.to_out[0](hidden_states))
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        # Like diffusers: a processor is given what it names. `grid` is not for every processor.
+        named = inspect.signature(self.processor.__call__).parameters
+        return self.processor(self, hidden_states, **{k: v for k, v in kwargs.items() if k in named})
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class SiTTransformerBlock(nn.Module):
+    """Attention and feed-forward, each shifted, scaled and gated by the condition (adaLN-Zero)."""
+
+    def __init__(self, attn: SiTAttention, mlp_ratio: float) -> None:
+        super().__init__()
+        width = attn.inner_dim
+        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.ff = FeedForward(width, inner_dim=int(width * mlp_ratio), activation_fn="gelu-approximate")
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        condition: Tensor,
+        grid: Grid,
+        num_mediators: int | Grid | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """(B, N, C) tokens and (B, C) condition -> (B, N, C)."""
+        chunks = self.modulation(nn.functional.silu(condition)).chunk(6, dim=1)
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = chunks
+        attended = self.attn(
+            _modulate(self.norm1(hidden_states), shift_attn, scale_attn),
+            grid=grid,
+            num_mediators=num_mediators,
+            **(attention_kwargs or {}),
+        )
+        hidden_states = hidden_states + gate_attn.unsqueeze(1) * attended
+        fed = self.ff(_modulate(self.norm2(hidden_states), shift_ff, scale_ff))
+        return hidden_states + gate_ff.unsqueeze(1) * fed
+
+
+class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+    """SiT denoiser over latents or pixels of any height and width that the patch size divides.
+
+    Args:
+        sample_size: height and width trained on, in latent pixels (one number, or two).
+        patch_size: side of a token, in latent pixels.
+        in_channels: channels of the latents.
+        num_layers: blocks.
+        num_attention_heads: heads of each block.
+        attention_head_dim: size of a head; heads times head size is the width.
+        mlp_ratio: feed-forward width over width.
+        num_classes: classes; class `num_classes` is the null class that guidance needs.
+        class_dropout_prob: share of labels replaced by the null class while training.
+        learn_sigma: predict twice the channels and drop the second half, as the published checkpoints do.
+        attention: "softmax", "mediator" or "linear".
+        num_mediators: mediators trained with; any other count can be asked for in `forward`.
+        feature_map: for linear attention: "elu", "relu" or "focused".
+
+    Raises:
+        ValueError: for an unknown `attention` or `feature_map`, or a patch size that does not divide the sample size.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["SiTTransformerBlock"]
+    _repeated_blocks = ["SiTTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "class_embedder", "norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        num_layers: int = 28,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        learn_sigma: bool = True,
+        attention: str = "softmax",
+        num_mediators: int = 64,
+        feature_map: str = "elu",
+    ) -> None:
+        super().__init__()
+        if attention not in ATTENTION_KINDS:
+            raise ValueError(f"unknown attention {attention!r}; known: {', '.join(ATTENTION_KINDS)}")
+        if feature_map not in FEATURE_MAPS:
+            raise ValueError(f"unknown feature_map {feature_map!r}; known: {', '.join(FEATURE_MAPS)}")
+        width = num_attention_heads * attention_head_dim
+        height_width = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+        grid = _token_grid(height_width[0], height_width[1], patch_size)
+        self.out_channels = in_channels * 2 if learn_sigma else in_channels
+
+        self.patch_embed = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedder = TimestepEmbedding(256, width)
+        self.class_embedder = nn.Embedding(num_classes + 1, width)
+        self.transformer_blocks = nn.ModuleList(
+            SiTTransformerBlock(
+                SiTAttention(num_attention_heads, attention_head_dim, attention, num_mediators, grid, feature_map),
+                mlp_ratio,
+            )
+            for _ in range(num_layers)
+        )
+        self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.modulation_out = nn.Linear(width, 2 * width)
+        self.proj_out = nn.Linear(width, patch_size * patch_size * self.out_channels)
+        self.gradient_checkpointing = False
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """DiT's initialisation: Xavier, small embeddings, and zero gates and output, so each block starts as identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, MediatorMixer):
+                module.reset_parameters()
+        nn.init.xavier_uniform_(self.patch_embed.weight.view(self.patch_embed.out_channels, -1))
+        assert self.patch_embed.bias is not None
+        nn.init.zeros_(self.patch_embed.bias)
+        for weight in (
+            self.class_embedder.weight,
+            self.time_embedder.linear_1.weight,
+            self.time_embedder.linear_2.weight,
+        ):
+            nn.init.normal_(weight, std=0.02)
+        zeroed = [block.modulation for block in self.transformer_blocks] + [self.modulation_out, self.proj_out]
+        for linear in zeroed:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    @classmethod
+    def from_preset(cls, name: str, **config: Any) -> SiTTransformer2DModel:
+        """A published size with fresh weights: "SiT-S/2", …, "SiT-XL/8". `config` overrides any argument.
+
+        Raises:
+            ValueError: for an unknown name, listing the known ones.
+        """
+        known = {f"SiT-{size}/{patch}": (size, patch) for size in SIZES for patch in PATCH_SIZES}
+        if name not in known:
+            raise ValueError(f"unknown preset {name!r}; known: {', '.join(known)}")
+        size, patch_size = known[name]
+        return cls(**{**SIZES[size], "patch_size": patch_size, **config})
+
+    @classmethod
+    def from_original(
+        cls,
+        checkpoint: Mapping[str, Any] | str | os.PathLike[str],
+        *,
+        allow_pickle: bool = False,
+        **config: Any,
+    ) -> SiTTransformer2DModel:
+        """Load a checkpoint of the official SiT or Attention-Mediators code; sizes are read off its tensors.
+
+        Args:
+            checkpoint: a state dict, a training checkpoint that holds one under "ema" or "model", or a file with
+                either (.safetensors, or .pt with `allow_pickle`).
+            allow_pickle: read a pickled file, with `weights_only=True`.
+            config: arguments of the model that override what was read; `num_attention_heads` is needed where the
+                width is not a published one.
+
+        Raises:
+            ValueError: if the file cannot be read, or a tensor is missing, left over or of the wrong shape.
+        """
+        from attngen.models.convert import convert_original, read_checkpoint
+
+        state_dict = read_checkpoint(checkpoint, allow_pickle=allow_pickle)
+        settings, weights = convert_original(state_dict, config)
+        model = cls(**settings)
+        model.load_state_dict(weights)
+        dtype = next(iter(weights.values())).dtype
+        # ModelMixin.to would warn about modules kept in float32; there are none here.
+        return model if dtype == model.dtype else nn.Module.to(model, dtype)
+
+    @property
+    def token_grid(self) -> Grid:
+        """(height, width) in tokens at the trained size."""
+        size = self.config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return _token_grid(height, width, self.config["patch_size"])
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        num_mediators: int | tuple[int, int] | None = None,
+        drop_labels: Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict (velocity, noise or score, as trained) for noisy latents.
+
+        Args:
+            hidden_states: (B, C, H, W) noisy latents.
+            timestep: (B,) or a single number, in [0, 1]: 0 is noise, 1 is data.
+            class_labels: (B,) class numbers; `num_classes` is the null class, and None means it for all.
+            num_mediators: a count, or (rows, columns), of mediators for this call; None for the trained count.
+            drop_labels: (B,) bool, labels to replace by the null class; drawn in training mode if None.
+            attention_kwargs: passed to the attention processors; "scale" is LoRA's.
+            return_dict: return an object with `.sample`, else a tuple.
+
+        Returns:
+            `.sample`: (B, C, H, W).
+
+        Raises:
+            ValueError: if the patch size does not divide H and W.
+        """
+        height, width = hidden_states.shape[-2:]
+        grid = _token_grid(height, width, self.config["patch_size"])
+        condition = self._condition(hidden_states, timestep, class_labels, drop_labels)
+        tokens = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)
+        tokens = tokens + position_embedding(grid, tokens.shape[-1], tokens.device).to(tokens.dtype)
+        for block in self.transformer_blocks:
+            arguments = (tokens, condition, grid, num_mediators, attention_kwargs)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens = self._gradient_checkpointing_func(block, *arguments)
+            else:
+                tokens = block(*arguments)
+        shift, scale = self.modulation_out(nn.functional.silu(condition)).chunk(2, dim=1)
+        patches = self.proj_out(_modulate(self.norm_out(tokens), shift, scale))
+        output = self._unpatchify(patches, grid)[:, : self.config["in_channels"]]
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _condition(
+        self, hidden_states: Tensor, timestep: Tensor | float, class_labels: Tensor | None, drop_labels: Tensor | None
+    ) -> Tensor:
+        """(B, C): time embedding plus class embedding."""
+        batch, device = len(hidden_states), hidden_states.device
+        time = torch.as_tensor(timestep, device=device).expand(batch)
+        null = self.config["num_classes"]
+        if class_labels is None:
+            class_labels = torch.full((batch,), null, device=device)
+        if drop_labels is None and self.training and self.config["class_dropout_prob"] > 0:
+            drop_labels = torch.rand(batch, device=device) < self.config["class_dropout_prob"]
+        if drop_labels is not None:
+            class_labels = class_labels.masked_fill(drop_labels, null)
+        embedded = self.time_embedder(self.time_proj(time).to(hidden_states.dtype))
+        return embedded + self.class_embedder(class_labels)
+
+    def _unpatchify(self, patches: Tensor, grid: Grid) -> Tensor:
+        """(B, N, p · p · C) -> (B, C, H, W)."""
+        side = self.config["patch_size"]
+        image = patches.unflatten(2, (side, side, self.out_channels)).unflatten(1, grid)
+        return image.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def _token_grid(height: int, width: int, patch_size: int) -> Grid:
+    if height % patch_size or width % patch_size or min(height, width) < patch_size:
+        raise ValueError(f"latents of {height} x {width} cannot be cut into patches of {patch_size} x {patch_size}")
+    return height // patch_size, width // patch_size
+
+
+def position_embedding(grid: Grid, width: int, device: torch.device | None = None) -> Tensor:
+    """Fixed sine-cosine embedding of rows and columns, (1, N, width), float32 (section 3.2 of arXiv 2212.09748).
+
+    The first half of the channels holds the column, the second the row, in whole tokens from 0, as DiT and SiT have
+    it. It is computed for the grid at hand, so any height and width works.
+
+    Raises:
+        ValueError: if the width is not a multiple of 4.
+    """
+    if width % 4:
+        raise ValueError(f"the width must be a multiple of 4 for the position embedding, got {width}")
+    frequency = 10000.0 ** (-torch.arange(width // 4, device=device, dtype=torch.float32) / (width // 4))
+
+    def axis(length: int) -> Tensor:
+        angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    row = axis(grid[0])[:, None].expand(-1, grid[1], -1)
+    column = axis(grid[1])[None].expand(grid[0], -1, -1)
+    return torch.cat([column, row], dim=-1).flatten(0, 1).unsqueeze(0)

@@ -1,0 +1,1 @@
+"""Programs that train, sample and evaluate the image models of the project."""
