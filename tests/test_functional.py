@@ -938,15 +938,16 @@ def test_attention_names_sizes_that_do_not_fit(shapes, sizes):
         ({"agents": (2, 7, 4, 8)}, {}, (7, 3)),
         ({"agents": (3, 4, 8)}, {}, (3, 4, 8)),
         ({}, {"shortcut": 0.1}, (10, 12)),
-        ({}, {"aggregation_bias": torch.zeros(3, 4, 11)}, (11, 12)),
-        ({}, {"aggregation_bias": torch.zeros(3, 10, 12)}, (10, 4)),
-        ({}, {"broadcast_bias": torch.zeros(3, 10, 5)}, (5, 4)),
-        ({}, {"broadcast_bias": torch.zeros(2, 5, 10, 4)}, (5, 3)),
-        ({}, {"broadcast_bias": torch.zeros(1, 2, 3, 10, 4)}, (1, 2, 3, 10, 4)),
+        ({}, {"aggregation_bias": (3, 4, 11)}, (11, 12)),
+        ({}, {"aggregation_bias": (3, 10, 12)}, (10, 4)),
+        ({}, {"broadcast_bias": (3, 10, 5)}, (5, 4)),
+        ({}, {"broadcast_bias": (2, 5, 10, 4)}, (5, 3)),
+        ({}, {"broadcast_bias": (1, 2, 3, 10, 4)}, (1, 2, 3, 10, 4)),
     ],
     ids=str,
 )
 def test_agent_attention_names_sizes_that_do_not_fit(shapes, options, sizes):
+    options = {name: torch.zeros(value) if "bias" in name else value for name, value in options.items()}
     with pytest.raises(ValueError, match=names(*sizes)):
         F.agent_attention(**tensors(**shapes), **options)
 

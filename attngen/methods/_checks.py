@@ -16,7 +16,9 @@ def check_heads(query: Tensor, key: Tensor, value: Tensor, agents: Tensor | None
         named["agents"] = agents
     for name, tensor in named.items():
         if tensor.ndim != 4:
-            raise ValueError(f"{name} must have 4 dimensions (batch, heads, tokens, head size), got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name} must have 4 dimensions (batch, heads, tokens, head size), got {tuple(tensor.shape)}"
+            )
     for name, tensor in named.items():
         if tensor.shape[:2] != query.shape[:2]:
             raise ValueError(
@@ -63,5 +65,10 @@ def check_count(name: str, value: int, at_least: int = 1) -> None:
 
 def check_fraction(name: str, value: float, below_one: bool = True) -> None:
     """Raise ValueError unless 0 <= `value` < 1 (or <= 1 where `below_one` is False)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1 or (below_one and value == 1):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not 0 <= value <= 1
+        or (below_one and value == 1)
+    ):
         raise ValueError(f"{name} must be in [0, 1{')' if below_one else ']'}, got {value!r}")

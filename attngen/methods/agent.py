@@ -59,9 +59,7 @@ def agent_attention(
         raise ValueError(f"a shortcut needs as many queries as values, got {num_queries} queries and {num_keys} values")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     broadcast_scale = scale if broadcast_scale is None else broadcast_scale
-    output = sdpa.agent_attention(
-        query, key, value, agents, scale, broadcast_scale, aggregation_bias, broadcast_bias
-    )
+    output = sdpa.agent_attention(query, key, value, agents, scale, broadcast_scale, aggregation_bias, broadcast_bias)
     return output + shortcut * value if shortcut != 0 else output
 
 
@@ -99,13 +97,17 @@ def agent_grid(num_agents: int, grid: Grid) -> Grid:
     """
     check_count("num_agents", num_agents)
     height, width = grid
+    ideal = math.sqrt(num_agents * height / width)
+    most = min(height, num_agents)
+    low, high = min(max(1, int(ideal / 1.5)), most), min(int(ideal * 1.5) + 1, most)
 
-    def rank(size: Grid) -> tuple[float, int, float]:
-        stretch = abs(math.log(height * size[1] / (width * size[0])))
-        return (max(stretch, math.log(2) + 1e-9), -size[0] * size[1], stretch)
+    def rank(rows: int) -> tuple[float, int, float]:
+        columns = min(width, num_agents // rows)
+        stretch = max(height * columns / (width * rows), width * rows / (height * columns))
+        return max(stretch, 2.0), -rows * columns, stretch
 
-    rows = range(1, min(height, num_agents) + 1)
-    return min(((p, q) for p in rows for q in range(1, min(width, num_agents // p) + 1)), key=rank)
+    rows = min(range(low, high + 1), key=rank)
+    return rows, min(width, num_agents // rows)
 
 
 @dataclass(frozen=True)

@@ -60,12 +60,19 @@ class Selection(NamedTuple):
         keys: (B, L', C), what becomes keys and values.
         agents: (B, M, C) hidden states that become agents, or None.
         restore: maps the layer's output (B, N', C) back to (B, N, C), or None where N' = N.
+        query_positions: (N',) or (B, N') which of the N tokens each query stands for, or None for all in order. Layers
+            with rotary positions need it.
+        key_positions: the same for the keys.
+        agent_positions: the same for the agents.
     """
 
     queries: Tensor
     keys: Tensor
     agents: Tensor | None = None
     restore: Callable[[Tensor], Tensor] | None = None
+    query_positions: Tensor | None = None
+    key_positions: Tensor | None = None
+    agent_positions: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -75,10 +82,12 @@ class AttentionMethod:
     Attributes:
         kind: name in JSON.
         needs_metric: whether `select` reads its `metric`.
+        supports_rotary: whether it fits layers that rotate queries and keys by position.
     """
 
     kind: ClassVar[str] = ""
     needs_metric: ClassVar[bool] = False
+    supports_rotary: ClassVar[bool] = True
 
     def why_exact(self, grid: Grid) -> str | None:
         """Why this method is exact softmax attention on `grid`, in a few words; None where it is not."""

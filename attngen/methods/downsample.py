@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -36,6 +37,15 @@ def downsample_tokens(x: Tensor, grid: Grid, factor: int) -> Tensor:
     return F.interpolate(image, size=_coarse(grid, factor), mode="nearest-exact").permute(0, 2, 3, 1).flatten(1, 2)
 
 
+def nearest_positions(grid: Grid, size: Grid, device: torch.device | None = None) -> Tensor:
+    """(rows · columns,) the token nearest to the centre of each cell when `grid` is cut into `size` cells."""
+    row, column = (
+        ((torch.arange(cells, device=device) + 0.5) * (length / cells)).long().clamp(max=length - 1)
+        for cells, length in zip(size, grid, strict=True)
+    )
+    return (row[:, None] * grid[1] + column[None, :]).flatten()
+
+
 def _coarse(grid: Grid, factor: int) -> Grid:
     return max(1, grid[0] // factor), max(1, grid[1] // factor)
 
@@ -61,7 +71,8 @@ class DownsampledKV(AttentionMethod):
         return None
 
     def select(self, x: Tensor, metric: Tensor, grid: Grid, draws: Tensor | None) -> Selection:
-        return Selection(x, downsample_tokens(x, grid, self.factor))
+        positions = nearest_positions(grid, _coarse(grid, self.factor), x.device)
+        return Selection(x, downsample_tokens(x, grid, self.factor), key_positions=positions)
 
     def flops(self, shape: LayerShape) -> int:
         keys = math.prod(_coarse(shape.grid, self.factor))

@@ -106,6 +106,8 @@ class LinearAttention(AttentionMethod):
     feature_map: str = "elu"
 
     kind: ClassVar[str] = "linear"
+    # A feature map after the rotation is another operator than the rotation after a feature map.
+    supports_rotary: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.feature_map, str):

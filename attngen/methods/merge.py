@@ -52,18 +52,23 @@ class TokenMatching:
         return None if count is None else lambda x: self._merge(x, count)
 
     def merge(self, x: Tensor) -> Tensor:
-        """Average matching tokens: (B, N, C) -> (B, N - num_merged, C)."""
+        """Average matching tokens: (B, N, C) -> (B, N - num_merged, C), summed in float32; `x` itself if none merge.
+
+        Raises:
+            ValueError: if `x` does not have the matched batch and number of tokens.
+        """
         return self._merge(x, self.num_merged)
 
     def unmerge(self, x: Tensor) -> Tensor:
         """Copy merged tokens back to where they came from: (B, N - num_merged, C) -> (B, N, C).
 
         Raises:
-            ValueError: if `x` does not have the merged number of tokens.
+            ValueError: if `x` does not have the matched batch or the merged number of tokens.
         """
         num_tokens, count = len(self.source) + len(self.destination), self.num_merged
-        if x.ndim != 3 or x.shape[1] != num_tokens - count:
-            raise ValueError(f"expected (batch, {num_tokens - count}, channels) merged tokens, got {tuple(x.shape)}")
+        self._check(x, num_tokens - count)
+        if count == 0:
+            return x
         positions = torch.cat(
             [
                 self.source[self.order[:, count:]],
@@ -77,19 +82,37 @@ class TokenMatching:
         row_of_position = torch.empty_like(rows).scatter(1, positions, rows)
         return x.gather(1, _rows(row_of_position, x))
 
+    def positions(self, count: int | None = None) -> Tensor:
+        """(B, N - count): the token that each merged row stands for; a destination stands for those merged into it."""
+        count = self.num_merged if count is None else count
+        if count == 0:
+            num_tokens = len(self.source) + len(self.destination)
+            return torch.arange(num_tokens, device=self.source.device).expand(len(self.order), -1)
+        kept = self.source[self.order[:, count:]]
+        return torch.cat([kept, self.destination.expand(len(kept), -1)], dim=1)
+
     def _targets(self, count: int) -> Tensor:
         """(B, count): the destination of each of the `count` most similar sources."""
         return self.nearest.gather(1, self.order[:, :count])
 
     def _merge(self, x: Tensor, count: int) -> Tensor:
-        num_tokens = len(self.source) + len(self.destination)
-        if x.ndim != 3 or x.shape[1] != num_tokens:
-            raise ValueError(f"expected (batch, {num_tokens}, channels) tokens, got {tuple(x.shape)}")
+        self._check(x, len(self.source) + len(self.destination))
+        if count == 0:
+            return x
         sources, destinations = x[:, self.source], x[:, self.destination]
         kept = sources.gather(1, _rows(self.order[:, count:], x))
         merging = sources.gather(1, _rows(self.order[:, :count], x))
-        averaged = destinations.scatter_reduce(1, _rows(self._targets(count), x), merging, reduce="mean")
-        return torch.cat([kept, averaged], dim=1)
+        # Thousands of tokens may meet in one: half precision would overflow or lose them before the division.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        targets = _rows(self._targets(count), x)
+        averaged = destinations.to(wide).scatter_reduce(1, targets, merging.to(wide), reduce="mean")
+        return torch.cat([kept, averaged.to(x.dtype)], dim=1)
+
+    def _check(self, x: Tensor, num_tokens: int) -> None:
+        if x.ndim != 3 or x.shape[:2] != (len(self.order), num_tokens):
+            raise ValueError(
+                f"expected tokens of shape ({len(self.order)}, {num_tokens}, channels), got {tuple(x.shape)}"
+            )
 
 
 def _rows(index: Tensor, x: Tensor) -> Tensor:
@@ -177,9 +200,10 @@ def _split(grid: Grid, stride: Grid, draws: Tensor | None, device: torch.device)
 
 def _nearest(x: Tensor, source: Tensor, destination: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine similarity and index of each source's most similar destination: both (B, N - G)."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     # A zero token has no direction; as it stands it is equally far from all.
-    unit = x / norm.where(norm > 0, 1)
+    unit = (wide / norm.where(norm > 0, 1)).to(x.dtype)
     sources, destinations = unit[:, source], unit[:, destination].transpose(-1, -2)
     chunk = max(1, _MAX_SCORES // destinations.shape[-1])
     best = [(part @ destinations).max(dim=-1) for part in sources.split(chunk, dim=1)]
@@ -200,7 +224,8 @@ class TokenMerging(AttentionMethod):
         stride: side of the cell that keeps one destination.
         agent_ratio: share merged away to make agents, or None: exact attention among the merged tokens. Agents are
             used only where twice their number is below the merged tokens'.
-        random: draw each cell's destination anew in every call from the patch's seed; otherwise the top-left token.
+        random: draw each cell's destination for every time step from the patch's seed (the same for all layers of a
+            step and both halves of guidance); otherwise it is the top-left token.
         broadcast_exponent: see `AgentAttention`; used with agents.
         shortcut: see `AgentAttention`; used with agents.
     """
@@ -208,7 +233,7 @@ class TokenMerging(AttentionMethod):
     ratio: float = 0.5
     stride: int = 2
     agent_ratio: float | None = None
-    random: bool = True
+    random: bool = False
     broadcast_exponent: float = 0.3
     shortcut: float = 0.075
 
@@ -240,9 +265,11 @@ class TokenMerging(AttentionMethod):
             draws = draws[:cells] % (self.stride * self.stride)
         with torch.no_grad():
             matching = match_drawn_tokens(metric, grid, self.cell, self.ratio, self.agent_ratio, draws)
-        merged = matching.merge(x)
-        agents = matching.agents(x) if matching.agents is not None else None
-        return Selection(merged, merged, agents, matching.unmerge)
+        merged, positions = matching.merge(x), matching.positions()
+        agents, agent_positions = None, None
+        if matching.agents is not None:
+            agents, agent_positions = matching.agents(x), matching.positions(matching.num_agent_merged)
+        return Selection(merged, merged, agents, matching.unmerge, positions, positions, agent_positions)
 
     def attend(
         self,

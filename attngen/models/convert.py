@@ -59,7 +59,9 @@ def read_checkpoint(
         raise ValueError(f"{checkpoint} holds a {type(content).__name__}, not a state dict")
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise ValueError("the checkpoint holds no tensors" if isinstance(checkpoint, Mapping) else f"{checkpoint} holds no tensors")
+        raise ValueError(
+            "the checkpoint holds no tensors" if isinstance(checkpoint, Mapping) else f"{checkpoint} holds no tensors"
+        )
     return {name.removeprefix("module."): value for name, value in tensors.items()}
 
 
@@ -140,7 +142,9 @@ def _infer_settings(state_dict: Mapping[str, Tensor], config: Mapping[str, Any])
         heads, mediators = shape("blocks.0.attn.an_bias")[:2]
         settings.update(attention="mediator", num_mediators=mediators)
     if heads is None:
-        published = {s["num_attention_heads"] * s["attention_head_dim"]: s["num_attention_heads"] for s in SIZES.values()}
+        published = {
+            s["num_attention_heads"] * s["attention_head_dim"]: s["num_attention_heads"] for s in SIZES.values()
+        }
         if width not in published:
             raise ValueError(
                 f"a checkpoint of width {width} does not tell its number of heads; pass num_attention_heads=…"

@@ -101,7 +101,7 @@ def _vp_levels(log_alpha: Tensor) -> tuple[Tensor, Tensor]:
 
 PATHS: dict[str, Callable[[Tensor], PathPoint]] = {"linear": linear_path, "gvp": gvp_path, "vp": vp_path}
 
-# w(t), to be multiplied by diffusion_norm (section 3.3 and appendix of arXiv 2401.08740).
+# w(t), to be multiplied by diffusion_norm (arXiv 2401.08740).
 DIFFUSION_FORMS: dict[str, Callable[[PathPoint], Tensor]] = {
     "sigma": lambda point: point.sigma,
     "sbdm": lambda point: point.diffusivity,
@@ -190,6 +190,7 @@ class _Call:
 
     @property
     def starts_a_step(self) -> bool:
+        """Whether a sample of this time can enter here: not in the middle of a Heun step, unless to get its noise."""
         return self.kind != "correct" or self.noise > 0
 
 
@@ -217,8 +218,8 @@ class InterpolantScheduler(SchedulerMixin, ConfigMixin):
             x = scheduler.step(model(x, t), t, x, generator=generator).prev_sample
 
     `set_timesteps(n)` asks for n calls of the network by Euler: n steps, or for the SDE with a last step n − 1 steps
-    and the last one. By Heun it is 2n calls, and 2n + 1 for the SDE without a last step where it ends before t = 1.
-    The SDE by Heun adds its noise before the first drift of a step, so its very first call serves for nothing else.
+    and the last one. Heun's steps take two calls each. The SDE by Heun adds its noise before the first drift of a step,
+    so one call more, the very first, serves for that alone (unless w is 0 there).
 
     Where a formula divides by zero: w s is computed as −(w/σ) x₀. w of the form "sbdm" on the linear and the GVP path
     is infinite at t = 0, where velocity models start, and is taken from the next grid point there. The SDE does not
@@ -229,8 +230,8 @@ class InterpolantScheduler(SchedulerMixin, ConfigMixin):
         path (`str`, defaults to `"linear"`): α and σ, `"linear"`, `"gvp"` or `"vp"`.
         prediction_type (`str`, defaults to `"velocity"`): what the model predicts, `"velocity"`, `"epsilon"` or
             `"score"`.
-        sampler (`str`, defaults to `"sde"`): `"sde"`, or `"ode"` for the deterministic flow, for which `diffusion_form`,
-            `diffusion_norm`, `last_step` and `last_step_size` mean nothing.
+        sampler (`str`, defaults to `"sde"`): `"sde"`, or `"ode"` for the deterministic flow, to which
+            `diffusion_form`, `diffusion_norm`, `last_step` and `last_step_size` do not apply.
         solver (`str`, defaults to `"euler"`): `"euler"` (Euler–Maruyama for the SDE) or `"heun"`.
         diffusion_form (`str`, defaults to `"sigma"`): w(t): `"sigma"` σ, `"sbdm"` σW/α with W = α'σ − ασ', `"linear"`
             1 − t, `"constant"` 1, `"decreasing"` (1 + cos πt)²/4, `"increasing-decreasing"` sin² πt.
@@ -299,7 +300,7 @@ class InterpolantScheduler(SchedulerMixin, ConfigMixin):
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Makes the first `step` that of `timesteps[begin_index]`; looking its time up would make the host wait for a GPU.
+        """Makes the first `step` that of `timesteps[begin_index]`, where looking its time up would wait for the GPU.
 
         Args:
             begin_index: index into `timesteps`; with Heun an even one, where a step starts.
@@ -370,7 +371,9 @@ class InterpolantScheduler(SchedulerMixin, ConfigMixin):
             return _Call(times[i], kind, dt, drifts[i], data[i], noise)
 
         if heun:
-            calls = _heun_calls(call, num_steps, noises, starts_with_noise=sde, ends_corrected=not sde or t1 < 1)
+            calls = _heun_calls(
+                call, num_steps, noises, starts_with_noise=noises[0] > 0, ends_corrected=not sde or t1 < 1
+            )
         else:
             calls = [call(i, "euler", noises[i]) for i in range(num_steps)]
         if self._has_last_step:
@@ -380,8 +383,8 @@ class InterpolantScheduler(SchedulerMixin, ConfigMixin):
     def _diffusion(self, point: PathPoint) -> Tensor:
         """w on a grid; where it is infinite, at α = 0, that of the next grid point.
 
-        Any w would do there: N(0, I) is stationary under the SDE at t = 0, and the next step, whose w dt is near 1, hardly
-        remembers where it starts.
+        The choice hardly matters: N(0, I) is stationary under w s and its noise at t = 0, and the next step, with w dt
+        near 1, all but forgets where it starts.
         """
         w = self.config["diffusion_norm"] * DIFFUSION_FORMS[self.config["diffusion_form"]](point)
         w[0] = w[0] if w[0].isfinite() else w[1]
@@ -407,8 +410,9 @@ class InterpolantScheduler(SchedulerMixin, ConfigMixin):
             timestep: one of `timesteps`, a number, a scalar tensor or (B,) times that are all the same.
 
         Raises:
-            ValueError: for a time that is not on the schedule, or for several.
+            ValueError: before `set_timesteps`, for a time that is not on the schedule, or for several times.
         """
+        self._check_is_laid_out()
         values = torch.as_tensor(timestep, dtype=torch.float64, device="cpu").flatten()
         if values.numel() == 0 or (values != values[0]).any():
             raise ValueError(f"step takes one timestep for the whole batch, got {values.tolist()}")
@@ -421,10 +425,13 @@ class InterpolantScheduler(SchedulerMixin, ConfigMixin):
             )
         return next((i for i in found if self._calls[i].starts_a_step), found[0])
 
+    def _check_is_laid_out(self) -> None:
+        if not self._calls:
+            raise ValueError("there is no schedule yet: call set_timesteps first")
+
     def _next_index(self, timestep: float | Tensor) -> int:
         """The index of the call that `step` is for: looked up once, then counted, for Heun's times come twice."""
-        if not self._calls:
-            raise ValueError("call set_timesteps before step")
+        self._check_is_laid_out()
         if self._step_index is not None:
             index = self._step_index
         elif self._begin_index is not None:
@@ -462,8 +469,8 @@ class InterpolantScheduler(SchedulerMixin, ConfigMixin):
             The next sample and the predicted data in the dtype of `sample`, computed in float32 at least.
 
         Raises:
-            ValueError: before `set_timesteps`, past the end of the schedule, for a first timestep that is not on it, and
-                for shapes or a number of generators that do not fit the sample.
+            ValueError: before `set_timesteps`, past the end of the schedule, for a first timestep that is not on it,
+                and for shapes or a number of generators that do not fit the sample.
         """
         _check_shape("model_output", model_output, sample)
         call_index = self._next_index(timestep)

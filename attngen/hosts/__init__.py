@@ -1,0 +1,1 @@
+"""The glue to diffusers; the only place that knows its internals."""

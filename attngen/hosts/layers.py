@@ -1,0 +1,118 @@
+"""What sits beside a patched layer, and which attention modules can be patched at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers.hooks.layer_skip import AttentionProcessorSkipHook
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attngen.methods._checks import Grid
+from attngen.methods.base import Attention, AttentionMethod
+from attngen.methods.softmax import SoftmaxAttention
+from attngen.step import StepInfo
+
+SPEC = "attngen"
+"""Attribute of an attention module that holds its `LayerSpec`."""
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """Beside each patched layer, not in its processor: diffusers makes processors anew without arguments.
+
+    Attributes:
+        original: the processor that was there; it computes the layer wherever it is exact.
+        methods: one a stage of the plan.
+        min_tokens: fewer tokens stay exact.
+        level: how many attention resolutions of the model are finer than this layer's.
+        max_levels: only layers whose level is below it take part; None for all.
+        rotary: whether the layer rotates queries and keys by position.
+    """
+
+    original: Any
+    methods: tuple[AttentionMethod, ...]
+    min_tokens: int = 0
+    level: int = 0
+    max_levels: int | None = None
+    rotary: bool = False
+
+    def why_exact(self, stage: int, grid: Grid, tokens: int) -> str | None:
+        """The reason the layer is exact now, in a few words; None where its method runs."""
+        method = self.methods[stage]
+        if grid[0] * grid[1] != tokens:
+            return f"{tokens} tokens do not fill its grid of {grid[0]} x {grid[1]}"
+        if isinstance(method, SoftmaxAttention):
+            return method.why_exact(grid)
+        if self.max_levels is not None and self.level >= self.max_levels:
+            return f"the plan is for the {self.max_levels} finest resolution(s) with attention"
+        if tokens < self.min_tokens:
+            return f"{tokens} tokens are fewer than the plan's {self.min_tokens}"
+        if self.rotary and not method.supports_rotary:
+            return f"{method.kind} attention does not fit layers with rotary positions"
+        return method.why_exact(grid)
+
+
+def spec_of(attn: nn.Module) -> LayerSpec | None:
+    return getattr(attn, SPEC, None)
+
+
+def active_method(attn: nn.Module, info: StepInfo | None, tokens: int) -> AttentionMethod | None:
+    """The method to run now, or None for exact attention.
+
+    Exact wherever the payload does not describe these tokens: merged by another tool, a shard of them, tokens with
+    objects among them.
+    """
+    spec = spec_of(attn)
+    if spec is None or info is None or _scores_skipped(attn):
+        return None
+    stage = int(info.stage)
+    return None if spec.why_exact(stage, info.grid, tokens) is not None else spec.methods[stage]
+
+
+def _scores_skipped(attn: nn.Module) -> bool:
+    """Whether a diffusers guider replaces this layer's attention by its values, which it can only do to exact attention."""
+    registry = getattr(attn, "_diffusers_hook", None)
+    if registry is None:
+        return False
+    return any(isinstance(h, AttentionProcessorSkipHook) and h.skip_attention_scores for h in registry.hooks.values())
+
+
+def chosen_backend(processor: Any, original: Any) -> AttentionBackendName | None:
+    """The attention backend the user asked for (model, context manager, environment, xformers), None for torch's own."""
+    if processor._attention_backend is not None:
+        return processor._attention_backend
+    active, _ = _AttentionBackendRegistry.get_active_backend()
+    if active != AttentionBackendName.NATIVE:
+        return active
+    return AttentionBackendName.XFORMERS if type(original).__name__.startswith("XFormers") else None
+
+
+def attention_through(backend: AttentionBackendName | None, parallel_config: Any) -> Attention:
+    """Exact attention over (B, H, N, D) through a diffusers backend."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+        if backend is None and parallel_config is None:
+            return F.scaled_dot_product_attention(query, key, value, scale=scale)
+        # diffusers' layout is (B, N, H, D).
+        mixed = dispatch_attention_fn(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            scale=scale,
+            backend=backend,
+            parallel_config=parallel_config,
+        )
+        return mixed.transpose(1, 2)
+
+    return attention
+
+
+def is_self_attention(attn: nn.Module) -> bool:
+    return not getattr(attn, "is_cross_attention", False)

@@ -1,0 +1,566 @@
+"""SiTPipeline: pictures of chosen classes from a SiT model, as a diffusers pipeline.
+
+Paper: SiT, Ma et al., ECCV 2024, arXiv 2401.08740. Works in the latents of a VAE or, without one, on pixels, with the
+`InterpolantScheduler` or one of diffusers' flow-matching schedulers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from attngen.methods._checks import Grid
+from attngen.models.sit import SiTTransformer2DModel
+from attngen.schedulers.interpolant import InterpolantScheduler
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# Channels of a picture that PIL can hold: grey, RGB, RGBA.
+PICTURE_CHANNELS = (1, 3, 4)
+
+Label = int | str
+Generators = torch.Generator | list[torch.Generator]
+
+
+class _Call(NamedTuple):
+    """One evaluation of the network."""
+
+    index: int  # into the scheduler's timesteps
+    time: float  # SiT's: 0 is noise, 1 is data
+    ends_step: bool  # False for the first half of a two-call step
+
+
+class SiTPipeline(DiffusionPipeline):
+    """Class-conditional pictures from SiT.
+
+    Args:
+        transformer (`SiTTransformer2DModel`): the denoiser.
+        scheduler (`InterpolantScheduler`): or a flow-matching scheduler of diffusers, for a model that predicts the
+            velocity on the linear path; time and sign are converted.
+        vae (`AutoencoderKL`, *optional*): decoder of the latents. Without one the model draws pixels in [-1, 1].
+        id2label (`dict[int, str]`, *optional*): names of the classes; several names of one class are separated by
+            commas, as ImageNet has them.
+
+    Examples:
+
+        >>> pipe = SiTPipeline.from_pretrained(folder)
+        >>> pipe(["heart", 3], num_inference_steps=50, guidance_scale=2.0).images
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]
+    _callback_tensor_inputs = ["latents"]
+
+    transformer: SiTTransformer2DModel
+    scheduler: Any
+    vae: Any
+
+    def __init__(
+        self,
+        transformer: SiTTransformer2DModel,
+        scheduler: SchedulerMixin,
+        vae: ModelMixin | None = None,
+        id2label: dict[int, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        # JSON, where the names are saved, turns the numbers into strings.
+        names = None if id2label is None else {int(number): name for number, name in id2label.items()}
+        self.register_to_config(id2label=names)
+        self.id2label = names
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._guidance_scale = 1.0
+        self._guidance_interval: tuple[float, float] | None = None
+        self._num_timesteps = 0
+        self._current_timestep: float | None = None
+        self._interrupt = False
+
+    # What a callback reads and sets
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels a side of a latent pixel; 1 without a VAE."""
+        vae = getattr(self, "vae", None)
+        return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the running call; read in every step, so a callback may set `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the guidance scale asks for guidance."""
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Network calls of the running call (with guidance each of them on twice the batch)."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> float | None:
+        """On diffusers' clock, 1000 is noise and 0 is data, which is what its attention caches ask for."""
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `_interrupt` in a callback to leave out the rest of the steps."""
+        return self._interrupt
+
+    # Labels
+
+    def get_label_ids(self, labels: Any) -> list[int]:
+        """Class numbers of names and numbers.
+
+        Args:
+            labels: a number, a name, a tensor of numbers, or a list of these. A name may be the whole label or one of
+                its comma-separated parts, in any case.
+
+        Raises:
+            ValueError: for a name or number that is no class, or a name of several classes.
+        """
+        found = [self._label_id(label) for label in _flatten(labels)]
+        if not found:
+            raise ValueError("class_labels is empty, so there is nothing to draw; give at least one class")
+        return found
+
+    def _label_id(self, label: Any) -> int:
+        if isinstance(label, str):
+            return self._number_of(label)
+        number, count = _whole_number("class_labels", label), self.transformer.config["num_classes"]
+        if not 0 <= number < count:
+            raise ValueError(f"class label {number} is out of range; the model's {count} classes are 0 to {count - 1}")
+        return number
+
+    def _number_of(self, name: str) -> int:
+        if not self.id2label:
+            raise ValueError(f"the pipeline has no names of classes, so {name!r} is unknown; give class numbers")
+        wanted = _fold(name)
+        whole = {number for number, label in self.id2label.items() if _fold(label) == wanted}
+        parts = {n for n, label in self.id2label.items() if wanted in (_fold(part) for part in label.split(","))}
+        found = sorted(whole or parts)
+        if len(found) > 1:
+            choices = ", ".join(f"{number} ({self.id2label[number]})" for number in found)
+            raise ValueError(f"{name!r} names several classes: {choices}; give the number")
+        if not found:
+            raise ValueError(f"unknown class {name!r}; {_nearest(wanted, self.id2label)}")
+        return found[0]
+
+    # Checks, all before any work
+
+    def check_inputs(
+        self,
+        height: int | None,
+        width: int | None,
+        num_inference_steps: int,
+        guidance_scale: float,
+        guidance_channels: int | None,
+        guidance_interval: tuple[float, float] | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None,
+    ) -> None:
+        """Raise ValueError, with the way out, for what `__call__` cannot use."""
+        if _whole_number("num_inference_steps", num_inference_steps) < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        self._check_guidance(guidance_scale, guidance_channels, guidance_interval)
+        self._check_size("height", height)
+        self._check_size("width", width)
+        self._check_output(output_type)
+        self._check_scheduler()
+        unknown = set(callback_on_step_end_tensor_inputs or ()) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs may name {self._callback_tensor_inputs}, got {sorted(unknown)}"
+            )
+
+    def _check_guidance(self, scale: float, channels: int | None, interval: tuple[float, float] | None) -> None:
+        if not _is_number(scale) or not math.isfinite(scale) or scale < 0:
+            raise ValueError(f"guidance_scale must be a finite number of at least 0 (1 is none), got {scale!r}")
+        available = self.transformer.config["in_channels"]
+        if channels is not None and not 1 <= _whole_number("guidance_channels", channels) <= available:
+            raise ValueError(f"guidance_channels must be 1 to {available}, or None for all, got {channels}")
+        if interval is None:
+            return
+        if len(interval) != 2 or not all(_is_number(t) for t in interval) or not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError(f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {interval!r}")
+
+    def _check_size(self, name: str, size: int | None) -> None:
+        unit = self.transformer.config["patch_size"] * self.vae_scale_factor
+        if size is None or (_whole_number(name, size) >= unit and size % unit == 0):
+            return
+        below = max(unit, size // unit * unit)
+        nearest = f"{below} or {below + unit}" if size >= unit else f"{below}"
+        raise ValueError(f"{name} must be a positive multiple of {unit} for this model, got {size}; try {nearest}")
+
+    def _check_output(self, output_type: str) -> None:
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
+        channels = self.transformer.config["in_channels"]
+        if self.vae is None:
+            if output_type == "pil" and channels not in PICTURE_CHANNELS:
+                raise ValueError(
+                    f"{channels} channels are no picture; give the pipeline a vae, or pass output_type='latent'"
+                )
+        elif self.vae.config.latent_channels != channels:
+            raise ValueError(
+                f"the vae has {self.vae.config.latent_channels} latent channels and the transformer {channels};"
+                " they do not belong together"
+            )
+
+    def _check_scheduler(self) -> None:
+        if isinstance(self.scheduler, InterpolantScheduler):
+            return
+        config = self.scheduler.config
+        flows = config.get("use_flow_sigmas", False) and config.get("prediction_type") == "flow_prediction"
+        if not (_is_flow_match(self.scheduler) or flows):
+            raise ValueError(
+                f"{type(self.scheduler).__name__} does not fit SiT; use InterpolantScheduler, or a flow-matching"
+                " scheduler such as FlowMatchEulerDiscreteScheduler"
+            )
+        if config.get("use_dynamic_shifting", False):
+            raise ValueError(
+                f"use_dynamic_shifting of {type(self.scheduler).__name__} is not for SiT; make the scheduler with"
+                " use_dynamic_shifting=False"
+            )
+
+    def _mediator_count(self, wanted: Any, grid: Grid) -> int | Grid | None:
+        """`wanted` as the network takes it; ValueError unless so many mediators fit a token `grid`."""
+        tokens = f"the {grid[0]} x {grid[1]} tokens of this picture"
+        if wanted is None:
+            return None
+        if isinstance(wanted, (tuple, list)):
+            fits = len(wanted) == 2 and all(
+                _is_whole(x) and 1 <= x <= most for x, most in zip(wanted, grid, strict=True)
+            )
+            if not fits:
+                raise ValueError(f"num_mediators as (rows, columns) must fit {tokens}, got {tuple(wanted)}")
+            return int(wanted[0]), int(wanted[1])
+        if not _is_whole(wanted) or not 1 <= wanted <= math.prod(grid):
+            raise ValueError(f"num_mediators must be 1 to {math.prod(grid)}, {tokens}, got {wanted!r}")
+        return int(wanted)
+
+    # Steps of a call
+
+    def prepare_latents(
+        self, shape: Sequence[int], device: torch.device, generator: Generators | None, latents: Tensor | None
+    ) -> Tensor:
+        """Noise to start from, or the given latents, on `device`.
+
+        The sampler runs in float32 (or float64, if the network does) whatever the network's dtype: hundreds of small
+        steps in half precision would lose the picture. One generator a picture makes a picture the same in any batch.
+        """
+        dtype = torch.promote_types(torch.float32, self.transformer.dtype)
+        if latents is not None:
+            return latents.to(device=device, dtype=dtype)
+        return randn_tensor(tuple(shape), generator=generator, device=device, dtype=dtype)
+
+    def _latent_shape(
+        self, batch_size: int, height: int | None, width: int | None, latents: Tensor | None
+    ) -> tuple[int, int, int, int]:
+        """(B, C, h, w): of the given latents, the given size in pixels, or the trained size."""
+        config = self.transformer.config
+        if latents is not None:
+            return self._shape_of(latents, batch_size, height, width)
+        trained = config["sample_size"]
+        rows, columns = (trained, trained) if isinstance(trained, int) else trained
+        rows = rows if height is None else height // self.vae_scale_factor
+        columns = columns if width is None else width // self.vae_scale_factor
+        return batch_size, config["in_channels"], rows, columns
+
+    def _shape_of(
+        self, latents: Tensor, batch_size: int, height: int | None, width: int | None
+    ) -> tuple[int, int, int, int]:
+        channels, patch_size = self.transformer.config["in_channels"], self.transformer.config["patch_size"]
+        shape = tuple(latents.shape)
+        rows, columns = shape[2:] if len(shape) == 4 else (0, 0)
+        expected = (
+            batch_size,
+            channels,
+            rows if height is None else height // self.vae_scale_factor,
+            columns if width is None else width // self.vae_scale_factor,
+        )
+        if shape != expected or min(rows, columns) < patch_size or rows % patch_size or columns % patch_size:
+            wanted = tuple(size or f"a multiple of {patch_size}" for size in expected)
+            raise ValueError(f"latents must have shape {wanted}, got {shape}")
+        return expected
+
+    def _set_timesteps(self, num_inference_steps: int, device: torch.device) -> list[_Call]:
+        """Lay out the scheduler's timesteps and translate them to SiT's clock."""
+        grid = {}
+        if _is_flow_match(self.scheduler) and _takes(self.scheduler.set_timesteps, "sigmas"):
+            # diffusers' own grid ends at 1/1000 and jumps to 0; SiT's is even.
+            grid = {"sigmas": np.linspace(1, 0, num_inference_steps + 1)[:-1]}
+        self.scheduler.set_timesteps(num_inference_steps, device=device, **grid)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(0)
+        times = self.scheduler.timesteps.tolist()
+        if not isinstance(self.scheduler, InterpolantScheduler):
+            times = [1 - time / self.scheduler.config.num_train_timesteps for time in times]
+        self._num_timesteps = len(times)
+        # A two-call step ends where the next one starts: at the same time.
+        two_calls = getattr(self.scheduler, "order", 1) > 1
+        return [
+            _Call(i, time, not two_calls or i + 1 == len(times) or times[i + 1] == time) for i, time in enumerate(times)
+        ]
+
+    def _mediators_by_call(self, wanted: Any, calls: Sequence[_Call], grid: Grid) -> Callable[[int], Any]:
+        """Number of mediators by index of the call; everything known beforehand is checked beforehand."""
+        if wanted is None:
+            return lambda index: None
+        kind = self.transformer.config["attention"]
+        if kind != "mediator":
+            raise ValueError(
+                f"num_mediators was given, but the model has {kind} attention; leave it out, or use a model trained"
+                " with attention='mediator'"
+            )
+        if hasattr(wanted, "observe") and hasattr(wanted, "reset"):
+            levels = getattr(wanted, "values", ())
+            if levels is None:
+                raise ValueError(f"num_mediators={wanted!r} has no values; give it one number of mediators a level")
+            for value in levels:
+                self._mediator_count(value, grid)
+            wanted.reset()
+            return lambda index: self._mediator_count(wanted.value, grid)
+        # A schedule's clock is the library's: 1 is noise. Float32 times get their decimals back.
+        values = [wanted(round(1 - call.time, 6)) if callable(wanted) else wanted for call in calls]
+        return [self._mediator_count(value, grid) for value in values].__getitem__
+
+    def _predict(
+        self, latents: Tensor, call: _Call, labels: Tensor, num_mediators: Any, guidance_channels: int | None
+    ) -> Tensor:
+        """The network's prediction (B, C, h, w), guided where asked for, in the dtype of `latents`."""
+        low, high = self._guidance_interval or (0.0, 1.0)
+        guided = self.do_classifier_free_guidance and low <= round(call.time, 6) <= high  # times are float32
+        sample = latents.to(self.transformer.dtype)
+        if guided:
+            # Null class first, as diffusers' caches expect it.
+            null = torch.full_like(labels, self.transformer.config["num_classes"])
+            sample, labels = torch.cat([sample, sample]), torch.cat([null, labels])
+        options = {} if num_mediators is None else {"num_mediators": num_mediators}
+        where = {"step_index": call.index, "num_inference_steps": self._num_timesteps, "sigma": 1 - call.time}
+        with self.transformer.cache_context("cond_uncond" if guided else "cond", **where):
+            output = self.transformer(
+                hidden_states=sample,
+                timestep=torch.full((len(sample),), call.time, dtype=torch.float32, device=sample.device),
+                class_labels=labels,
+                # A model left in training mode must not drop labels at random.
+                drop_labels=torch.zeros(1, dtype=torch.bool, device=sample.device),
+                return_dict=False,
+                **options,
+            )[0].to(latents.dtype)
+        if not guided:
+            return output
+        unconditional, conditional = output.chunk(2)
+        guided_output = unconditional + self.guidance_scale * (conditional - unconditional)
+        if guidance_channels is None:
+            return guided_output
+        return torch.cat([guided_output[:, :guidance_channels], conditional[:, guidance_channels:]], dim=1)
+
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        """Latents -> pictures of the wanted type; FloatingPointError if there is no picture in them."""
+        if not torch.isfinite(latents).all():
+            raise FloatingPointError(
+                "the latents are not finite, so there is no picture: run the network in float32"
+                f" (pipe.to(torch.float32)), lower guidance_scale ({self.guidance_scale:g}), or check the weights"
+            )
+        if output_type == "latent":
+            return latents.to(self.transformer.dtype)
+        if self.vae is None:
+            return self.image_processor.postprocess(latents.float(), output_type=output_type)
+        config = self.vae.config
+        latents = latents / getattr(config, "scaling_factor", 1.0) + (getattr(config, "shift_factor", None) or 0.0)
+        pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+        if not torch.isfinite(pixels).all():
+            raise FloatingPointError(
+                "the vae made no finite picture of finite latents: run it in float32 (pipe.vae.to(torch.float32))"
+            )
+        return self.image_processor.postprocess(pixels, output_type=output_type)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Label | Sequence[Label] | Tensor,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 250,
+        guidance_scale: float = 1.0,
+        guidance_channels: int | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        num_mediators: Any = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., Any] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw one picture for each class label.
+
+        Args:
+            class_labels: numbers or names of classes (see `get_label_ids`), one a picture.
+            height: of the pictures, in pixels; by default that of `latents` or the one trained on.
+            width: likewise.
+            num_inference_steps: steps of the scheduler; two-call solvers call the network more often.
+            guidance_scale: s of unconditional + s (conditional − unconditional); guidance needs s > 1.
+            guidance_channels: guide only so many of the first channels, and leave the conditional prediction in the
+                rest; the reference guides 3 of 4. None for all.
+            guidance_interval: (low, high) in SiT's time, 0 is noise and 1 is data: guide only where
+                low <= t <= high (arXiv 2404.07724). Elsewhere a step costs half.
+            num_mediators: for a model with mediator attention: a count, (rows, columns), a function of time (t = 1 is
+                noise, as in `attngen.Schedule`), or an object with `reset`, `observe(latents)` and `value`
+                (`attngen.ChangeSchedule`), which is shown the latents after each step. None for the trained count.
+            generator: of all noise, one or one a picture. With one a picture a picture does not depend on the others
+                of its batch.
+            latents: (B, C, h, w) to start from instead of noise.
+            output_type: "pil", "np" (B, H, W, C), "pt" (B, C, H, W), both in [0, 1], or "latent".
+            return_dict: return an `ImagePipelineOutput`, else a tuple.
+            callback_on_step_end: called as (pipeline, index, timestep, kwargs) after every network call; may return
+                {"latents": …} and set `_guidance_scale` and `_interrupt`.
+            callback_on_step_end_tensor_inputs: what is in its kwargs: "latents".
+
+        Returns:
+            `.images`: a list of PIL images, an array or a tensor.
+
+        Raises:
+            ValueError: for an argument that cannot be used, before any work.
+            FloatingPointError: if the result is not finite, before a picture is made.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self.check_inputs(
+            height,
+            width,
+            num_inference_steps,
+            guidance_scale,
+            guidance_channels,
+            guidance_interval,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        numbers = self.get_label_ids(class_labels)
+        _check_generator(generator, len(numbers))
+        shape = self._latent_shape(len(numbers), height, width, latents)
+        patch_size = self.transformer.config["patch_size"]
+
+        self._guidance_scale, self._guidance_interval = guidance_scale, guidance_interval
+        self._interrupt = False
+        device = self._execution_device
+        calls = self._set_timesteps(num_inference_steps, device)
+        mediators = self._mediators_by_call(num_mediators, calls, (shape[2] // patch_size, shape[3] // patch_size))
+        labels = torch.tensor(numbers, device=device)
+        sample = self.prepare_latents(shape, device, generator, latents)
+        noise_source: dict[str, Any] = {"generator": generator} if _takes(self.scheduler.step, "generator") else {}
+        observe = getattr(num_mediators, "observe", None)
+
+        try:
+            with self.progress_bar(total=len(calls)) as progress_bar:  # pyright: ignore[reportCallIssue]
+                for call in calls:
+                    if self.interrupt:
+                        continue
+                    self._current_timestep = 1000 * (1 - call.time)
+                    output = self._predict(sample, call, labels, mediators(call.index), guidance_channels)
+                    if not isinstance(self.scheduler, InterpolantScheduler):
+                        output = -output  # flow matching predicts noise − data, SiT data − noise
+                    timestep = self.scheduler.timesteps[call.index]
+                    sample = self.scheduler.step(output, timestep, sample, **noise_source, return_dict=False)[0]
+                    if callback_on_step_end is not None:
+                        sample = _run_callback(
+                            callback_on_step_end,
+                            self,
+                            call.index,
+                            timestep,
+                            sample,
+                            callback_on_step_end_tensor_inputs,
+                        )
+                    if observe is not None and call.ends_step:
+                        observe(sample)
+                    progress_bar.update()
+            images = self._decode(sample, output_type)
+        finally:
+            self._current_timestep = None
+            # After a failure too: caches must not carry one picture's features into the next.
+            self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def _run_callback(
+    callback: Callable[..., Any],
+    pipe: SiTPipeline,
+    index: int,
+    timestep: Tensor,
+    latents: Tensor,
+    wanted: Sequence[str] | None,
+) -> Tensor:
+    """Call a `callback_on_step_end`; the latents to go on with."""
+    returned = callback(pipe, index, timestep, {"latents": latents} if "latents" in (wanted or ()) else {})
+    return (returned or {}).get("latents", latents).to(latents)
+
+
+def _check_generator(generator: Any, batch_size: int) -> None:
+    if isinstance(generator, (list, tuple)):
+        if len(generator) != batch_size:
+            raise ValueError(f"{batch_size} pictures need {batch_size} generators, got a list of {len(generator)}")
+    elif generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator must be a torch.Generator or a list of them, got {type(generator).__name__}")
+
+
+def _flatten(labels: Any) -> list[Any]:
+    """Numbers and names out of nested lists, tensors and arrays."""
+    if isinstance(labels, (Tensor, np.ndarray)):
+        return labels.reshape(-1).tolist()
+    if isinstance(labels, Iterable) and not isinstance(labels, (str, Mapping)):
+        return [label for item in labels for label in _flatten(item)]
+    return [labels]
+
+
+def _fold(name: str) -> str:
+    return name.strip().casefold()
+
+
+def _nearest(wanted: str, id2label: Mapping[int, str]) -> str:
+    """Names like the wanted one, for a message; all of them where they are few."""
+    names = [label.split(",")[0].strip() for label in id2label.values()]
+    every_name = {_fold(part): part.strip() for label in id2label.values() for part in label.split(",")}
+    near = [every_name[name] for name in difflib.get_close_matches(wanted, every_name, n=3, cutoff=0.5)]
+    if len(names) <= 20:
+        return ("nearest: " + ", ".join(near) + "; " if near else "") + "known: " + ", ".join(names)
+    return f"nearest: {', '.join(near)}" if near else f"known are {len(names)} classes, such as {', '.join(names[:5])}"
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def _whole_number(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
+
+
+def _is_flow_match(scheduler: Any) -> bool:
+    return type(scheduler).__name__.startswith("FlowMatch")
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    return name in inspect.signature(function).parameters

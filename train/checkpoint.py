@@ -1,0 +1,108 @@
+"""Checkpoints as folders of safetensors and JSON: written beside, synced, renamed, so one is always whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+_NAME = re.compile(r"step-(\d{8})")
+_MARKER = "state.json"
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    write_file(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, {"format": "pt"}))
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
+) -> Path:
+    """Write `folder`/step-NNNNNNNN and then drop all but the newest `keep`.
+
+    Args:
+        folder: the run's checkpoint folder, made if missing.
+        step: optimiser steps done.
+        tensors: file stem -> tensors by name.
+        state: JSON values; written last, so a checkpoint with it is whole.
+        keep: checkpoints to keep, at least 1.
+    """
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f".tmp-step-{step:08d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        for stem, named in tensors.items():
+            write_tensors(temporary / f"{stem}.safetensors", named)
+        write_json(temporary / _MARKER, {"step": step, **state})
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / _MARKER).is_file())
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The tensors by file stem, and the state, of a checkpoint folder.
+
+    Raises:
+        ValueError: if it is not a whole checkpoint.
+    """
+    if not (path / _MARKER).is_file():
+        raise ValueError(f"{path} is not a checkpoint: it has no {_MARKER}")
+    try:
+        state = json.loads((path / _MARKER).read_text())
+        tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    except Exception as error:  # safetensors raises its own class, JSON another
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return tensors, state
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimiser's state as flat tensors: "parameter index.name"."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": torch.as_tensor(v) for i, values in state.items() for name, v in values.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put what `optimizer_tensors` gave back into an optimiser over the same parameters."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

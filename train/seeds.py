@@ -1,0 +1,30 @@
+"""Randomness without state: every draw is a function of the seed, its purpose and the step, so a resumed run repeats it."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def generator_for(*key: Any) -> torch.Generator:
+    """A CPU generator whose stream depends only on `key` (seed, purpose, step, rank …)."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def sample_order(seed: int, num_samples: int, start: int, count: int) -> Tensor:
+    """Positions `start` to `start + count` of an endless stream of shuffled epochs: (count,) indices below `num_samples`.
+
+    The stream is a function of the seed alone: it does not depend on batch size, number of processes or what was read
+    before.
+    """
+    pieces = []
+    while count > 0:
+        epoch, offset = divmod(start, num_samples)
+        order = torch.randperm(num_samples, generator=generator_for(seed, "order", epoch))[offset : offset + count]
+        pieces.append(order)
+        start, count = start + len(order), count - len(order)
+    return torch.cat(pieces)
