@@ -233,14 +233,14 @@ def _install(model: nn.Module, plan: Plan, patch_id: str, seed: int, switch: Cha
 def _uninstall(model: nn.Module) -> None:
     hooks.remove_hooks(model)
     for attn in hooks.patched_layers(model).values():
-        spec: LayerSpec = getattr(attn, SPEC)
-        if isinstance(attn.processor, hooks.PROCESSORS):
-            attn.set_processor(spec.original)
+        layer: Any = attn
+        if isinstance(layer.processor, hooks.PROCESSORS):
+            layer.set_processor(getattr(layer, SPEC).original)
         delattr(attn, SPEC)
 
 
 class _Review:
-    """What `RootHook` says about a size it has not seen: a patch that does nothing there, or costs more than it saves."""
+    """What `RootHook` says about a new size: that a patch does nothing there, or costs more than it saves."""
 
     def __init__(self, starts: tuple[float, ...]) -> None:
         self.starts = starts

@@ -1,4 +1,4 @@
-"""Randomness without state: every draw is a function of the seed, its purpose and the step, so a resumed run repeats it."""
+"""Randomness without state: every draw is a function of seed, purpose and step, so a resumed run repeats it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def generator_for(*key: Any) -> torch.Generator:
 
 
 def sample_order(seed: int, num_samples: int, start: int, count: int) -> Tensor:
-    """Positions `start` to `start + count` of an endless stream of shuffled epochs: (count,) indices below `num_samples`.
+    """Positions `start` to `start + count` of an endless stream of shuffled epochs: (count,) indices of samples.
 
     The stream is a function of the seed alone: it does not depend on batch size, number of processes or what was read
     before.

@@ -262,7 +262,8 @@ class Run:
             optimizer.step()
             optimizer.zero_grad()
         self.ema.step(self.model.parameters())
-        return self.accelerator.reduce(loss.detach(), "mean").item()
+        reduced: Any = self.accelerator.reduce(loss.detach(), "mean")
+        return reduced.item()
 
     def num_mediators(self, step: int) -> int | None:
         """The count of this step, the same on every process."""

@@ -59,15 +59,19 @@ def _latents(model: nn.Module, arguments: dict[str, Any]) -> Grid:
     return int(height), int(width)
 
 
+def _config(model: nn.Module) -> Any:
+    return model.config
+
+
 def _patches(model: nn.Module, arguments: dict[str, Any]) -> Grid:
     height, width = arguments["hidden_states"].shape[-2:]
-    side = model.config["patch_size"]  # type: ignore[index]
+    side = _config(model)["patch_size"]
     return int(height) // side, int(width) // side
 
 
 @dataclass
 class _PackedGrid:
-    """Rows and columns of FLUX's packed tokens, read from their position ids once a tensor: reading waits for the GPU."""
+    """Grid of FLUX's packed tokens, from their position ids; read once a tensor, for reading waits for the GPU."""
 
     last: tuple[Any, Grid] | None = field(default=None, compare=False)
 
@@ -150,8 +154,8 @@ def denoisers_of(target: Any) -> dict[str, nn.Module]:
                 found[f"{name}{suffix}"] = module
     if not found:
         raise ValueError(
-            f"{type(target).__name__} has no denoiser that attngen knows; it patches pipelines with, or bare models of, "
-            f"{', '.join(FAMILIES)}"
+            f"{type(target).__name__} has no denoiser that attngen knows; it patches pipelines with, or bare models of,"
+            f" {', '.join(FAMILIES)}"
         )
     return found
 
@@ -170,7 +174,7 @@ def halvings(model: nn.Module, layer: str) -> int:
     family = family_of(model)
     if family is None or family.spatial_block is None:
         return 0
-    deepest = len(model.config["block_out_channels"]) - 1  # type: ignore[index]
+    deepest = len(_config(model)["block_out_channels"]) - 1
     part, _, rest = layer.partition(".")
     if part == "down_blocks":
         return min(int(rest.split(".")[0]), deepest)
@@ -186,7 +190,7 @@ def halved(grid: Grid, times: int) -> Grid:
 
 def default_grid(model: nn.Module) -> Grid:
     """The grid that the model's configuration was made for: latents of a UNet, tokens of a transformer."""
-    config: Any = model.config
+    config = _config(model)
     size = config.get("sample_size") or 64
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     family = family_of(model)

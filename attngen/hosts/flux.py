@@ -20,7 +20,7 @@ Tables = tuple[Tensor, Tensor]
 
 
 class FluxAttnGenProcessor:
-    """FLUX's layers of both kinds; the single-stream ones get text and image in one sequence. See `AttnGenProcessor`."""
+    """FLUX's layers; the single-stream ones get text and image in one sequence. See `AttnGenProcessor`."""
 
     _attention_backend = None
     _parallel_config = None
@@ -49,6 +49,7 @@ class FluxAttnGenProcessor:
             text = _heads(attn, text_states)
         else:
             image_states = hidden_states
+            assert encoder_hidden_states is not None
             text = text_heads(attn, encoder_hidden_states)
         tables = image_rotary_emb
 

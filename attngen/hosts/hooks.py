@@ -7,6 +7,7 @@ put on a model can be found again on the model itself.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -70,7 +71,7 @@ class RootHook(Hook):
             slot(model.forward, name) for name in (family.sample, family.time, family.channel)
         )
         extra = [name for name in ("img_ids", family.text) if name is not None]
-        parameters = _parameters(model)
+        parameters = inspect.signature(model.forward).parameters
         self.extra = {name: slot(model.forward, name) for name in extra if name in parameters}
         self.last_seen: tuple[Grid, int] | None = None  # for reports only; no computation reads it
         self._reviewed: set[tuple[Grid, int]] = set()
@@ -114,7 +115,7 @@ class RootHook(Hook):
         stages = {stage_at(self.starts, time) for time in times} if len(self.starts) > 1 else {0}
         if len(stages) > 1:
             raise ValueError(
-                f"the time steps of one batch fall into {len(stages)} stages of the plan; train with a plan of one stage"
+                f"the time steps of one batch fall into {len(stages)} stages of the plan; use a plan of one stage"
             )
         return stages.pop()
 
@@ -145,12 +146,6 @@ class RootHook(Hook):
                 AttnGenWarning,
                 stacklevel=2,
             )
-
-
-def _parameters(model: nn.Module) -> set[str]:
-    import inspect
-
-    return set(inspect.signature(model.forward).parameters)
 
 
 class _InnerHook(Hook):
@@ -187,7 +182,7 @@ class MetricHook(_InnerHook):
 
 
 class StripHook(Hook):
-    """On every attention module: takes the payload away where a processor does not know it, which diffusers would log."""
+    """On every attention module: takes the payload away where a processor does not know it; diffusers would log it."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         if CHANNEL_KEY not in kwargs or isinstance(module.processor, PROCESSORS):

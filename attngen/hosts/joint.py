@@ -40,7 +40,7 @@ class JointAttnGenProcessor:
         attngen: StepInfo | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         spec = spec_of(attn)
-        original = spec.original if spec is not None else JointAttnProcessor2_0()
+        original: Any = spec.original if spec is not None else JointAttnProcessor2_0()
         backend = chosen_backend(self, original)
         method = active_method(attn, attngen, hidden_states.shape[1]) if attention_mask is None else None
         if method is None and (backend is None or attention_mask is not None):

@@ -77,7 +77,7 @@ def active_method(attn: nn.Module, info: StepInfo | None, tokens: int) -> Attent
 
 
 def _scores_skipped(attn: nn.Module) -> bool:
-    """Whether a diffusers guider replaces this layer's attention by its values, which it can only do to exact attention."""
+    """Whether a diffusers guider puts the values in place of this layer's attention, which it can if that is exact."""
     registry = getattr(attn, "_diffusers_hook", None)
     if registry is None:
         return False
@@ -85,12 +85,12 @@ def _scores_skipped(attn: nn.Module) -> bool:
 
 
 def chosen_backend(processor: Any, original: Any) -> AttentionBackendName | None:
-    """The attention backend the user asked for (model, context manager, environment, xformers), None for torch's own."""
+    """The attention backend asked for (by model, context manager, environment or xformers), None for torch's own."""
     if processor._attention_backend is not None:
         return processor._attention_backend
     active, _ = _AttentionBackendRegistry.get_active_backend()
     if active != AttentionBackendName.NATIVE:
-        return active
+        return AttentionBackendName(active)
     return AttentionBackendName.XFORMERS if type(original).__name__.startswith("XFormers") else None
 
 

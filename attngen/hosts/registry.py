@@ -39,5 +39,5 @@ def register() -> None:
     AttentionProcessorRegistry.register(FluxAttnGenProcessor, AttentionProcessorRegistry.get(FluxAttnProcessor))
     TransformerBlockRegistry.register(
         SiTTransformerBlock,
-        TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
+        TransformerBlockMetadata(return_hidden_states_index=0),
     )

@@ -1,4 +1,4 @@
-"""The formulas written out: materialised scores, sums in float32. Read this first; everything faster is tested against it."""
+"""The formulas written out: materialised scores, sums in float32. Everything faster is tested against this."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def agent_attention(
     aggregation_bias: Tensor | None = None,
     broadcast_bias: Tensor | None = None,
 ) -> Tensor:
-    """Aggregation (agents read the keys), then broadcast (queries read the agents). Shapes as in `attngen.functional`."""
+    """Aggregation: agents read the keys; broadcast: queries read the agents. Shapes as in `attngen.functional`."""
     aggregated = softmax_attention(agents, key, value, scale, aggregation_bias)
     return softmax_attention(query, agents, aggregated, broadcast_scale, broadcast_bias)
 

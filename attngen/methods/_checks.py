@@ -32,7 +32,7 @@ def check_heads(query: Tensor, key: Tensor, value: Tensor, agents: Tensor | None
         raise ValueError(f"key has {key.shape[2]} tokens, but value has {value.shape[2]}")
 
 
-def check_bias(name: str, bias: Tensor | None, shape: tuple[int, int, int, int]) -> None:
+def check_bias(name: str, bias: Tensor | None, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless `bias` broadcasts to `shape`."""
     if bias is None:
         return

@@ -57,7 +57,7 @@ def agent_attention(
     check_bias("broadcast_bias", broadcast_bias, (*query.shape[:2], num_queries, num_agents))
     if shortcut != 0 and num_queries != num_keys:
         raise ValueError(f"a shortcut needs as many queries as values, got {num_queries} queries and {num_keys} values")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(query.shape[-1] ** -0.5) if scale is None else scale
     broadcast_scale = scale if broadcast_scale is None else broadcast_scale
     output = sdpa.agent_attention(query, key, value, agents, scale, broadcast_scale, aggregation_bias, broadcast_bias)
     return output + shortcut * value if shortcut != 0 else output

@@ -1,4 +1,4 @@
-"""What every attention method answers: is it cheaper here, which tokens does it read, how does it mix them, what does it cost."""
+"""What every attention method answers: is it exact here, which tokens it reads, how it mixes them, its cost."""
 
 from __future__ import annotations
 

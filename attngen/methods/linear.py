@@ -94,7 +94,7 @@ def resolve_feature_map(feature_map: str | FeatureMap) -> FeatureMap:
 
 @dataclass(frozen=True)
 class LinearAttention(AttentionMethod):
-    """Linear attention in place of softmax. Without training the picture changes a lot; meant for models trained with it.
+    """Linear attention in place of softmax, for models trained with it; without training the picture is lost.
 
     In joint attention image queries read the image linearly and the text exactly, weighted by the number of keys, as
     in MM-EDiT (arXiv 2503.16726); text queries stay exact.

@@ -91,8 +91,8 @@ class MediatorMixer(nn.Module):
         """Small random biases and a convolution that starts at zero, so that it is a residual branch."""
         self.aggregation_bias.reset_parameters()
         self.broadcast_bias.reset_parameters()
-        nn.init.zeros_(self.dwc.weight)
-        nn.init.zeros_(self.dwc.bias)
+        for parameter in self.dwc.parameters():
+            nn.init.zeros_(parameter)
 
     def mediator_grid(self, num_mediators: int | Grid | None, grid: Grid) -> Grid:
         """Rows and columns for a wanted count (or those given) on `grid`; the trained ones for None where they fit.

@@ -1,6 +1,6 @@
 """SiT: a diffusion transformer for stochastic interpolants, with softmax, mediator or linear attention.
 
-Paper: SiT, Ma et al., ECCV 2024, arXiv 2401.08740 (the network is DiT's, arXiv 2212.09748); mediators: arXiv 2408.05710.
+Papers: SiT, Ma et al., ECCV 2024, arXiv 2401.08740; the network is DiT's, arXiv 2212.09748; mediators: 2408.05710.
 Time at the model's edge is SiT's own: t = 0 is noise, t = 1 is data.
 """
 
@@ -124,8 +124,9 @@ class SiTAttention(nn.Module, AttentionModuleMixin):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         # Like diffusers: a processor is given what it names. `grid` is not for every processor.
-        named = inspect.signature(self.processor.__call__).parameters
-        return self.processor(self, hidden_states, **{k: v for k, v in kwargs.items() if k in named})
+        processor: Any = self.processor
+        named = inspect.signature(processor.__call__).parameters
+        return processor(self, hidden_states, **{k: v for k, v in kwargs.items() if k in named})
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -238,7 +239,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """DiT's initialisation: Xavier, small embeddings, and zero gates and output, so each block starts as identity."""
+        """DiT's initialisation: Xavier, small embeddings, zero gates and output, so each block starts as identity."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -254,8 +255,8 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             self.time_embedder.linear_2.weight,
         ):
             nn.init.normal_(weight, std=0.02)
-        zeroed = [block.modulation for block in self.transformer_blocks] + [self.modulation_out, self.proj_out]
-        for linear in zeroed:
+        gates: list[Any] = [block.modulation for block in self.transformer_blocks]
+        for linear in (*gates, self.modulation_out, self.proj_out):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
@@ -299,8 +300,10 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         model = cls(**settings)
         model.load_state_dict(weights)
         dtype = next(iter(weights.values())).dtype
-        # ModelMixin.to would warn about modules kept in float32; there are none here.
-        return model if dtype == model.dtype else nn.Module.to(model, dtype)
+        if dtype != model.dtype:
+            # ModelMixin.to would warn about modules kept in float32; there are none here.
+            nn.Module.to(model, dtype)
+        return model
 
     @property
     def token_grid(self) -> Grid:
@@ -345,7 +348,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         for block in self.transformer_blocks:
             arguments = (tokens, condition, grid, num_mediators, attention_kwargs)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, *arguments)
+                tokens = self._gradient_checkpointing_func(block, *arguments)  # type: ignore[misc]
             else:
                 tokens = block(*arguments)
         shift, scale = self.modulation_out(nn.functional.silu(condition)).chunk(2, dim=1)

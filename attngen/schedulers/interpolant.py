@@ -407,7 +407,8 @@ class InterpolantScheduler(SchedulerMixin, ConfigMixin):
         """The index into `timesteps` at which a step that starts at `timestep` begins.
 
         Args:
-            timestep: one of `timesteps`, a number, a scalar tensor or (B,) times that are all the same.
+            timestep: one of `timesteps`, a number, a scalar tensor or (B,) times that are all the same. 0 and 1 are the
+                first and the last call also where the schedule keeps off these ends.
 
         Raises:
             ValueError: before `set_timesteps`, for a time that is not on the schedule, or for several times.
@@ -417,6 +418,8 @@ class InterpolantScheduler(SchedulerMixin, ConfigMixin):
         if values.numel() == 0 or (values != values[0]).any():
             raise ValueError(f"step takes one timestep for the whole batch, got {values.tolist()}")
         t = values[0].item()
+        # The ends of time mean the ends of the schedule, which may keep off them: 0.001 to 0.96, say.
+        t = {0.0: self._calls[0].t, 1.0: self._calls[-1].t}.get(t, t)
         found = [i for i, call in enumerate(self._calls) if abs(call.t - t) <= TIME_TOLERANCE]
         if not found:
             raise ValueError(

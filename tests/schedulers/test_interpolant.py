@@ -634,6 +634,13 @@ def test_a_timestep_off_the_schedule_is_refused():
         scheduler.step(x, scheduler.timesteps[:2], x)
 
 
+def test_the_ends_of_time_are_the_ends_of_the_schedule():
+    scheduler = InterpolantScheduler(prediction_type="score")
+    scheduler.set_timesteps(10)
+    assert scheduler.timesteps[0] > 0 and scheduler.timesteps[-1] < 1
+    assert (scheduler.index_for_timestep(0), scheduler.index_for_timestep(1)) == (0, 9)
+
+
 def test_stepping_past_the_end_is_refused():
     scheduler = InterpolantScheduler(sampler="ode")
     x = torch.ones(BATCH)

@@ -1,0 +1,247 @@
+"""What the programs share: arguments, one-sentence errors, exit codes.
+
+Nothing heavy is imported here or at the top of a program, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+T = TypeVar("T")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+class UserError(Exception):
+    """Something the user can put right; its text is the one sentence that is printed."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser for `python -m program` whose errors are one sentence."""
+
+    def __init__(self, program: str, description: str, examples: str) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(
+            prog=f"python -m {program}", description=description, epilog=examples, formatter_class=formatter
+        )
+        self.program = program
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.program}: {message} (--help lists the options)\n")
+
+
+def run(program: str, body: Callable[[], None]) -> int:
+    """Run a program's body; returns its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    try:
+        body()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _complain(program, "interrupted", EXIT_INTERRUPTED)
+    except UserError as error:
+        return _complain(program, str(error), EXIT_USAGE)
+    except BrokenPipeError:  # `| head` closed the pipe; Python would complain again while exiting
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
+    except MemoryError:
+        return _complain(program, "out of memory; draw smaller or fewer pictures", EXIT_FAILURE)
+    except (FloatingPointError, OSError) as error:
+        return _complain(program, str(error), EXIT_FAILURE)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):  # a fault of ours, which a traceback helps to find
+            raise
+        return _complain(program, "out of memory; draw smaller or fewer pictures, or see --offload", EXIT_FAILURE)
+    return 0
+
+
+def _complain(program: str, message: str, code: int) -> int:
+    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+# Types of arguments
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """An argument type: a whole number of at least `least`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return value
+
+    return parse
+
+
+def scale_number(text: str) -> float:
+    """An argument type: a finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of at least 0")
+    return value
+
+
+def png_path(text: str) -> Path:
+    """An argument type: a file name that ends in .png."""
+    path = Path(text)
+    if path.suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder")
+    return path
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that every picture-making program has."""
+    parser.add_argument("--images", type=whole_number(1), default=1, metavar="N", help="pictures of each (default 1)")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="picture k has seed + k (default 0)")
+    parser.add_argument("--height", type=whole_number(1), help="in pixels (default: as the model was trained)")
+    parser.add_argument("--width", type=whole_number(1), help="in pixels (default: as the model was trained)")
+    parser.add_argument("--out", type=png_path, help="file to write (default: a new one in outputs/)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps … (default: a GPU where there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="number format of the model (default: auto)")
+    parser.add_argument("--threads", type=whole_number(1), help="CPU threads")
+    parser.add_argument("--json", action="store_true", help="print settings, seconds and file as JSON")
+
+
+# Devices, files, output
+
+
+def prepare_device(options: argparse.Namespace) -> torch.device:
+    """The device asked for, with the number of threads set.
+
+    Raises:
+        UserError: if there is no such device.
+    """
+    import torch
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(options.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"there is no device {options.device!r} here: {reason}") from error
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The format of that name; for "auto" bfloat16 on a GPU that has it, float16 on another, float32 on a CPU."""
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.float32 if device.type == "cpu" else torch.float16
+
+
+def output_path(options: argparse.Namespace, stem: str) -> Path:
+    """`--out`, or a name in outputs/ that no file has yet; its folder is made, before any work.
+
+    Raises:
+        OSError: if the folder cannot be made or written to.
+    """
+    path = options.out or _free_name(stem)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"cannot write to the folder {path.parent}")
+    return path
+
+
+def _free_name(stem: str) -> Path:
+    stem = re.sub(r"[^\w]+", "-", stem, flags=re.ASCII).strip("-").lower()[:60] or "picture"
+    path, number = Path("outputs") / f"{stem}.png", 1
+    while path.exists():
+        number += 1
+        path = path.with_name(f"{stem}-{number}.png")
+    return path
+
+
+def report_done(options: argparse.Namespace, path: Path, settings: dict[str, Any], seconds: float, count: int) -> None:
+    """Print where the picture is and how long it took."""
+    if options.json:
+        print(json.dumps({"file": str(path), "seconds": round(seconds, 3), "settings": settings}, ensure_ascii=False))
+    else:
+        print(f"{path}  ({count} picture{'s' if count > 1 else ''}, {seconds:.1f} s)")
+
+
+def show_progress() -> bool:
+    return sys.stderr.isatty()
+
+
+def timed(device: torch.device, work: Callable[[], T]) -> tuple[T, float]:
+    """What `work` returns and its seconds, with all that it queued on the device done."""
+    import torch
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    wait()
+    start = time.perf_counter()
+    result = work()
+    wait()
+    return result, time.perf_counter() - start
+
+
+# Attention
+
+
+def apply_method(pipe: Any, method: str) -> Any:
+    """Change the attention of a pipeline: a preset's name or a plan file; returns the handle.
+
+    Raises:
+        UserError: if there is no such method, or it cannot change anything in this pipeline.
+    """
+    import attngen
+
+    try:
+        return attngen.apply(pipe, method)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+
+
+def parse_mediators(text: str) -> int | tuple[tuple[float, ...], tuple[int, ...]]:
+    """An argument type: "16", or a schedule "1:4,0.5:16,0.2:64" as (times, counts).
+
+    A count holds from its time (1 is noise, 0 is the finished picture) down to the next one's.
+    """
+    try:
+        if ":" not in text:
+            return whole_number(1)(text)
+        pairs = [part.split(":") for part in text.split(",")]
+        times, counts = (tuple(column) for column in zip(*pairs, strict=True))
+        return tuple(float(time) for time in times), tuple(whole_number(1)(count) for count in counts)
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a count, like 16, nor a schedule of time:count, like 1:4,0.5:16,0.2:64"
+        ) from None
+
+
+def first_line(error: BaseException) -> str:
+    lines: Sequence[str] = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
