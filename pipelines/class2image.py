@@ -72,6 +72,7 @@ def draw(options: argparse.Namespace) -> None:
     from pipelines.images import save_png
 
     model = find_model(options.model)
+    mediators = make_schedule(options.mediators)
     device = cli.prepare_device(options)
     pipe = load_pipeline(model, options, device)
     labels = resolve_labels(pipe, options.labels)
@@ -79,10 +80,10 @@ def draw(options: argparse.Namespace) -> None:
     path = cli.output_path(options, "-".join(name.split(",")[0] for name in names) + f"-{options.seed}")
     if options.method:
         cli.apply_method(pipe, options.method)
-    rows, seconds = cli.timed(device, lambda: draw_rows(pipe, labels, options))
+    rows, seconds = cli.timed(device, lambda: draw_rows(pipe, labels, mediators, options))
     settings = describe(pipe, model, labels, options, rows[0][0])
     save_png(compose(rows, names, options.scale), path, settings)
-    cli.report_done(options, path, settings, seconds, sum(len(row) for row in rows))
+    cli.report_done(options, path, sum(len(row) for row in rows), seconds, settings=settings)
 
 
 # The model
@@ -96,7 +97,7 @@ def find_model(name: str | None) -> str:
     """
     folder = shipped_model() if name is None else Path(name)
     if name is not None and not folder.exists():
-        if _looks_like_hub_id(name):
+        if cli.looks_like_hub_id(name):
             return name
         raise cli.UserError(f"there is no folder {name!r}, and it is no hub id (owner/name)")
     index = folder / "model_index.json"
@@ -114,10 +115,6 @@ def shipped_model() -> Path:
     spec = importlib.util.find_spec("attngen")
     assert spec is not None and spec.submodule_search_locations is not None
     return Path(next(iter(spec.submodule_search_locations))) / "assets" / "emoji"
-
-
-def _looks_like_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~"))
 
 
 def _read_index(folder: Path) -> Mapping[str, Any]:
@@ -153,13 +150,10 @@ def load_pipeline(model: str, options: argparse.Namespace | None = None, device:
     from attngen.models.sit_pipeline import SiTPipeline
 
     dtype = cli.choose_dtype(options.dtype, device) if options else torch.float32
-    try:
-        pipe = SiTPipeline.from_pretrained(model, torch_dtype=dtype)
-    except Exception as error:  # damaged files, a missing repository, no network: each raises its own kind
-        raise OSError(f"cannot load {model}: {cli.first_line(error)}") from error
+    pipe = cli.load(model, lambda: SiTPipeline.from_pretrained(model, dtype=dtype))
     if options is not None:
         pipe.scheduler = choose_scheduler(pipe.scheduler, options)
-    pipe.set_progress_bar_config(disable=not cli.show_progress())
+    cli.show_progress(pipe)
     return pipe.to(device)
 
 
@@ -193,18 +187,27 @@ def class_name(pipe: SiTPipeline, label: int) -> str:
     return (pipe.id2label or {}).get(label, str(label))
 
 
-def draw_rows(pipe: SiTPipeline, labels: Sequence[int], options: argparse.Namespace) -> list[list[Image.Image]]:
+def make_schedule(mediators: Any) -> Any:
+    """A count as it is, (times, counts) as a schedule."""
+    from attngen.schedule import Schedule
+
+    if not isinstance(mediators, tuple):
+        return mediators
+    try:
+        return Schedule(starts=mediators[0], values=mediators[1])
+    except ValueError as error:
+        raise cli.UserError(f"--mediators: {error}") from error
+
+
+def draw_rows(
+    pipe: SiTPipeline, labels: Sequence[int], mediators: Any, options: argparse.Namespace
+) -> list[list[Image.Image]]:
     """A row of pictures for each label; picture k has its own generator, of seed + k."""
     import torch
 
-    from attngen.schedule import Schedule
-
     wanted = [label for label in labels for _ in range(options.images)]
-    mediators = options.mediators
     images: list[Image.Image] = []
     try:
-        if isinstance(mediators, tuple):
-            mediators = Schedule(starts=mediators[0], values=mediators[1])
         for start in range(0, len(wanted), BATCH_SIZE):
             part = wanted[start : start + BATCH_SIZE]
             seeds = range(options.seed + start, options.seed + start + len(part))

@@ -181,16 +181,47 @@ def _free_name(stem: str) -> Path:
     return path
 
 
-def report_done(options: argparse.Namespace, path: Path, settings: dict[str, Any], seconds: float, count: int) -> None:
-    """Print where the picture is and how long it took."""
+def report_done(options: argparse.Namespace, path: Path, count: int, seconds: float, **details: Any) -> None:
+    """Print where the picture is and how long it took; with --json all of `details` too."""
     if options.json:
-        print(json.dumps({"file": str(path), "seconds": round(seconds, 3), "settings": settings}, ensure_ascii=False))
+        print(json.dumps({"file": str(path), "seconds": round(seconds, 3), **details}, ensure_ascii=False))
     else:
         print(f"{path}  ({count} picture{'s' if count > 1 else ''}, {seconds:.1f} s)")
 
 
-def show_progress() -> bool:
-    return sys.stderr.isatty()
+def show_progress(pipe: Any) -> None:
+    """A bar for the steps, where someone is watching."""
+    pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
+
+
+def load(model: str, read: Callable[[], T]) -> T:
+    """What `read` returns, without the libraries' chatter on stderr.
+
+    Raises:
+        OSError: if it cannot be loaded, in one sentence.
+    """
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        return read()
+    except Exception as error:  # damaged files, a missing repository, no network: each raises its own kind
+        if Path(model).exists():
+            raise OSError(f"cannot load {model}: {first_line(error)}") from error
+        raise OSError(
+            f"cannot get {model} from the Hugging Face hub: check the name and the network, or give a local folder"
+            f" ({type(error).__name__})"
+        ) from error
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
+
+
+def looks_like_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".")
 
 
 def timed(device: torch.device, work: Callable[[], T]) -> tuple[T, float]:

@@ -36,10 +36,9 @@ def check_bias(name: str, bias: Tensor | None, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless `bias` broadcasts to `shape`."""
     if bias is None:
         return
-    short = bias.ndim > 4 or any(
-        size not in (1, want) for size, want in zip(reversed(bias.shape), reversed(shape), strict=False)
-    )
-    if short:
+    # Written with !=, not `in`: torch.compile compares sizes that it keeps symbolic only by operators.
+    sizes = zip(reversed(bias.shape), reversed(shape), strict=False)
+    if bias.ndim > 4 or any(size != 1 and size != want for size, want in sizes):
         raise ValueError(f"{name} has shape {tuple(bias.shape)}, which does not broadcast to {shape}")
 
 

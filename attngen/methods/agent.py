@@ -97,17 +97,18 @@ def agent_grid(num_agents: int, grid: Grid) -> Grid:
     """
     check_count("num_agents", num_agents)
     height, width = grid
-    ideal = math.sqrt(num_agents * height / width)
+    ideal = (num_agents * height / width) ** 0.5
     most = min(height, num_agents)
     low, high = min(max(1, int(ideal / 1.5)), most), min(int(ideal * 1.5) + 1, most)
-
-    def rank(rows: int) -> tuple[float, int, float]:
+    # A plain loop, because torch.compile cannot trace min() with a key over sizes it keeps symbolic.
+    best, best_rank = (1, 1), (float("inf"), 0, 0.0)
+    for rows in range(low, high + 1):
         columns = min(width, num_agents // rows)
         stretch = max(height * columns / (width * rows), width * rows / (height * columns))
-        return max(stretch, 2.0), -rows * columns, stretch
-
-    rows = min(range(low, high + 1), key=rank)
-    return rows, min(width, num_agents // rows)
+        rank = (max(stretch, 2.0), -rows * columns, stretch)
+        if rank < best_rank:
+            best, best_rank = (rows, columns), rank
+    return best
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class SiTPipeline(DiffusionPipeline):
         transformer: SiTTransformer2DModel,
         scheduler: SchedulerMixin,
         vae: ModelMixin | None = None,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
@@ -535,7 +535,7 @@ def _nearest(wanted: str, id2label: Mapping[int, str]) -> str:
     """Names like the wanted one, for a message; all of them where they are few."""
     names = [label.split(",")[0].strip() for label in id2label.values()]
     every_name = {_fold(part): part.strip() for label in id2label.values() for part in label.split(",")}
-    near = [every_name[name] for name in difflib.get_close_matches(wanted, every_name, n=3, cutoff=0.5)]
+    near = [every_name[name] for name in difflib.get_close_matches(wanted, every_name, n=3)]
     if len(names) <= 20:
         return ("nearest: " + ", ".join(near) + "; " if near else "") + "known: " + ", ".join(names)
     return f"nearest: {', '.join(near)}" if near else f"known are {len(names)} classes, such as {', '.join(names[:5])}"
