@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,15 +95,13 @@ def find_model(name: str | None) -> str:
         UserError: if the folder is no pipeline of SiT.
     """
     folder = shipped_model() if name is None else Path(name)
+    if name is None and not folder.is_dir():
+        raise cli.UserError("this copy of the package came without its model; give one with --model")
     if name is not None and not folder.exists():
-        if cli.looks_like_hub_id(name):
+        if cli.is_hub_id(name):
             return name
         raise cli.UserError(f"there is no folder {name!r}, and it is no hub id (owner/name)")
-    index = folder / "model_index.json"
-    if not index.is_file():
-        default = "" if name else "; the package came without its model, so give one with --model"
-        raise cli.UserError(f"{folder} is not a pipeline folder: it has no model_index.json{default}")
-    kind = _read_index(folder).get("_class_name")
+    kind = cli.read_index(folder).get("_class_name")
     if kind != "SiTPipeline":
         raise cli.UserError(f"{folder} holds a {kind}, not a SiTPipeline; try python -m pipelines.text2image")
     return os.fspath(folder)
@@ -117,14 +114,6 @@ def shipped_model() -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / "assets" / "emoji"
 
 
-def _read_index(folder: Path) -> Mapping[str, Any]:
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        return index if isinstance(index, dict) else {}
-    except (OSError, ValueError) as error:
-        raise cli.UserError(f"{folder / 'model_index.json'} cannot be read: {error}") from error
-
-
 def read_labels(model: str) -> dict[int, str]:
     """Class name by number; of a local model without loading it.
 
@@ -132,7 +121,7 @@ def read_labels(model: str) -> dict[int, str]:
         UserError: if the model has no names.
     """
     if Path(model).is_dir():
-        names = _read_index(Path(model)).get("id2label")
+        names = cli.read_index(Path(model)).get("id2label")
     else:
         names = load_pipeline(model).id2label
     if not names:
@@ -261,7 +250,7 @@ def describe(
         "mediators": mediators,
         "method": options.method,
         "size": f"{picture.width}x{picture.height}",
-        "model": Path(model).name if options.model is None else options.model,
+        "model": cli.public_name(model),
         "model_hash": model_hash(model),
     }
     return {name: value for name, value in settings.items() if value is not None}

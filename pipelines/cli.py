@@ -10,11 +10,14 @@ import json
 import math
 import os
 import re
+import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +48,10 @@ class Parser(argparse.ArgumentParser):
 def run(program: str, body: Callable[[], None]) -> int:
     """Run a program's body; returns its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     try:
-        body()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # diffusers' to its programmers, not to ours
+            warnings.showwarning = lambda message, *_, **__: print(f"{program}: warning: {message}", file=sys.stderr)
+            body()
         sys.stdout.flush()
     except KeyboardInterrupt:
         return _complain(program, "interrupted", EXIT_INTERRUPTED)
@@ -54,14 +60,12 @@ def run(program: str, body: Callable[[], None]) -> int:
     except BrokenPipeError:  # `| head` closed the pipe; Python would complain again while exiting
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
-    except MemoryError:
-        return _complain(program, "out of memory; draw smaller or fewer pictures", EXIT_FAILURE)
     except (FloatingPointError, OSError) as error:
         return _complain(program, str(error), EXIT_FAILURE)
-    except RuntimeError as error:
-        if "out of memory" not in str(error):  # a fault of ours, which a traceback helps to find
-            raise
-        return _complain(program, "out of memory; draw smaller or fewer pictures, or see --offload", EXIT_FAILURE)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "out of memory" not in str(error):
+            raise  # a fault of ours, which a traceback helps to find
+        return _complain(program, "out of memory; draw smaller or fewer pictures", EXIT_FAILURE)
     return 0
 
 
@@ -201,13 +205,17 @@ def load(model: str, read: Callable[[], T]) -> T:
         OSError: if it cannot be loaded, in one sentence.
     """
     from diffusers.utils import logging
+    from huggingface_hub.utils import logging as hub_logging
 
-    level = logging.get_verbosity()
+    level, hub_level = logging.get_verbosity(), hub_logging.get_verbosity()
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        return read()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return read()
     except Exception as error:  # damaged files, a missing repository, no network: each raises its own kind
         if Path(model).exists():
             raise OSError(f"cannot load {model}: {first_line(error)}") from error
@@ -217,11 +225,54 @@ def load(model: str, read: Callable[[], T]) -> T:
         ) from error
     finally:
         logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
         logging.enable_progress_bar()
 
 
-def looks_like_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".")
+def prepare_hub() -> None:
+    """Without a network use what the hub's cache holds, at once; its client would try for half a minute first.
+
+    To be called before anything imports the client, which reads the variable once.
+    """
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return
+    host = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no file or folder can be one of the hub; if so the hub is made ready."""
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is None:
+        return False
+    prepare_hub()
+    return True
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """A pipeline folder's model_index.json.
+
+    Raises:
+        UserError: if there is none, or it is damaged.
+    """
+    file = folder / "model_index.json"
+    if not file.is_file():
+        raise UserError(f"{folder} is not a pipeline folder: it has no model_index.json")
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    if not isinstance(index, dict):
+        raise UserError(f"{file} is no JSON object")
+    return index
+
+
+def public_name(model: str) -> str:
+    """A model's name for the file's settings: as given, but no folder names of the user's machine."""
+    path = Path(model)
+    return path.name if path.is_absolute() else model
 
 
 def timed(device: torch.device, work: Callable[[], T]) -> tuple[T, float]:

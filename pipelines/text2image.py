@@ -65,8 +65,8 @@ def draw(options: argparse.Namespace) -> None:
     """Draw, write and report what the command line asks for."""
     from pipelines.images import save_png
 
-    check_packages()
     check_model(options)
+    check_packages()
     device = cli.prepare_device(options)
     pipe = load_pipeline(options, device)
     arguments = call_arguments(pipe, options)
@@ -117,9 +117,9 @@ def check_model(options: argparse.Namespace) -> None:
         if model.suffix != ".safetensors" and not options.allow_pickle:
             raise cli.UserError(f"{model} is not a .safetensors file; --allow-pickle reads others")
     elif model.is_dir():
-        if not (model / "model_index.json").is_file():
-            raise cli.UserError(f"{model} is not a pipeline folder: it has no model_index.json")
-    elif not cli.looks_like_hub_id(options.model):
+        if cli.read_index(model).get("_class_name") == "SiTPipeline":
+            raise cli.UserError(f"{model} draws classes, not texts; try python -m pipelines.class2image")
+    elif not cli.is_hub_id(options.model):
         raise cli.UserError(f"there is no file or folder {options.model!r}, and it is no hub id (owner/name)")
 
 
@@ -300,7 +300,7 @@ def describe(pipe: Any, options: argparse.Namespace, picture: Image.Image) -> di
         "guidance_scale": getattr(pipe, "guidance_scale", options.guidance_scale),
         "method": options.method,
         "size": f"{picture.width}x{picture.height}",
-        "model": options.model,
+        "model": cli.public_name(options.model),
         "revision": options.revision,
         "model_hash": model_hash(options.model),
     }

@@ -1,0 +1,1 @@
+"""Programs that measure; each writes JSON and a table. Committed measurements are in results/."""
