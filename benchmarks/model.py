@@ -174,8 +174,8 @@ def table(result: dict[str, Any]) -> str:
         )
     lines.append("")
     lines.append(
-        f"`{settings['model']}`, {settings['size']} px, batch {settings['batch']}, {settings['dtype']}, random weights, "
-        f"one pass, median of {settings['rounds']} rounds; softmax {result['rows'][0]['seconds']:.1f} s; "
+        f"`{settings['model']}`, {settings['size']} px, batch {settings['batch']}, {settings['dtype']}, random weights,"
+        f" one pass, median of {settings['rounds']} rounds; softmax {result['rows'][0]['seconds']:.1f} s; "
         f"{machine_['device']}, {machine_['threads']} threads, torch {machine_['torch']}, {machine_['date']}."
     )
     return "\n".join(lines)

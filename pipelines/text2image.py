@@ -20,7 +20,7 @@ PROGRAM = "pipelines.text2image"
 UNCHANGED = "none"
 EXAMPLES = """
 examples:
-  python -m pipelines.text2image "a lighthouse" --model stable-diffusion-v1-5/stable-diffusion-v1-5 --height 1024
+  python -m pipelines.text2image "a lighthouse" --model stabilityai/stable-diffusion-xl-base-1.0 --dtype float16
   python -m pipelines.text2image "a fox" --model models/sdxl --compare --report
   python -m pipelines.text2image "a fox" --model model.safetensors --config models/sd15 --method plan.json
 """
@@ -53,6 +53,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.method == UNCHANGED and (options.compare or options.report):
         parser.error("--compare and --report need a --method other than none")
+    if (options.height is None) != (options.width is None):
+        parser.error("--height and --width go together: many pipelines ignore one alone")
     return options
 
 

@@ -90,13 +90,13 @@ def levels_of(schedule, latents, **kwargs):
 @pytest.mark.parametrize("distance", ["mae", "mse"])
 def test_levels_against_the_definition(distance):
     changes = torch.randn(40, 2, 3, 5, generator=torch.Generator().manual_seed(0))
-    latents = (changes * torch.linspace(1, 0.2, 40)[:, None, None, None]).cumsum(0)
-    schedule = ChangeSchedule(warmup=3, ratios=(0.9, 0.6), distance=distance)
+    latents = (changes * torch.linspace(1, 0.3, 40)[:, None, None, None]).cumsum(0)
+    schedule = ChangeSchedule(warmup=3, ratios=(0.7, 0.3), distance=distance)
     levels = []
     for x in latents:
         levels.append(schedule.level)
         schedule.observe(x)
-    assert levels == oracles.change_switch(latents, 3, (0.9, 0.6), distance)
+    assert levels == oracles.change_switch(latents, 3, (0.7, 0.3), distance)
     assert set(levels) == {0, 1, 2}
 
 

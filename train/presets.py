@@ -16,6 +16,7 @@ class TrainingConfig:
         image_size: side of the pictures, in pixels.
         classes: class names of the emoji data set, or () for all.
         augment: strength of the augmentation, 0 to 1.
+        balance: 0 draws every picture equally often, 1 every class, 0.5 is between (a class by the root of its size).
         patch_size: side of a token, in pixels.
         num_layers: blocks.
         num_attention_heads: heads.
@@ -48,6 +49,7 @@ class TrainingConfig:
     image_size: int = 32
     classes: tuple[str, ...] = ()
     augment: float = 0.5
+    balance: float = 0.0
     patch_size: int = 4
     num_layers: int = 8
     num_attention_heads: int = 5
@@ -90,6 +92,9 @@ class TrainingConfig:
         for name in ("batch_size", "steps", "keep", "sample_steps", "num_layers", "patch_size", "num_mediators"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("augment", "balance", "class_dropout_prob", "cooldown"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if self.image_size % self.patch_size:
             raise ValueError(f"patches of {self.patch_size} do not divide pictures of {self.image_size} pixels")
         side = self.image_size // self.patch_size

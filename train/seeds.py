@@ -15,16 +15,27 @@ def generator_for(*key: Any) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def sample_order(seed: int, num_samples: int, start: int, count: int) -> Tensor:
-    """Positions `start` to `start + count` of an endless stream of shuffled epochs: (count,) indices of samples.
+def sample_order(seed: int, weights: Tensor, start: int, count: int) -> Tensor:
+    """Positions `start` to `start + count` of an endless stream of epochs: (count,) indices of samples.
 
-    The stream is a function of the seed alone: it does not depend on batch size, number of processes or what was read
-    before.
+    The stream is a function of seed and weights alone: it does not depend on batch size, number of processes or what
+    was read before. Equal weights make every epoch a permutation; others draw with replacement.
+
+    Args:
+        seed: of the stream.
+        weights: (N,) how often each sample is wanted, relative to the others.
+        start: first position.
+        count: number of positions.
     """
-    pieces = []
+    pieces, num_samples, equal = [], len(weights), bool((weights == weights[0]).all())
     while count > 0:
         epoch, offset = divmod(start, num_samples)
-        order = torch.randperm(num_samples, generator=generator_for(seed, "order", epoch))[offset : offset + count]
+        generator = generator_for(seed, "order", epoch)
+        if equal:
+            order = torch.randperm(num_samples, generator=generator)
+        else:
+            order = torch.multinomial(weights, num_samples, replacement=True, generator=generator)
+        order = order[offset : offset + count]
         pieces.append(order)
         start, count = start + len(order), count - len(order)
     return torch.cat(pieces)

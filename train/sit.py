@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,7 +201,17 @@ def load(
     from train.checkpoint import load_checkpoint, load_optimizer
 
     tensors, state = load_checkpoint(path)
-    free = {"steps", "sample_every", "save_every", "keep", "sample_steps", "guidance_scale", "cooldown"}
+    free = {
+        "steps",
+        "sample_every",
+        "save_every",
+        "keep",
+        "sample_steps",
+        "guidance_scale",
+        "cooldown",
+        "balance",
+        "augment",
+    }
     for name, value in config.to_dict().items():
         before = state["config"].get(name)
         before = tuple(before) if isinstance(before, list) else before
@@ -265,6 +276,14 @@ class Run:
         reduced: Any = self.accelerator.reduce(loss.detach(), "mean")
         return reduced.item()
 
+    @cached_property
+    def weights(self) -> Tensor:
+        """(N,) how often each picture is drawn, by the size of its class."""
+        import torch
+
+        sizes = torch.bincount(self.data.labels, minlength=self.data.num_classes).double()
+        return sizes[self.data.labels] ** -self.config.balance
+
     def num_mediators(self, step: int) -> int | None:
         """The count of this step, the same on every process."""
         import torch
@@ -284,7 +303,7 @@ class Run:
         from train.seeds import generator_for, sample_order
 
         config, rank, world = self.config, self.accelerator.process_index, self.accelerator.num_processes
-        indices = sample_order(config.seed, len(self.data), step * config.batch_size, config.batch_size)
+        indices = sample_order(config.seed, self.weights, step * config.batch_size, config.batch_size)
         generator = generator_for(config.seed, "batch", step)
         labels = self.data.labels[indices]
         clean = augment(self.data.pixel_values[indices], labels, generator, self.data.classes, config.augment)

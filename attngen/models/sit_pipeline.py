@@ -24,7 +24,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from attngen.methods._checks import Grid
-from attngen.models.sit import SiTTransformer2DModel
+from attngen.models.sit import SiTTransformer2DModel, _token_grid
 from attngen.schedulers.interpolant import InterpolantScheduler
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -271,32 +271,21 @@ class SiTPipeline(DiffusionPipeline):
     def _latent_shape(
         self, batch_size: int, height: int | None, width: int | None, latents: Tensor | None
     ) -> tuple[int, int, int, int]:
-        """(B, C, h, w): of the given latents, the given size in pixels, or the trained size."""
+        """(B, C, h, w): the size in pixels asked for, else that of the given latents, else the trained size."""
         config = self.transformer.config
-        if latents is not None:
-            return self._shape_of(latents, batch_size, height, width)
-        trained = config["sample_size"]
-        rows, columns = (trained, trained) if isinstance(trained, int) else trained
+        if latents is None:
+            trained = config["sample_size"]
+            rows, columns = (trained, trained) if isinstance(trained, int) else trained
+        elif latents.ndim == 4:
+            rows, columns = latents.shape[2:]
+        else:
+            raise ValueError(f"latents must have 4 axes (B, C, h, w), got shape {tuple(latents.shape)}")
         rows = rows if height is None else height // self.vae_scale_factor
         columns = columns if width is None else width // self.vae_scale_factor
-        return batch_size, config["in_channels"], rows, columns
-
-    def _shape_of(
-        self, latents: Tensor, batch_size: int, height: int | None, width: int | None
-    ) -> tuple[int, int, int, int]:
-        channels, patch_size = self.transformer.config["in_channels"], self.transformer.config["patch_size"]
-        shape = tuple(latents.shape)
-        rows, columns = shape[2:] if len(shape) == 4 else (0, 0)
-        expected = (
-            batch_size,
-            channels,
-            rows if height is None else height // self.vae_scale_factor,
-            columns if width is None else width // self.vae_scale_factor,
-        )
-        if shape != expected or min(rows, columns) < patch_size or rows % patch_size or columns % patch_size:
-            wanted = tuple(size or f"a multiple of {patch_size}" for size in expected)
-            raise ValueError(f"latents must have shape {wanted}, got {shape}")
-        return expected
+        shape = batch_size, config["in_channels"], rows, columns
+        if latents is not None and latents.shape != shape:
+            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
+        return shape
 
     def _set_timesteps(self, num_inference_steps: int, device: torch.device) -> list[_Call]:
         """Lay out the scheduler's timesteps and translate them to SiT's clock."""
@@ -454,13 +443,13 @@ class SiTPipeline(DiffusionPipeline):
         numbers = self.get_label_ids(class_labels)
         _check_generator(generator, len(numbers))
         shape = self._latent_shape(len(numbers), height, width, latents)
-        patch_size = self.transformer.config["patch_size"]
+        grid = _token_grid(shape[2], shape[3], self.transformer.config["patch_size"])
 
         self._guidance_scale, self._guidance_interval = guidance_scale, guidance_interval
         self._interrupt = False
         device = self._execution_device
         calls = self._set_timesteps(num_inference_steps, device)
-        mediators = self._mediators_by_call(num_mediators, calls, (shape[2] // patch_size, shape[3] // patch_size))
+        mediators = self._mediators_by_call(num_mediators, calls, grid)
         labels = torch.tensor(numbers, device=device)
         sample = self.prepare_latents(shape, device, generator, latents)
         noise_source: dict[str, Any] = {"generator": generator} if _takes(self.scheduler.step, "generator") else {}

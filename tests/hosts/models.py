@@ -176,7 +176,8 @@ class Host:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def build(self) -> nn.Module:
-        return randomised(self.make())
+        with torch.random.fork_rng():
+            return randomised(self.make())
 
     def __call__(self, model, size=(16, 16), time=0.4, batch=2, **kwargs) -> Tensor:
         latents = normal(batch, 4, *size, seed=4)
