@@ -10,7 +10,7 @@ from attngen import functional
 from attngen.hosts.hooks import AttnGenWarning
 from attngen.hosts.registry import register
 from attngen.methods import AgentAttention, DownsampledKV, LinearAttention, SoftmaxAttention, TokenMerging
-from attngen.models import SiTTransformer2DModel
+from attngen.models import SiTPipeline, SiTTransformer2DModel
 from attngen.patch import AttentionPatch, apply, remove
 from attngen.plan import Plan, Stage
 from attngen.presets import METHODS
@@ -36,6 +36,7 @@ __all__ = [
     "Report",
     "Schedule",
     "SchedulerMixin",
+    "SiTPipeline",
     "SiTTransformer2DModel",
     "SoftmaxAttention",
     "Stage",

@@ -131,12 +131,12 @@ PRESETS: Mapping[str, TrainingConfig] = {
         save_every=10,
         sample_steps=4,
     ),
-    # For one GPU: 64 x 64 pixels, all classes, 256 tokens, about 12 million weights.
+    # For one GPU: 64 x 64 pixels, all classes, 256 tokens, 12 million weights.
     "emoji-64": TrainingConfig(
         image_size=64,
         num_layers=12,
-        num_attention_heads=6,
-        attention_head_dim=48,
+        num_attention_heads=7,
+        attention_head_dim=32,
         num_mediators=64,
         mediator_counts=(4, 16, 64),
         batch_size=256,

@@ -67,7 +67,7 @@ def sample_grid(
     sheet = grid(
         rows,
         row_labels=list(id2label.values()),
-        groups=[(f"{count} mediators", PICTURES_PER_GROUP) for count in counts],
+        groups=[(f"{count} mediator{'s' if count > 1 else ''}", PICTURES_PER_GROUP) for count in counts],
         scale=max(1, SHOWN_SIZE // config.image_size),
     )
     settings = {"prompt": ", ".join(id2label.values()), "training_step": step, "sampler": "ode heun"}

@@ -1,5 +1,6 @@
 """Models as diffusers classes."""
 
 from attngen.models.sit import SiTTransformer2DModel
+from attngen.models.sit_pipeline import SiTPipeline
 
-__all__ = ["SiTTransformer2DModel"]
+__all__ = ["SiTPipeline", "SiTTransformer2DModel"]

@@ -522,6 +522,11 @@ def test_mediators_of_each_call(pipe, calls):
     assert counts(lambda t: 16 if t < 0.5 else None) == [None, None, None, 16, 16]
 
 
+def test_a_schedule_starts_at_its_time_to_the_digit(pipe, calls):
+    latents_of(pipe, num_mediators=Schedule((1.0, 0.3), (1, 4)), num_inference_steps=10)
+    assert [call["num_mediators"] for call in calls] == [1] * 7 + [4] * 3
+
+
 class Recorder:
     """A change-driven schedule whose level is the number of latents it was shown."""
 
@@ -640,7 +645,7 @@ def test_attention_caches_of_diffusers_work(pipe):
     pipe.transformer.enable_cache(
         diffusers.PyramidAttentionBroadcastConfig(
             spatial_attention_block_skip_range=2,
-            spatial_attention_timestep_skip_range=(100, 900),
+            spatial_attention_timestep_skip_range=(100, 1001),
             spatial_attention_block_identifiers=("transformer_blocks",),
             current_timestep_callback=lambda: pipe.current_timestep,
         )
@@ -648,7 +653,15 @@ def test_attention_caches_of_diffusers_work(pipe):
     cached = latents_of(pipe, num_inference_steps=12, guidance_scale=2.0)
     assert 6 <= len(evaluated) <= 9
     torch.testing.assert_close(cached, expected, atol=0.1, rtol=0.1)
-    assert torch.equal(latents_of(pipe, num_inference_steps=12, guidance_scale=2.0), cached)
+
+    def fail(pipe, index, timestep, kwargs):
+        if index == 4:
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        latents_of(pipe, labels=(3, 4), num_inference_steps=12, guidance_scale=2.0, callback_on_step_end=fail)
+    again = latents_of(pipe, num_inference_steps=12, guidance_scale=2.0)
+    assert torch.equal(again, cached), "a failed run leaves nothing in the cache"
     pipe.transformer.disable_cache()
     assert torch.equal(latents_of(pipe, num_inference_steps=12, guidance_scale=2.0), expected)
 

@@ -1,0 +1,184 @@
+"""torch.compile on patched models, without a graph break; and gradient checkpointing."""
+
+import copy
+import functools
+
+import pytest
+import torch
+
+import attngen
+from attngen import AgentAttention, DownsampledKV, LinearAttention, Plan, Stage, TokenMerging
+from tests.hosts.models import ACTIVE, HOSTS, fresh, snapshot
+
+pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning")
+AGENTS = AgentAttention(num_agents=4)
+PLAN = Plan((Stage(1.0, {"*": AGENTS}), Stage(0.6, {"*": DownsampledKV(2)}), Stage(0.3, {"*": TokenMerging(0.5)})))
+TIMES = (0.9, 0.5, 0.1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+class Counter:
+    """A backend that runs graphs as they are and counts them."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+def whole(model, backend):
+    return torch.compile(model, backend=backend, fullgraph=True)
+
+
+def in_place(model, backend):
+    model.compile(backend=backend, fullgraph=True)
+    return model
+
+
+def by_block(model, backend):
+    model.compile_repeated_blocks(backend=backend, fullgraph=True)
+    return model
+
+
+def close(got, want, tolerance=1e-5):
+    assert (got - want).abs().max() <= tolerance * max(1.0, want.abs().max())
+
+
+@pytest.mark.parametrize("compiled", [whole, in_place, by_block])
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux", "sit"])
+def test_stages_and_sizes_in_one_graph_each(name, compiled):
+    if compiled is by_block and name == "sd3":
+        pytest.skip("diffusers names no repeated blocks for it")
+    host, model = HOSTS[name], fresh(name)
+    eager = fresh(name)
+    attngen.apply(eager, PLAN)
+    attngen.apply(model, PLAN)
+    backend = Counter()
+    run = compiled(model, backend)
+    with torch.no_grad():
+        for size in ((16, 16), (8, 24)):
+            for time in TIMES:
+                close(host(run, size, time), host(eager, size, time))
+        if compiled is whole:
+            assert backend.graphs <= 2 * len(TIMES)  # one a stage, and once more when the size changes
+        seen = backend.graphs
+        for time in (0.95, 0.45, 0.05):  # other times of the same stages
+            close(host(run, (8, 24), time), host(eager, (8, 24), time))
+        assert backend.graphs == seen
+
+
+@pytest.mark.parametrize("method", [*ACTIVE.values(), "agentsd", "softmax"], ids=[*ACTIVE, "agentsd", "softmax"])
+def test_every_method_in_full_graphs(method):
+    host, model, eager = HOSTS["sd15"], fresh("sd15"), fresh("sd15")
+    attngen.apply(eager, method)
+    attngen.apply(model, method)
+    run = whole(model, "eager")
+    with torch.no_grad():
+        for time in (0.9, 0.2):
+            close(host(run, time=time), host(eager, time=time))
+
+
+@pytest.mark.parametrize("name", ["sd21", "sdxl", "controlnet", "dit", "pixart", "sd3-norm", "sd35"])
+def test_every_model_in_full_graphs(name):
+    host, model, eager = HOSTS[name], fresh(name), fresh(name)
+    attngen.apply(eager, PLAN)
+    attngen.apply(model, PLAN)
+    run = whole(model, "eager")
+    with torch.no_grad():
+        for time in TIMES:
+            close(host(run, time=time), host(eager, time=time))
+
+
+@pytest.mark.parametrize("compiled", [whole, in_place])
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_patching_a_compiled_model_and_taking_it_back(name, compiled):
+    host, model, eager = HOSTS[name], fresh(name), fresh(name)
+    clean = snapshot(model) if compiled is whole else None
+    run = compiled(model, "eager")
+    with torch.no_grad():
+        exact = host(run)
+        close(exact, host(eager))
+        for method in (AGENTS, AgentAttention(num_agents=9), TokenMerging(0.5), "softmax", AGENTS):
+            handle = attngen.apply(run, method)
+            attngen.apply(eager, method)
+            close(host(run), host(eager))
+        handle.remove()
+        assert torch.equal(host(run), exact)
+        attngen.apply(run, AGENTS)
+        close(host(run), host(eager))
+        attngen.remove(run)
+        assert torch.equal(host(run), exact)
+    if clean is not None:
+        assert snapshot(model) == clean
+
+
+def test_inductor():
+    host, model, eager = HOSTS["sit"], fresh("sit"), fresh("sit")
+    plan = Plan(PLAN.stages[:2])
+    attngen.apply(eager, plan)
+    attngen.apply(model, plan)
+    run = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        for time in TIMES[:2]:
+            close(host(run, time=time), host(eager, time=time), 1e-4)
+
+
+# Gradients
+
+
+def gradients(model, run):
+    model.zero_grad()
+    run().backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "dit", "pixart", "sd3", "sd35", "flux", "sit"])
+def test_checkpointing_recomputes_each_call_as_it_was(name):
+    """Two calls with other grids of as many tokens, in other stages, before one backward."""
+    host, model = HOSTS[name], fresh(name)
+    sizes = [(16, 16)] * 2 if host.square else [(8, 32), (32, 8)]
+    attngen.apply(model, Plan(PLAN.stages[:2] + (Stage(0.3, {"*": TokenMerging(0.5, random=True)}),)))
+    model.train()
+
+    def run():
+        outputs = [host(model, size, time, batch=1) for size, time in zip(sizes * 2, (0.9, 0.4, 0.2, 0.05), strict=True)]
+        return sum(i * out.square().mean() for i, out in enumerate(outputs, 1))
+
+    plain = gradients(model, run)
+    model.enable_gradient_checkpointing()
+    again = gradients(model, run)
+    assert plain.keys() == again.keys() and len(plain) > 10
+    for weight, gradient in plain.items():
+        torch.testing.assert_close(again[weight], gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [m for n, m in ACTIVE.items() if n != "linear-identity"], ids=repr)
+def test_gradients_reach_every_projection(method):
+    host, model = HOSTS["pixart"], fresh("pixart")
+    attngen.apply(model, method)
+    grads = gradients(model, functools.partial(lambda: host(model).square().mean()))
+    for name, gradient in grads.items():
+        assert torch.isfinite(gradient).all()
+        if "attn1.to_" in name and name.endswith("weight"):
+            assert gradient.abs().max() > 0, name
+
+
+def test_a_compiled_copy_is_independent():
+    host, model = HOSTS["sit"], fresh("sit")
+    attngen.apply(model, AGENTS)
+    other = copy.deepcopy(model)
+    attngen.apply(other, LinearAttention("elu"))
+    with torch.no_grad():
+        first, second = whole(model, "eager"), whole(other, "eager")
+        a, b = host(first), host(second)
+        close(a, host(model))
+        close(b, host(other))
+        assert not torch.allclose(a, b)
