@@ -72,7 +72,7 @@ class TrainingConfig:
     batch_size: int = 64
     steps: int = 5000
     seed: int = 0
-    sample_every: int = 500
+    sample_every: int = 1000
     save_every: int = 500
     keep: int = 2
     sample_steps: int = 50

@@ -20,12 +20,15 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from attngen.methods._checks import Grid
 from attngen.models.sit import SiTTransformer2DModel, _token_grid
 from attngen.schedulers.interpolant import InterpolantScheduler
+
+logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Channels of a picture that PIL can hold: grey, RGB, RGBA.
@@ -94,7 +97,9 @@ class SiTPipeline(DiffusionPipeline):
     def vae_scale_factor(self) -> int:
         """Pixels a side of a latent pixel; 1 without a VAE."""
         vae = getattr(self, "vae", None)
-        return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        if vae is None:
+            return 1
+        return getattr(vae, "spatial_compression_ratio", None) or 2 ** (len(vae.config.block_out_channels) - 1)
 
     @property
     def guidance_scale(self) -> float:
@@ -139,9 +144,8 @@ class SiTPipeline(DiffusionPipeline):
         return found
 
     def _label_id(self, label: Any) -> int:
-        if isinstance(label, str):
-            return self._number_of(label)
-        number, count = _whole_number("class_labels", label), self.transformer.config["num_classes"]
+        number = self._number_of(label) if isinstance(label, str) else _whole_number("class_labels", label)
+        count = self.transformer.config["num_classes"]
         if not 0 <= number < count:
             raise ValueError(f"class label {number} is out of range; the model's {count} classes are 0 to {count - 1}")
         return number
@@ -193,9 +197,12 @@ class SiTPipeline(DiffusionPipeline):
         available = self.transformer.config["in_channels"]
         if channels is not None and not 1 <= _whole_number("guidance_channels", channels) <= available:
             raise ValueError(f"guidance_channels must be 1 to {available}, or None for all, got {channels}")
+        if scale > 1 and self.transformer.config["class_dropout_prob"] == 0:
+            logger.warning("guidance needs a null class, and the model was trained without one (class_dropout_prob=0)")
         if interval is None:
             return
-        if len(interval) != 2 or not all(_is_number(t) for t in interval) or not 0 <= interval[0] <= interval[1] <= 1:
+        pair = isinstance(interval, (tuple, list)) and len(interval) == 2 and all(_is_number(t) for t in interval)
+        if not pair or not 0 <= interval[0] <= interval[1] <= 1:
             raise ValueError(f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {interval!r}")
 
     def _check_size(self, name: str, size: int | None) -> None:

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FlowMatchH
 from PIL import Image
 
 import attngen
+from attngen.models import sit_pipeline
 from attngen.models.sit import SiTTransformer2DModel
 from attngen.models.sit_pipeline import SiTPipeline
 from attngen.schedule import ChangeSchedule, Schedule
@@ -144,6 +145,16 @@ def test_guidance_interval_is_in_the_models_time(pipe, calls):
     assert batches == {t / 10: 4 if 2 <= t <= 6 else 2 for t in range(10)}
 
 
+def test_guidance_without_a_null_class_is_warned_of(monkeypatch):
+    said = []
+    monkeypatch.setattr(sit_pipeline.logger, "warning", said.append)
+    pipe = make_pipe(class_dropout_prob=0.0)
+    latents_of(pipe)
+    assert not said
+    latents_of(pipe, guidance_scale=2.0)
+    assert len(said) == 1 and "trained without one (class_dropout_prob=0)" in said[0]
+
+
 def test_a_full_interval_changes_nothing(pipe):
     always = latents_of(pipe, guidance_scale=2.0, guidance_interval=(0, 1))
     assert torch.equal(always, latents_of(pipe, guidance_scale=2.0))
@@ -198,6 +209,11 @@ def test_a_name_needs_names():
         make_pipe(id2label=None)("cat")
 
 
+def test_a_name_of_a_class_that_the_model_lacks():
+    with pytest.raises(ValueError, match="class label 7 is out of range"):
+        make_pipe(id2label={7: "cat"})("cat")
+
+
 def test_many_names_are_not_all_printed():
     names = {number: f"thing {number}" for number in range(1000)}
     pipe = make_pipe(num_classes=1000, id2label=names)
@@ -222,6 +238,7 @@ def test_many_names_are_not_all_printed():
         ({"guidance_channels": 4}, "guidance_channels must be 1 to 3, or None for all, got 4"),
         ({"guidance_interval": (0.7, 0.2)}, "guidance_interval must be .low, high. with 0 <= low <= high <= 1"),
         ({"guidance_interval": (0.0, math.nan)}, "guidance_interval must be"),
+        ({"guidance_interval": 0.5}, "guidance_interval must be"),
         ({"height": 15}, "height must be a positive multiple of 2 for this model, got 15; try 14 or 16"),
         ({"height": 0}, "height must be a positive multiple of 2 for this model, got 0; try 2"),
         ({"width": -64}, "width must be a positive multiple of 2"),
