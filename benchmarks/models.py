@@ -33,8 +33,9 @@ def _sd15() -> nn.Module:
 def _sd21() -> nn.Module:
     from diffusers import UNet2DConditionModel
 
+    heads: Any = (5, 10, 20, 20)  # diffusers' annotation forgets that there are four
     return UNet2DConditionModel(
-        sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
+        sample_size=96, cross_attention_dim=1024, attention_head_dim=heads, use_linear_projection=True
     )
 
 

@@ -459,7 +459,9 @@ def vae():
     return AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(2, 2), lambda: "unet", lambda: None, dict, text_encoder, vae, object])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(2, 2), lambda: "unet", lambda: None, dict, text_encoder, vae, object]
+)
 @pytest.mark.parametrize("function", [lambda target: attngen.apply(target, "agent"), attngen.remove])
 def test_wrong_targets(make, function):
     target = make()
@@ -585,7 +587,9 @@ def test_stages_by_time(host, model, time, stage):
         assert torch.equal(got, host(model, time=time))
 
 
-@pytest.mark.parametrize("make", [int, float, torch.tensor, lambda t: torch.tensor([t]), lambda t: torch.tensor([t, t])])
+@pytest.mark.parametrize(
+    "make", [int, float, torch.tensor, lambda t: torch.tensor([t]), lambda t: torch.tensor([t, t])]
+)
 @pytest.mark.parametrize("by_position", [True, False])
 def test_time_and_latents_in_any_form(make, by_position):
     model, latents, text = fresh("sd15"), normal(2, 4, 8, 24), normal(2, 5, TEXT)

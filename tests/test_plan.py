@@ -94,9 +94,7 @@ def test_a_file_may_leave_out_what_has_a_default():
 def test_equality_and_hash():
     same = Plan((Stage(1, dict(WRITTEN.stages[0].layers)), WRITTEN.stages[1]), min_tokens=1024)
     assert same == WRITTEN and len({same, WRITTEN}) == 1
-    swapped = Plan(
-        (Stage(1.0, dict(reversed(WRITTEN.stages[0].layers.items()))), WRITTEN.stages[1]), min_tokens=1024
-    )
+    swapped = Plan((Stage(1.0, dict(reversed(WRITTEN.stages[0].layers.items()))), WRITTEN.stages[1]), min_tokens=1024)
     assert swapped != WRITTEN  # the order decides
     assert dataclasses.replace(WRITTEN, min_tokens=1) != WRITTEN
     assert dataclasses.replace(WRITTEN, max_levels=1) != WRITTEN
@@ -185,7 +183,9 @@ def test_bad_files_name_themselves_and_the_value(data, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"plan", b"\xff\xfe\x00", b"[" * 100_000, b'{"format": "attngen-plan", "version": 1'], ids=repr
+    "content",
+    [b"", b"{", b"plan", b"\xff\xfe\x00", b"[" * 100_000, b'{"format": "attngen-plan", "version": 1'],
+    ids=repr,
 )
 def test_files_that_are_not_json_name_themselves(content, tmp_path):
     path = tmp_path / "plan.json"

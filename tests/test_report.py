@@ -46,7 +46,9 @@ def test_rows(name):
         assert layer.model == "" and layer.heads == attn.heads and layer.head_dim == attn.inner_dim // attn.heads
         assert layer.tokens == layer.grid[0] * layer.grid[1]
         assert [(s.start, s.method, s.agents) for s in layer.stages if s.why_exact is None] == [
-            entry for entry in ((1.0, "agent", 4), (0.25, "downsampled-kv", None)) if layer.tokens > 8 or entry[2] is None
+            entry
+            for entry in ((1.0, "agent", 4), (0.25, "downsampled-kv", None))
+            if layer.tokens > 8 or entry[2] is None
         ]
     for layer in report.layers:
         if layer.left_alone:

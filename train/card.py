@@ -17,7 +17,7 @@ from train.checkpoint import write_file, write_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.card", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m train.card", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="folder that train.sit wrote")
     parser.add_argument("--pipeline", type=Path, required=True, help="folder of the pipeline; the card goes into it")
     parser.add_argument("--commands", nargs="+", required=True, help="the commands that made the run, in order")
@@ -61,7 +61,7 @@ def copying_facts(pipeline: Path, run: Path, pictures: int) -> dict[str, Any]:
     from train.emoji import EmojiDataset, to_float
 
     config = json.loads((run / "config.json").read_text())
-    pipe = SiTPipeline.from_pretrained(pipeline)
+    pipe: Any = SiTPipeline.from_pretrained(pipeline)
     pipe.set_progress_bar_config(disable=True)
     weights: torch.nn.Module = pipe.transformer
     weights.float()

@@ -202,7 +202,7 @@ HOSTS = {
     "sdxl": Host(functools.partial(_unet, **_SDXL), _call_sdxl),
     "controlnet": Host(lambda: diffusers.ControlNetModel(**_CONTROLNET), _call_controlnet),
     "dit": Host(
-        lambda: diffusers.DiTTransformer2DModel(**_TRANSFORMER, norm_num_groups=4, num_embeds_ada_norm=10),
+        lambda: diffusers.DiTTransformer2DModel(**_TRANSFORMER, norm_num_groups=4, num_embeds_ada_norm=1000),
         _call_dit,
         patch=2,
         square=True,
@@ -275,6 +275,34 @@ def _original(name: str) -> nn.Module:
 def fresh(name: str) -> nn.Module:
     """A new copy of a host's model; all copies have the same weights."""
     return copy.deepcopy(_original(name))
+
+
+SLIM = {
+    "sd15": {
+        "block_out_channels": (16,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+        "mid_block_type": None,
+    },
+    "dit": {"num_layers": 1},
+    "pixart": {"num_layers": 1},
+    "sd3": {"num_layers": 1},
+    "sd35": {"num_layers": 1},
+    "flux": {},
+    "sit": {"num_layers": 1},
+}
+
+
+@functools.cache
+def _original_slim(name: str) -> nn.Module:
+    full = _original(name)
+    with torch.random.fork_rng():
+        return randomised(type(full).from_config({**full.config, **SLIM[name]}))
+
+
+def slim(name: str) -> nn.Module:
+    """A copy of the model with as few layers as it can have, for tests that compile it."""
+    return copy.deepcopy(_original_slim(name))
 
 
 def self_attention(model: nn.Module) -> dict[str, Any]:

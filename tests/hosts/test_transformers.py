@@ -123,7 +123,9 @@ def test_flux_layers_by_definition(grid, method):
 
 
 @pytest.mark.parametrize("name", ["sd3", "sd35", "flux"])
-@pytest.mark.parametrize("method", [AgentAttention(4), DownsampledKV(2), TokenMerging(0.5), LinearAttention("elu")], ids=repr)
+@pytest.mark.parametrize(
+    "method", [AgentAttention(4), DownsampledKV(2), TokenMerging(0.5), LinearAttention("elu")], ids=repr
+)
 def test_text_queries_stay_exact(name, method):
     """The text's output of the first layer is that of the unpatched layer: all its keys, whatever the method reads."""
     if name == "flux" and isinstance(method, LinearAttention):

@@ -28,7 +28,9 @@ def _no_gradients():
 def layers_at(model, host, tokens):
     """Two of the patched layers with this many tokens, at 16 x 16 latents."""
     handle = attngen.apply(model, "softmax")
-    names = [layer.name for layer in handle.report((16 // host.patch, 16 // host.patch)).patched if layer.tokens == tokens]
+    names = [
+        layer.name for layer in handle.report((16 // host.patch, 16 // host.patch)).patched if layer.tokens == tokens
+    ]
     handle.remove()
     return names[:: max(1, len(names) - 1)][:2]
 
