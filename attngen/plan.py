@@ -79,6 +79,8 @@ class Plan:
     max_levels: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.stages, (tuple, list)):
+            raise ValueError(f"stages must be a tuple of Stage objects, got {self.stages!r}")
         object.__setattr__(self, "stages", tuple(self.stages))
         if not all(isinstance(stage, Stage) for stage in self.stages):
             raise ValueError(f"stages must be Stage objects, got {self.stages!r}")
@@ -123,7 +125,7 @@ class Plan:
         """
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             raise ValueError(f'this is not a plan: it has no "format": "{FORMAT}"')
-        if data.get("version") != VERSION:
+        if data.get("version") != VERSION or isinstance(data["version"], bool):
             raise ValueError(f"plan version {data.get('version')!r} is not supported; this attngen reads {VERSION}")
         unknown = set(data) - {"format", "version", "stages", "min_tokens", "max_levels"}
         if unknown:

@@ -102,10 +102,12 @@ class Report:
         header = ("layer", "grid", "tokens", *(f"from {start:g}" for start in self.starts), "GFLOP", "of exact")
         rows = [self._row(layer) for layer in self.patched]
         lines = _table(header, rows)
-        ratios = ", ".join(
-            f"{flops / self.flops_exact:.1%} from {s:g}" for s, flops in zip(self.starts, self.flops, strict=True)
-        )
-        lines.append(f"attention layers: {self.flops_exact / 1e9:.2f} GFLOP exact; now {ratios}")
+        if self.flops_exact:
+            shares = zip(self.starts, self.flops, strict=True)
+            now = ", ".join(f"{flops / self.flops_exact:.1%} from {start:g}" for start, flops in shares)
+            lines.append(f"attention layers: {self.flops_exact / 1e9:.2f} GFLOP exact; now {now}")
+        else:
+            lines = ["no layer is patched"]
         return "\n".join([*lines, *self._left_alone()])
 
     def _row(self, layer: LayerReport) -> tuple[str, ...]:

@@ -70,6 +70,10 @@ class Schedule(Generic[T]):
         return self.values[stage_at(self.starts, time)]
 
 
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
 class ChangeSchedule:
     """Move to the next level when the latents change less than they did at first (section 3.3 of arXiv 2408.05710).
 
@@ -100,8 +104,8 @@ class ChangeSchedule:
     ) -> None:
         if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 1:
             raise ValueError(f"warmup must be a whole number >= 1, got {warmup!r}")
-        if not ratios or any(not math.isfinite(ratio) or ratio <= 0 for ratio in ratios):
-            raise ValueError(f"ratios must be positive numbers, got {tuple(ratios)}")
+        if not isinstance(ratios, (tuple, list)) or not ratios or not all(map(_is_positive, ratios)):
+            raise ValueError(f"ratios must be positive numbers, one a level to leave, got {ratios!r}")
         if distance not in ("mae", "mse"):
             raise ValueError(f"unknown distance {distance!r}; known: mae, mse")
         if values is not None and len(values) != len(ratios) + 1:
@@ -142,23 +146,30 @@ class ChangeSchedule:
         """The value of the current level; the level itself where no values were given."""
         return self.level if self.values is None else self.values[self.level]
 
+    def at(self, time: float) -> int:
+        """The level at `time` (1 is noise); where time has run back towards noise a new picture begins."""
+        if self._time is not None and time > self._time:
+            self.reset()
+        self._time = float(time)
+        return self.level
+
     def observe(self, latents: Tensor, time: float | None = None) -> int:
         """Take the latents after a step; returns the level for the next step.
 
         Args:
             latents: any shape; another shape than before begins a new picture.
-            time: of the step, 1 is noise; if it runs back towards noise a new picture begins.
+            time: of the step, as for `at`.
         """
         if time is not None:
-            if self._time is not None and time > self._time:
-                self.reset()
-            self._time = float(time)
+            self.at(time)
         previous, self._previous = self._previous, latents.detach().clone()
         if previous is None:
             return self.level
         if previous.shape != latents.shape:
+            clock = self._time, self._step_index
             self.reset()
             self._previous = latents.detach().clone()
+            self._time, self._step_index = clock
             return self.level
         difference = self._previous.float() - previous.to(latents.device).float()
         distance = (difference.abs() if self.distance == "mae" else difference.square()).mean().item()

@@ -1,4 +1,4 @@
-"""`apply` and its handle: what is refused, what is undone, and that nothing else happens. Numbers are in `tests/hosts`."""
+"""`apply` and its handle: what is refused, what is undone, what is said. The numbers are in `tests/hosts`."""
 
 import copy
 import gc

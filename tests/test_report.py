@@ -202,21 +202,22 @@ def test_every_layer_that_is_reported_active_is():
     """Against the layers' outputs on the same input."""
     for name in ("sd15", "sd35", "flux", "pixart"):
         host, model = HOSTS[name], fresh(name)
-        inputs = {}
-        for layer, attn in self_attention(model).items():
-            attn.register_forward_hook(
-                lambda m, args, kwargs, out, layer=layer: inputs.__setitem__(layer, (args, kwargs, out)),
-                with_kwargs=True,
-            )
+        calls = {}
+
+        def note(attn, args, kwargs, out, calls=calls):
+            calls[attn] = (args, kwargs, out)
+
+        for attn in self_attention(model).values():
+            attn.register_forward_hook(note, with_kwargs=True)
         plan = Plan.of(AgentAttention(num_agents=8), min_tokens=20)
         handle = attngen.apply(model, plan)
         host(model)
-        report = handle.report()
-        calls = dict(inputs)
+        report, seen = handle.report(), dict(calls)
         handle.remove()
         for layer in report.patched:
-            args, kwargs, out = calls[layer.name]
-            exact = model.get_submodule(layer.name)(*args, **{k: v for k, v in kwargs.items() if k != "attngen"})
+            attn = model.get_submodule(layer.name)
+            args, kwargs, out = seen[attn]
+            exact = attn(*args, **{k: v for k, v in kwargs.items() if k != "attngen"})
             first, stock = (x[0] if isinstance(x, tuple) else x for x in (out, exact))
             assert torch.equal(first, stock) == (not layer.is_active), layer.name
 

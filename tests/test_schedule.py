@@ -173,8 +173,16 @@ class TestCallback:
         assert self.run(ChangeSchedule(warmup=1, ratios=(0.8,)), steps(1, 0.1, 0.1)) == [0, 0, 0, 1]
 
     def test_a_second_run_is_like_the_first(self):
+        """From its first callback on; before it, a patch or a pipeline that sees the time asks `at`."""
         schedule, latents = ChangeSchedule(warmup=1, ratios=(0.8,)), steps(1, 0.1, 0.1)
-        assert self.run(schedule, latents) == self.run(schedule, latents)
+        assert self.run(schedule, latents)[1:] == self.run(schedule, latents)[1:]
+
+    def test_time_that_runs_back_begins_a_new_picture(self):
+        schedule = ChangeSchedule(warmup=1, ratios=(0.8,))
+        for time, latents in zip((1.0, 0.8, 0.6, 0.4), steps(1, 0.1, 0.1), strict=True):
+            schedule.at(time)
+            schedule.observe(latents)
+        assert schedule.level == 1 and schedule.at(0.2) == 1 and schedule.at(1.0) == 0
 
     def test_a_run_after_a_stopped_one_is_like_the_first(self):
         schedule, latents = ChangeSchedule(warmup=1, ratios=(0.8,)), steps(1, 0.1, 0.1)

@@ -43,15 +43,21 @@ class Family:
 
 
 def _discrete(timestep: float) -> float:
-    return min(1.0, max(0.0, timestep / 1000))
+    return _clamped(timestep / 1000)
 
 
 def _continuous(timestep: float) -> float:
-    return min(1.0, max(0.0, timestep))
+    return _clamped(timestep)
 
 
 def _data_at_one(timestep: float) -> float:
-    return min(1.0, max(0.0, 1.0 - timestep))
+    return _clamped(1.0 - timestep)
+
+
+def _clamped(time: float) -> float:
+    if math.isnan(time):
+        raise ValueError("the time step is NaN")
+    return min(1.0, max(0.0, time))
 
 
 def _latents(model: nn.Module, arguments: dict[str, Any]) -> Grid:

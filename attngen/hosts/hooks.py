@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -34,6 +34,20 @@ class AttnGenWarning(UserWarning):
     """Something attngen did not do that was probably expected."""
 
 
+class CallSize(NamedTuple):
+    """Sizes of one denoiser call.
+
+    Attributes:
+        grid: (height, width) of the latents of a UNet, of the tokens of a transformer.
+        text: text tokens in joint attention, else 0.
+        tokens: image tokens; more than the grid holds where a model is given pictures to refer to.
+    """
+
+    grid: Grid
+    text: int
+    tokens: int
+
+
 class Hook:
     """Base of all hooks of a patch, by which `remove_hooks` knows them."""
 
@@ -48,8 +62,8 @@ class RootHook(Hook):
         random: for each stage, whether a method of it wants draws.
         seed: of the draws.
         switch: chooses the stage instead of the time, or None.
-        first_layer: name of a patched layer, looked at to notice that another tool replaced our processors.
-        review: called once for every new size with (model, grid, text tokens); returns a warning or None.
+        layers: names of the patched layers, looked at to notice that another tool replaced our processors.
+        review: called once for every new size with (model, `CallSize`); returns a warning or None.
     """
 
     def __init__(
@@ -60,21 +74,21 @@ class RootHook(Hook):
         random: Sequence[bool],
         seed: int,
         switch: ChangeSchedule | None,
-        first_layer: str,
-        review: Callable[[nn.Module, Grid, int], str | None],
+        layers: Sequence[str],
+        review: Callable[[nn.Module, CallSize], str | None],
     ) -> None:
         family = family_of(model)
         assert family is not None
         self.patch_id, self.starts, self.random = patch_id, tuple(starts), tuple(random)
-        self.seed, self.switch, self.first_layer, self.review = seed, switch, first_layer, review
+        self.seed, self.switch, self.layers, self.review = seed, switch, tuple(layers), review
         self.sample, self.time, self.channel = (
             slot(model.forward, name) for name in (family.sample, family.time, family.channel)
         )
         extra = [name for name in ("img_ids", family.text) if name is not None]
         parameters = inspect.signature(model.forward).parameters
         self.extra = {name: slot(model.forward, name) for name in extra if name in parameters}
-        self.last_seen: tuple[Grid, int] | None = None  # for reports only; no computation reads it
-        self._reviewed: set[tuple[Grid, int]] = set()
+        self.last_seen: CallSize | None = None  # for reports only; no computation reads it
+        self._reviewed: set[CallSize] = set()
         self._told_about: str | None = None
 
     @torch.compiler.disable
@@ -89,6 +103,8 @@ class RootHook(Hook):
         text = extra.get(family.text) if family.text else None
         text_tokens = 0 if text is None else int(text.shape[1])
         times = self._times(family, args, kwargs)
+        if times is None:
+            return args, kwargs  # the same for the time step
         stage = self._stage(times)
         info = StepInfo(
             str(stage),
@@ -96,22 +112,24 @@ class RootHook(Hook):
             context=text_tokens if family.rotary else 0,
             draws=self._draws(grid, times, sample.device) if self.random[stage] else None,
         )
-        self._watch(model, grid, text_tokens)
+        tokens = int(sample.shape[1]) if sample.ndim == 3 else grid[0] * grid[1]
+        self._watch(model, CallSize(grid, text_tokens, tokens))
         given = self.channel.get(args, kwargs)
         return self.channel.put(args, kwargs, {**(given or {}), CHANNEL_KEY: info})
 
-    def _times(self, family: Family, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[float]:
+    def _times(self, family: Family, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[float] | None:
         """Times of the call, read only where something depends on them: on a GPU reading waits for it."""
-        by_time = len(self.starts) > 1 and self.switch is None
-        if not by_time and not any(self.random):
+        if len(self.starts) == 1 and not any(self.random):
             return []
         timestep = self.time.get(args, kwargs)
+        if timestep is None:
+            return None
         values = timestep.flatten().tolist() if isinstance(timestep, Tensor) else [float(timestep)]
         return [family.clock(value) for value in values]
 
     def _stage(self, times: list[float]) -> int:
         if self.switch is not None:
-            return min(self.switch.level, len(self.starts) - 1)
+            return min(self.switch.at(max(times)), len(self.starts) - 1)
         stages = {stage_at(self.starts, time) for time in times} if len(self.starts) > 1 else {0}
         if len(stages) > 1:
             raise ValueError(
@@ -125,27 +143,36 @@ class RootHook(Hook):
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         return torch.randint(2**31 - 1, (grid[0] * grid[1],), generator=generator).to(device)
 
-    def _watch(self, model: nn.Module, grid: Grid, text_tokens: int) -> None:
+    def _watch(self, model: nn.Module, size: CallSize) -> None:
         """Say once what a user would want to know: nothing active at this size, or our processors replaced."""
-        seen = (grid, text_tokens)
-        self.last_seen = seen
-        if seen not in self._reviewed:
-            self._reviewed.add(seen)
-            message = self.review(model, grid, text_tokens)
+        self.last_seen = size
+        if size not in self._reviewed:
+            self._reviewed.add(size)
+            message = self.review(model, size)
             if message is not None:
-                warnings.warn(message, AttnGenWarning, stacklevel=2)
-        processor: Any = model.get_submodule(self.first_layer).processor
-        name = type(processor).__name__
-        if isinstance(processor, PROCESSORS):
-            self._told_about = None
-        elif self._told_about != name:
-            self._told_about = name
-            warnings.warn(
+                warn(message)
+        name = self._replaced_by(model)
+        if name is not None and self._told_about != name:
+            warn(
                 f"something replaced attngen's processors by {name}, so attention is not what the patch says; "
-                f"handle.reapply() puts them back",
-                AttnGenWarning,
-                stacklevel=2,
+                f"handle.reapply() puts them back"
             )
+        self._told_about = name
+
+    def _replaced_by(self, model: nn.Module) -> str | None:
+        for layer in self.layers:
+            processor: Any = model.get_submodule(layer).processor
+            if not isinstance(processor, PROCESSORS):
+                return type(processor).__name__
+        return None
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the user's code: the nearest one outside of attngen, diffusers and torch."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("attngen", "diffusers", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, AttnGenWarning, stacklevel=level)
 
 
 class _InnerHook(Hook):

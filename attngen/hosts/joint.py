@@ -1,6 +1,7 @@
 """Joint attention, where image and text tokens attend to each other: what SD3 and FLUX share, and SD3's processor.
 
-Image queries go through the plan's method; text queries stay exact over all keys, so the prompt is read in full.
+Image queries go through the plan's method. Text queries stay exact: softmax over the text and the image keys the method
+keeps, which are all of them for agents, so the prompt is read in full.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers.hooks._helpers import (
     AttentionProcessorMetadata,
     AttentionProcessorRegistry,
@@ -23,6 +25,13 @@ from attngen.models.sit import (
 )
 
 
+def _skip_joint(
+    attn: Any, hidden_states: Any = None, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    """What a joint layer returns when a guider skips it: its input."""
+    return hidden_states if encoder_hidden_states is None else (hidden_states, encoder_hidden_states)
+
+
 def register() -> None:
     """Make diffusers load and save attngen's classes, and let its guiders and caches work on them."""
     methods = ["save_pretrained", "from_pretrained"]
@@ -30,12 +39,12 @@ def register() -> None:
     plain: AttentionProcessorMetadata = AttentionProcessorRegistry.get(AttnProcessor2_0)
     for processor in (
         AttnGenProcessor,
-        JointAttnGenProcessor,
         SiTAttnProcessor,
         SiTLinearAttnProcessor,
         SiTMediatorAttnProcessor,
     ):
         AttentionProcessorRegistry.register(processor, plain)
+    AttentionProcessorRegistry.register(JointAttnGenProcessor, AttentionProcessorMetadata(_skip_joint))
     AttentionProcessorRegistry.register(FluxAttnGenProcessor, AttentionProcessorRegistry.get(FluxAttnProcessor))
     TransformerBlockRegistry.register(
         SiTTransformerBlock,

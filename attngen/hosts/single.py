@@ -102,7 +102,8 @@ def project_query(attn: Any, tokens: Tensor) -> Tensor:
 
 
 def to_heads(attn: Any, x: Tensor, norm: str) -> Tensor:
-    """(B, N, H · D) -> (B, H, N, D), normalised where the layer has that norm."""
+    """(B, N, H · D) -> (B, H, N, D), normalised where the layer has that norm, in the dtype of `x`."""
     heads = split_heads(x, attn.heads)
     module: nn.Module | None = getattr(attn, norm, None)
-    return heads if module is None else module(heads)
+    # Under autocast a norm may answer in float32, and queries, keys and values must agree.
+    return heads if module is None else module(heads).to(x.dtype)

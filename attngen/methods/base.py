@@ -27,6 +27,8 @@ class LayerShape:
         width: heads times head size.
         num_heads: heads.
         context: text tokens that take part in joint attention, else 0.
+        has_output: whether the layer projects its output (some leave that to the block).
+        has_context_output: the same for the text.
     """
 
     grid: Grid
@@ -34,14 +36,18 @@ class LayerShape:
     width: int
     num_heads: int = 1
     context: int = 0
+    has_output: bool = True
+    has_context_output: bool = True
 
     @property
     def tokens(self) -> int:
         return math.prod(self.grid)
 
     def projection_flops(self, queries: int, keys: int) -> int:
-        """Q and output projections of `queries` tokens, K and V of `keys`, and all four of the text tokens."""
-        return 4 * self.channels * self.width * (queries + keys + 2 * self.context)
+        """Q and output projections of `queries` tokens, K and V of `keys`, and all of the text tokens."""
+        image = queries * (1 + self.has_output) + 2 * keys
+        text = self.context * (3 + self.has_context_output)
+        return 2 * self.channels * self.width * (image + text)
 
     def core_flops(self, queries: int, keys: int) -> int:
         """Both products of softmax attention, image queries over image keys and text, and text queries over all."""

@@ -245,6 +245,8 @@ class TokenMerging(AttentionMethod):
         check_count("stride", self.stride)
         if self.agent_ratio is not None:
             check_fraction("agent_ratio", self.agent_ratio)
+        if not isinstance(self.random, bool):
+            raise ValueError(f"random must be True or False, got {self.random!r}")
         check_number("broadcast_exponent", self.broadcast_exponent)
         check_number("shortcut", self.shortcut)
 

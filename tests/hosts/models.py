@@ -1,4 +1,4 @@
-"""Small diffusers models with random weights, one of each kind that attngen patches, and a way to call them all alike."""
+"""Small diffusers models with random weights, one of each kind that attngen patches, and one way to call them all."""
 
 import copy
 import functools
@@ -202,7 +202,7 @@ HOSTS = {
     "sdxl": Host(functools.partial(_unet, **_SDXL), _call_sdxl),
     "controlnet": Host(lambda: diffusers.ControlNetModel(**_CONTROLNET), _call_controlnet),
     "dit": Host(
-        lambda: diffusers.DiTTransformer2DModel(**_TRANSFORMER, norm_num_groups=4, num_embeds_ada_norm=1000),
+        lambda: diffusers.DiTTransformer2DModel(**_TRANSFORMER, norm_num_groups=4, out_channels=8),
         _call_dit,
         patch=2,
         square=True,

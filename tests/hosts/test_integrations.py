@@ -197,10 +197,6 @@ def test_dit_pipeline(parts):
 def test_stages_of_a_sampler_follow_its_noise(parts):
     """In SD3's and FLUX's pipelines time falls from 1 as in Stable Diffusion's."""
     seen = []
-
-    class Spied(Plan):
-        pass
-
     vae = randomised(diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=1))
     flux = randomised(
         diffusers.FluxTransformer2DModel(
@@ -246,7 +242,6 @@ def test_controlnet_beside_the_unet(parts):
         **parts, **STABLE, unet=fresh("sd15"), controlnet=fresh("controlnet")
     )
     pipe.set_progress_bar_config(disable=True)
-    control = {"image": normal(1, 3, 32, 32).sigmoid()}
     latents, text = normal(2, 4, 16, 16), normal(2, 5, TEXT)
     picture = normal(2, 3, 128, 128)
 
@@ -263,7 +258,6 @@ def test_controlnet_beside_the_unet(parts):
     assert handle.is_applied and not torch.equal(run(), patched)
     handle.remove()
     assert torch.equal(run(), exact) and (snapshot(pipe.unet), snapshot(pipe.controlnet)) == clean
-    assert control["image"].shape == (1, 3, 32, 32)
 
 
 # LoRA
@@ -459,7 +453,7 @@ def test_pag_is_left_alone_and_ours_comes_back(parts):
 # diffusers' hooks
 
 
-@pytest.mark.parametrize("name", ["pixart", "flux", "sit"])
+@pytest.mark.parametrize("name", ["pixart", "sit"])
 def test_guiders_that_skip_attention_scores_keep_working(name):
     from diffusers.hooks import LayerSkipConfig, apply_layer_skip
     from diffusers.hooks.layer_skip import _LAYER_SKIP_HOOK
@@ -482,16 +476,14 @@ def test_guiders_that_skip_attention_scores_keep_working(name):
     assert torch.equal(host(model), host(plain))
 
 
-@pytest.mark.parametrize("name", ["pixart", "flux", "sit"])
+@pytest.mark.parametrize("name", ["pixart", "sit"])
 def test_guiders_that_skip_attention(name):
     from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 
     outputs = []
-    for method in ("softmax", AGENTS):
+    for method in (attngen.SoftmaxAttention(), AGENTS):
         model = fresh(name)
-        attngen.apply(model, Plan((Stage(1.0, {"transformer_blocks.0.*": attngen.SoftmaxAttention()}),)))
-        if method is AGENTS:
-            attngen.apply(model, Plan((Stage(1.0, {"transformer_blocks.0.*": AGENTS}),)))
+        attngen.apply(model, Plan((Stage(1.0, {"transformer_blocks.0.*": method}),)))
         apply_layer_skip(model, LayerSkipConfig(indices=[0], fqn="transformer_blocks", skip_ff=False))
         outputs.append(HOSTS[name](model))
     assert torch.equal(*outputs)  # the only layer with a method is skipped
@@ -651,7 +643,7 @@ def test_autocast(name, method, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["sd15", "sit"])
 def test_half_precision_weights(name, dtype):
-    host, model = HOSTS[name], fresh(name).to(dtype)
+    model = fresh(name).to(dtype)
     for method in (AGENTS, TokenMerging(0.25, 4, 0.9), DownsampledKV(2), attngen.LinearAttention("elu"), "softmax"):
         with warnings.catch_warnings(action="ignore", category=AttnGenWarning), attngen.apply(model, method):
             latents = normal(1, 4, 16, 16, seed=4).to(dtype)

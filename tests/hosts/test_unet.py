@@ -9,6 +9,7 @@ import torch
 
 import attngen
 from attngen import METHODS, AgentAttention, DownsampledKV, LinearAttention, Plan, Stage, TokenMerging
+from attngen.hosts.single import AttnGenProcessor
 from attngen.methods.base import Selection
 from tests.hosts.models import HOSTS, TEXT, fresh, normal, self_attention
 from tests.hosts.numbers import assert_close, project, recorded, wanted, wanted_merging
@@ -46,7 +47,7 @@ def test_a_layer_by_definition(name, method):
         host(model, batch=1)
     for layer in names:
         attn, call = model.get_submodule(layer), calls[layer]
-        mixed = wanted(attn, method, call["x"], None, (8, 8))
+        mixed = wanted(attn, method, call["x"], (8, 8))
         assert_close(call["out"], project(attn.to_out[0], mixed))
 
 
@@ -81,7 +82,7 @@ def test_other_shapes_by_definition(size, grid, method):
     with recorded(model, [layer]) as calls:
         host(model, size)
     attn = model.get_submodule(layer)
-    assert_close(calls[layer]["out"], project(attn.to_out[0], wanted(attn, method, calls[layer]["x"], None, grid)))
+    assert_close(calls[layer]["out"], project(attn.to_out[0], wanted(attn, method, calls[layer]["x"], grid)))
 
 
 # tomesd
@@ -135,7 +136,7 @@ def test_agentsd_by_definition_and_its_switch():
         attn, call = model.get_submodule(finest), calls[finest]
         assert_close(call["out"], wanted_merging(attn, method, call["x"], call["metric"], (16, 16)), 5e-5)
         call = calls[deeper]
-        stock = attngen.patch.AttnGenProcessor  # deeper levels run the layer's own processor
+        stock = AttnGenProcessor  # deeper levels run the layer's own processor
         assert type(model.get_submodule(deeper).processor) is stock
         plain = type(model.get_submodule(deeper).attngen.original)()
         assert torch.equal(call["out"], plain(model.get_submodule(deeper), call["x"]))

@@ -1,0 +1,115 @@
+"""What a patch does at a given size, layer by layer: for reports, and for the warning at a size not seen before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from attngen.hosts import hooks
+from attngen.hosts.families import default_grid, family_of, halved, halvings
+from attngen.hosts.layers import LayerSpec, spec_of
+from attngen.methods._checks import Grid
+from attngen.methods.base import LayerShape
+from attngen.methods.softmax import SoftmaxAttention
+from attngen.report import LayerReport, StageReport
+
+
+class Review:
+    """What `RootHook` says about a new size: that a patch does nothing there, or costs more than it saves."""
+
+    def __init__(self, starts: tuple[float, ...]) -> None:
+        self.starts = starts
+
+    def __call__(self, model: nn.Module, size: hooks.CallSize) -> str | None:
+        layers = describe_model(model, "", self.starts, size)
+        wanted = [layer for layer in layers if any(stage.method != SoftmaxAttention.kind for stage in layer.stages)]
+        if not wanted:
+            return None
+        what = f"{type(model).__name__} at a grid of {size.grid[0]} x {size.grid[1]}"
+        if not any(layer.is_active for layer in wanted):
+            reason = next(stage.why_exact for stage in wanted[0].stages if stage.method != SoftmaxAttention.kind)
+            return f"the patch does nothing for {what}: {wanted[0].name} is exact because {reason}"
+        for layer in wanted:
+            assert layer.flops_exact is not None
+            for stage in layer.stages:
+                if stage.why_exact is None and stage.flops > layer.flops_exact:
+                    return (
+                        f"{stage.method} costs more than softmax attention in {layer.name} of {what}: "
+                        f"{stage.flops / layer.flops_exact:.2f} times the operations"
+                    )
+        return None
+
+
+def default_size(model: nn.Module) -> hooks.CallSize:
+    grid = default_grid(model)
+    return hooks.CallSize(grid, 0, grid[0] * grid[1])
+
+
+def describe_model(
+    model: nn.Module, component: str, starts: tuple[float, ...], size: hooks.CallSize
+) -> list[LayerReport]:
+    """Rows of the layers whose processors are ours."""
+    reports = []
+    for name, attn in hooks.patched_layers(model).items():
+        spec = spec_of(attn)
+        assert spec is not None
+        if isinstance(attn.processor, hooks.PROCESSORS):
+            grid = halved(size.grid, halvings(model, name))
+            tokens = size.tokens if _works_on_one_grid(model) else grid[0] * grid[1]
+            reports.append(_describe_layer(component, name, attn, spec, starts, grid, tokens, size.text))
+    return reports
+
+
+def _works_on_one_grid(model: nn.Module) -> bool:
+    family = family_of(model)
+    return family is not None and family.spatial_block is None
+
+
+def _describe_layer(
+    component: str,
+    name: str,
+    attn: Any,
+    spec: LayerSpec,
+    starts: tuple[float, ...],
+    grid: Grid,
+    tokens: int,
+    text: int,
+) -> LayerReport:
+    shape = _shape(attn, grid, text)
+    stages = []
+    for i, start in enumerate(starts):
+        method = spec.methods[i]
+        reason = spec.why_exact(i, grid, tokens)
+        agents, flops = (method.num_agents_at(grid), method.flops(shape)) if reason is None else (None, None)
+        stages.append(StageReport(start, method.kind, agents, flops or shape.exact_flops(), reason))
+    return LayerReport(
+        component,
+        name,
+        grid,
+        tokens,
+        shape.num_heads,
+        shape.width // shape.num_heads,
+        shape.exact_flops(),
+        tuple(stages),
+        None,
+    )
+
+
+def _shape(attn: Any, grid: Grid, text: int) -> LayerShape:
+    """Sizes of a layer; which projections it has says whether text takes part and who projects the output."""
+    single_stream = getattr(attn, "pre_only", False)
+    sees_text = single_stream or getattr(attn, "add_k_proj", None) is not None
+    return LayerShape(
+        grid,
+        channels=getattr(attn, "query_dim", None) or attn.inner_dim,
+        width=attn.inner_dim,
+        num_heads=attn.heads,
+        context=text if sees_text else 0,
+        has_output=not single_stream,
+        has_context_output=getattr(attn, "to_add_out", None) is not None,
+    )
+
+
+def left_alone(component: str, name: str, reason: str) -> LayerReport:
+    return LayerReport(component, name, None, None, None, None, None, (), reason)
