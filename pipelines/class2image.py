@@ -36,7 +36,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("labels", nargs="*", metavar="CLASS", help="name or number of a class; --list prints them")
     add("--list", action="store_true", help="print the classes and stop")
     add("--model", help="pipeline folder or hub id (default: the small model in the package)")
-    add("--steps", type=cli.whole_number(1), default=50, help="sampling steps (default 50)")
+    add("--steps", type=cli.whole_number(1), default=25, help="sampling steps (default 25)")
     add("--guidance-scale", type=cli.scale_number, default=2.0, metavar="S", help="1 is none (default 2)")
     add("--method", metavar="NAME", help="attention method: a name in attngen.METHODS, or a plan file (.json)")
     add(
@@ -143,6 +143,8 @@ def load_pipeline(model: str, options: argparse.Namespace | None = None, device:
     if options is not None:
         pipe.scheduler = choose_scheduler(pipe.scheduler, options)
     cli.show_progress(pipe)
+    if options is not None and options.threads is None and str(device) == "cpu":
+        cli.limit_threads(pipe.transformer)
     return pipe.to(device)
 
 
