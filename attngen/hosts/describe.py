@@ -42,6 +42,7 @@ class Review:
 
 
 def default_size(model: nn.Module) -> hooks.CallSize:
+    """The size that the model's configuration was made for."""
     grid = default_grid(model)
     return hooks.CallSize(grid, 0, grid[0] * grid[1])
 
@@ -112,4 +113,5 @@ def _shape(attn: Any, grid: Grid, text: int) -> LayerShape:
 
 
 def left_alone(component: str, name: str, reason: str) -> LayerReport:
+    """The row of a layer that the patch did not touch."""
     return LayerReport(component, name, None, None, None, None, None, (), reason)

@@ -218,6 +218,7 @@ class StripHook(Hook):
 
 
 def add_hook(module: nn.Module, hook: Any) -> None:
+    """Register a hook of ours; the root's comes before those of other tools."""
     module.register_forward_pre_hook(hook, with_kwargs=True, prepend=isinstance(hook, RootHook))
 
 

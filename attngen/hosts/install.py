@@ -37,6 +37,7 @@ _PLAIN = {
 
 
 def attention_modules(model: nn.Module) -> Iterable[tuple[str, Any]]:
+    """All modules with an attention processor, by name."""
     for name, module in model.named_modules():
         if hasattr(module, "get_processor") and hasattr(module, "set_processor"):
             yield name, module

@@ -61,6 +61,7 @@ class JointAttnGenProcessor:
 
 
 def select(method: AttentionMethod, hidden_states: Tensor, info: StepInfo | None) -> Selection:
+    """The image tokens that the method lets take part."""
     if info is None or isinstance(method, SoftmaxAttention):
         return Selection(hidden_states, hidden_states)
     return method.select(hidden_states, hidden_states, info.grid, info.draws)

@@ -60,6 +60,7 @@ class LayerSpec:
 
 
 def spec_of(attn: nn.Module) -> LayerSpec | None:
+    """What a patch put beside a layer, or None."""
     return getattr(attn, SPEC, None)
 
 
@@ -112,7 +113,3 @@ def attention_through(backend: AttentionBackendName | None, parallel_config: Any
         return mixed.transpose(1, 2)
 
     return attention
-
-
-def is_self_attention(attn: nn.Module) -> bool:
-    return not getattr(attn, "is_cross_attention", False)

@@ -98,6 +98,7 @@ def project(attn: Any, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def project_query(attn: Any, tokens: Tensor) -> Tensor:
+    """Queries (B, N, H · D) of `tokens` alone."""
     return attn.to_qkv(tokens).chunk(3, dim=-1)[0] if getattr(attn, "fused_projections", False) else attn.to_q(tokens)
 
 
