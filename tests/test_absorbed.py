@@ -295,7 +295,7 @@ def test_autocast(branches):
     want = case.plain(branches, shortcut=0.1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = case.absorbed(branches, shortcut=0.1)
-        plain = case.plain(branches, attention=oracles.agent_attention, shortcut=0.1)
+        plain = case.plain(branches, shortcut=0.1)
     assert got.dtype == torch.bfloat16
     assert error(got, want.double()) <= 1.25 * error(plain, want.double()) + 2**-9
     gradient = torch.autograd.grad(got.float().sum(), case.x)[0]
@@ -319,11 +319,12 @@ def test_float32_weights_serve_half_precision():
 def test_compiles_to_one_graph(options):
     torch._dynamo.reset()
     case = Case(dtype=torch.float32).requires_grad()
-    modules = nn.ModuleList(nn.Linear(10, 8) for _ in range(3))
+    with torch.random.fork_rng():
+        modules = [nn.Linear(10, 8) for _ in range(2)]
 
     def layer(x):
         case.x = x
-        case.query, case.key = (effective_projection(module) for module in modules[:2])
+        case.query, case.key = (effective_projection(module) for module in modules)
         return case.absorbed(**options)
 
     x = case.x

@@ -123,7 +123,7 @@ def absorbed_agent_attention(
         if source is not None:
             passed = _through_both(source.to(dtype), value.weight.to(dtype), out.weight.to(dtype), share)
             projected = passed if projected is None else projected + passed
-        weights, rows = _mix(
+        weights, rows, constant = _mix(
             x,
             agents,
             *(_small(projection, dtype, x) for projection in (query, key, value, out)),
@@ -133,7 +133,7 @@ def absorbed_agent_attention(
             broadcast_bias=None if broadcast_bias is None else broadcast_bias.transpose(-1, -2),
             constant_share=shortcut if values is None else 0.0,
         )
-        output = _WeighRows.apply(weights, rows, num_heads)
+        output = _WeighRows.apply(weights, rows, constant, num_heads)
         output = output if projected is None else projected + output
     return output.to(result_dtype)
 
@@ -143,8 +143,8 @@ def absorbs(
 ) -> bool:
     """Whether the absorbed layer is faster than four projections and `agent_attention` as two attention calls.
 
-    Compares multiply-adds a token, those of narrow products counted 1.25 times and those of the agents' own three times:
-    what they take on a CPU, float32 and bfloat16 together. That is about M < 0.8 · D for many tokens.
+    Compares multiply-adds a token, those of narrow products counted 1.25 times and those of the agents' own three
+    times, as they were measured on a CPU in float32 and bfloat16. That is about M < 0.8 · D for many tokens.
 
     Args:
         num_agents: M.
@@ -152,8 +152,8 @@ def absorbs(
         num_heads: H.
         channels: C.
         tokens: N, of one picture.
-        kept_projections: products of all tokens by C × C weights that stay: 1 with a `shortcut` or `input_branch`, 2 with
-            a `value_branch`.
+        kept_projections: products of all tokens by C × C weights that stay: 1 with a `shortcut` or `input_branch`, 2
+            with a `value_branch`.
     """
     width = num_heads * head_dim
     projected = 4 * width * (channels + num_agents)
@@ -256,11 +256,10 @@ def _mix(
     aggregation_bias: Tensor | None,
     broadcast_bias: Tensor | None,
     constant_share: float,
-) -> tuple[Tensor, Tensor]:
-    """Tokens' weights (B, H · M, N) and the rows (B, H · M, C') they weigh, W₂ᵀ and A W_oᵀ.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Tokens' weights W₂ᵀ (B, H · M, N), the rows A W_oᵀ (B, H · M, C') they weigh, and what every token gets.
 
-    Both position biases broadcast to (B, H, M, N). What every token gets, b_o and `constant_share` of b_v, is in the
-    rows: it costs nothing there, and the weights of each head sum to one.
+    Both position biases broadcast to (B, H, M, N). The last, (C',) or None, is b_o and `constant_share` of b_v, projected.
     """
     batch, wide = x.shape[0], torch.promote_types(x.dtype, torch.float32)
     query_weight, key_weight, value_weight = (p.weight.unflatten(0, (num_heads, -1)) for p in (query, key, value))
@@ -287,10 +286,8 @@ def _mix(
         if constant_share != 0:
             shared = constant_share * (out.weight.to(wide) @ value_bias)
             constant = shared if constant is None else constant + shared
-    rows = _wide_bmm(gathered, out_weight)
-    if constant is not None:
-        rows = rows + constant / num_heads
-    return weights, _by_picture(rows, batch).flatten(1, 2)
+    rows = _by_picture(_wide_bmm(gathered, out_weight), batch).flatten(1, 2)
+    return weights, rows, constant
 
 
 class _AgentSoftmaxes(torch.autograd.Function):
@@ -358,30 +355,35 @@ class _AgentSoftmaxes(torch.autograd.Function):
 
 
 class _WeighRows(torch.autograd.Function):
-    """Rows (B, H · M, C') summed with softmaxes W₂ᵀ (B, H · M, N) as weights: (B, N, C').
+    """Rows (B, H · M, C') summed with softmaxes W₂ᵀ (B, H · M, N) as weights, plus a constant (C',): (B, N, C').
 
-    The gradient of the weights leaves out what all rows of a head share. A softmax has no use for it, and in half
-    precision it would drown the rest.
+    The constant is added to the rows, which is free, because the weights of each head sum to one. The gradient of the
+    weights leaves out what all rows of a head share: a softmax has no use for it, and in half precision it would drown
+    the rest.
     """
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, rows: Tensor, num_heads: int) -> Tensor:
+    def forward(ctx: Any, weights: Tensor, rows: Tensor, constant: Tensor | None, num_heads: int) -> Tensor:
         ctx.save_for_backward(weights, rows)
         ctx.num_heads = num_heads
+        if constant is not None:
+            rows = rows + constant / num_heads
         return torch.bmm(weights.transpose(1, 2), rows.to(weights.dtype))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         weights, rows = ctx.saved_tensors
-        weights_grad = rows_grad = None
+        weights_grad = rows_grad = constant_grad = None
         if ctx.needs_input_grad[0]:
             by_head = rows.unflatten(1, (ctx.num_heads, -1))
             differing = (by_head - by_head.mean(dim=2, keepdim=True)).flatten(1, 2).to(weights.dtype)
             weights_grad = torch.bmm(differing, grad.transpose(1, 2))
         if ctx.needs_input_grad[1]:
             rows_grad = torch.bmm(weights, grad).to(rows.dtype)
-        return weights_grad, rows_grad, None
+        if ctx.needs_input_grad[2]:
+            constant_grad = grad.sum(dim=(0, 1), dtype=rows.dtype)
+        return weights_grad, rows_grad, constant_grad, None
 
 
 def _softmax_grad(grad: Tensor, weights: Tensor, by_head: torch.Size, dim: int, wide: torch.dtype) -> Tensor:
