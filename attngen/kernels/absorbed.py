@@ -259,7 +259,7 @@ def _mix(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Tokens' weights W₂ᵀ (B, H · M, N), the rows A W_oᵀ (B, H · M, C') they weigh, and what every token gets.
 
-    Both position biases broadcast to (B, H, M, N). The last, (C',) or None, is b_o and `constant_share` of b_v, projected.
+    Both position biases broadcast to (B, H, M, N). The last, (C',) or None, is b_o and `constant_share` of b_v W_oᵀ.
     """
     batch, wide = x.shape[0], torch.promote_types(x.dtype, torch.float32)
     query_weight, key_weight, value_weight = (p.weight.unflatten(0, (num_heads, -1)) for p in (query, key, value))

@@ -23,7 +23,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
+from attngen.kernels.absorbed import Projection, absorbed_agent_attention, absorbs, effective_projection
 from attngen.methods._checks import Grid
+from attngen.methods.agent import pool_tokens
 from attngen.methods.linear import FEATURE_MAPS, linear_attention
 from attngen.methods.mediator import MediatorMixer, convolve_tokens, depthwise_convolution, join_heads, split_heads
 
@@ -61,13 +63,51 @@ class SiTAttnProcessor:
 
 
 class SiTMediatorAttnProcessor:
-    """Mediator attention; its weights are in the layer's `mixer`."""
+    """Mediator attention; its weights are in the layer's `mixer`.
+
+    With few mediators for the head size the projections of queries and keys are absorbed: the same numbers up to
+    rounding, for fewer operations.
+    """
 
     def __call__(
         self, attn: SiTAttention, hidden_states: Tensor, grid: Grid, num_mediators: int | Grid | None = None
     ) -> Tensor:
-        assert isinstance(attn.mixer, MediatorMixer)
-        return attn.project_out(attn.mixer(*_project(attn, hidden_states), grid, num_mediators))
+        mixer = attn.mixer
+        assert isinstance(mixer, MediatorMixer)
+        mediators = mixer.mediator_grid(num_mediators, grid)
+        projections = _absorbable(attn, hidden_states, mediators)
+        if projections is None:
+            return attn.project_out(mixer(*_project(attn, hidden_states), grid, mediators))
+        query, key, value, out = projections
+        output = absorbed_agent_attention(
+            hidden_states,
+            pool_tokens(hidden_states, grid, mediators),
+            query=query,
+            key=key,
+            value=value,
+            out=out,
+            num_heads=attn.heads,
+            aggregation_bias=mixer.aggregation_bias(mediators, grid),
+            broadcast_bias=mixer.broadcast_bias(mediators, grid).transpose(-1, -2),
+            value_branch=lambda values: convolve_tokens(mixer.dwc, values, grid),
+        )
+        return attn.to_out[1](output)
+
+
+def _absorbable(attn: SiTAttention, hidden_states: Tensor, mediators: Grid) -> list[Projection] | None:
+    """The layer's query, key, value and output projections as matrices, or None where the direct path runs.
+
+    That is where absorption does not pay, where a projection is more than a matrix (offloading, quantisation, dropout
+    in an adapter), with fused projections, and on devices other than the CPU, on which it has not been measured.
+    """
+    tokens = hidden_states.shape[1]
+    if hidden_states.device.type != "cpu" or attn.fused_projections:
+        return None
+    if not absorbs(mediators[0] * mediators[1], attn.head_dim, attn.heads, attn.inner_dim, tokens, kept_projections=2):
+        return None
+    found = [effective_projection(module) for module in (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])]
+    projections = [projection for projection in found if projection is not None]
+    return projections if len(projections) == len(found) else None
 
 
 class SiTLinearAttnProcessor:

@@ -19,6 +19,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from attngen import SiTTransformer2DModel
+from attngen.kernels.absorbed import absorbed_agent_attention
+from attngen.models import sit
 from attngen.models.sit import PATCH_SIZES, SIZES, position_embedding
 from tests import oracles
 from tests.golden_cases import golden_cases, state
@@ -161,6 +163,32 @@ def test_mediators_equal_the_oracle():
     want = attn.to_out[0](mixed.transpose(1, 2).flatten(2) + conv.flatten(2).transpose(1, 2))
     got = attn(x, grid=grid, num_mediators=mediators)
     torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (8, 28)])
+def test_absorbed_projections_give_the_same_numbers_and_gradients(size, monkeypatch):
+    """Few mediators for the head size: the short way is taken, and is the long way's in float64."""
+    call = {key: value.double() if value.is_floating_point() else value for key, value in inputs(*size).items()}
+    taken = []
+
+    def run(pays):
+        monkeypatch.setattr(sit, "absorbs", lambda *sizes, **kept: pays(*sizes, **kept))
+        model = build("mediator", attention_head_dim=32).double()
+        output = model(**call, num_mediators=2).sample
+        output.square().sum().backward()
+        return output, [parameter.grad for parameter in model.parameters()]
+
+    pays = sit.absorbs
+    monkeypatch.setattr(
+        sit, "absorbed_agent_attention", lambda *a, **k: taken.append(1) or absorbed_agent_attention(*a, **k)
+    )
+    short, short_gradients = run(pays)
+    assert len(taken) == SMALL["num_layers"]
+    long, long_gradients = run(lambda *sizes, **kept: False)
+    assert len(taken) == SMALL["num_layers"]
+    torch.testing.assert_close(short, long, atol=1e-12, rtol=1e-12)
+    for one, other in zip(short_gradients, long_gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-9)
 
 
 def test_elastic_mediators():
