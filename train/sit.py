@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import signal
 import sys
@@ -62,6 +63,9 @@ def _add_field(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -
 
 def main(argv: Sequence[str] | None = None) -> int:
     options, config = parse_arguments(argv)
+    if importlib.util.find_spec("accelerate") is None:
+        print("train.sit: accelerate is not installed; pip install 'attngen[train]' brings it", file=sys.stderr)
+        return 2
     try:
         return train(options, config)
     except ValueError as error:

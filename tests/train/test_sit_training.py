@@ -189,6 +189,12 @@ def test_presets_are_valid_and_the_shipped_model_fits(tmp_path):
         assert 2 * sum(parameter.numel() for parameter in model.parameters()) < 25e6
 
 
+def test_a_missing_extra_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sit.importlib.util, "find_spec", lambda name: None)
+    assert run(tmp_path / "run") == 2
+    assert "attngen[train]" in capsys.readouterr().err
+
+
 def test_help_is_quick_and_needs_no_torch():
     probe = "import sys; from train.sit import parse_arguments; parse_arguments([]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", probe], cwd=ROOT, check=True)
