@@ -51,9 +51,9 @@ class LayerSpec:
         if isinstance(method, SoftmaxAttention):
             return method.why_exact(grid)
         if self.max_levels is not None and self.level >= self.max_levels:
-            return f"the plan is for the {self.max_levels} finest resolution(s) with attention"
+            return f"not among the {self.max_levels} finest level(s)"
         if tokens < self.min_tokens:
-            return f"{tokens} tokens are fewer than the plan's {self.min_tokens}"
+            return f"below {self.min_tokens} tokens"
         if self.rotary and not method.supports_rotary:
             return f"{method.kind} attention does not fit layers with rotary positions"
         return method.why_exact(grid)
