@@ -140,8 +140,9 @@ batches of {config["batch_size"]}, moving average {config["ema_decay"]:g} |
 
 ## What it can and cannot do
 
-Faces, hearts, clocks, flags, signs and people are recognised at a glance. Animals, dishes, vehicles and buildings come as
-their class, not as a particular thing, and many are smudged. Guidance of about 2 helps.
+Faces, hearts, clocks, flags, people, fruit, plants, buildings and vehicles are recognised at a glance. Signs are signs without a
+meaning, and many flags are of no country. Animals and dishes are the weakest: right in colour and outline, seldom a particular
+thing. Guidance of about 2 helps.
 
 With so few training pictures some results are near a known one. Of {facts["pictures"]} pictures drawn, \
 {facts["near_copies"]:.0%} are within a mean squared error of 0.01 (pixels in [-1, 1]) of a training picture of their class; \

@@ -113,7 +113,7 @@ _COHERENT = (
 )
 
 PRESETS: Mapping[str, TrainingConfig] = {
-    # The shipped model: about 100 minutes on one quiet CPU core.
+    # The shipped model: about two hours on one CPU core.
     "emoji": TrainingConfig(classes=_COHERENT),
     # Seconds: shows that everything works.
     "emoji-tiny": TrainingConfig(
