@@ -65,6 +65,20 @@ def test_a_run_ends_with_pictures_and_a_pipeline(tmp_path):
     assert config["steps"] == 2 and config["id2label"] == {"0": "face", "1": "heart"}
 
 
+def test_the_averaged_weights_follow_their_formula(tmp_path):
+    """ema ← d · ema + (1 - d) · weights, d = min(decay, (1 + t) / (10 + t)) from the second step on."""
+    options = ("--steps", "6", "--max-minutes", "0")
+    run(tmp_path, *options)
+    first = weights(tmp_path)
+    run(tmp_path, *options, "--resume")
+    second = weights(tmp_path)
+    for name, averaged in second["ema"].items():
+        assert torch.equal(first["ema"][name], first["model"][name])
+        want = 2 / 11 * first["ema"][name] + 9 / 11 * second["model"][name]
+        torch.testing.assert_close(averaged, want, atol=1e-6, rtol=1e-5)
+    assert any(not torch.equal(second["ema"][name], second["model"][name]) for name in second["ema"])
+
+
 def test_sigterm_saves_and_exits_with_zero(tmp_path):
     command = [sys.executable, "-m", "train.sit", "--preset", "emoji-tiny", "--out", str(tmp_path), "--steps", "100000"]
     options = ["--cpu", "--save-every", "0", "--sample-every", "0", "--threads", "1"]
