@@ -20,7 +20,7 @@ METHODS: Mapping[str, Plan] = {
         ),
         max_levels=1,
     ),
-    # tomesd 0.1.3's defaults (arXiv 2303.17604), with the top-left token of each cell as destination.
+    # tomesd 0.1.3's defaults (arXiv 2303.17604) but for the draw: each cell's destination is its top-left token.
     "tome": Plan.of(TokenMerging(ratio=0.5, stride=2), max_levels=1),
     # arXiv 2402.13573.
     "todo": Plan.of(DownsampledKV(factor=2), max_levels=1),

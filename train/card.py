@@ -35,8 +35,10 @@ def training_facts(run: Path) -> dict[str, Any]:
     config = json.loads((run / "config.json").read_text())
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     steps = [record["step"] for record in log]
-    # A resumed run repeats no step; the rate is kept from each process's own clock.
-    hours = sum(config["batch_size"] / record["images_per_second"] for record in log) / 3600
+    # The seconds count from the start of a process, so they fall where a run was resumed.
+    seconds = [record["seconds"] for record in log]
+    ends = [now for now, after in zip(seconds, [*seconds[1:], 0.0], strict=True) if after < now]
+    hours = sum(ends) / 3600
     window = max(1, min(200, len(log) // 10))
     losses = [record["loss"] for record in log]
     return {

@@ -119,7 +119,7 @@ def train(options: argparse.Namespace, config: TrainingConfig) -> int:
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}")
         elapsed = time.monotonic() - started
-        run.log(step, loss, images_per_second=(step - first_step) * config.batch_size / elapsed)
+        run.log(step, loss, elapsed, images_per_second=(step - first_step) * config.batch_size / elapsed)
         out_of_time = options.max_minutes is not None and elapsed > options.max_minutes * 60
         if stop.requested or out_of_time:
             break
@@ -359,9 +359,15 @@ class Run:
         if self.accelerator.is_main_process:
             export_pipeline(self.averaged_model(), self.config, self.data.id2label, self.out / "pipeline")
 
-    def log(self, step: int, loss: float, images_per_second: float) -> None:
+    def log(self, step: int, loss: float, seconds: float, images_per_second: float) -> None:
+        """Append a line to the run's log; `seconds` count from the start of this process."""
         if self.accelerator.is_main_process:
-            record = {"step": step, "loss": round(loss, 6), "images_per_second": round(images_per_second, 2)}
+            record = {
+                "step": step,
+                "loss": round(loss, 6),
+                "seconds": round(seconds, 2),
+                "images_per_second": round(images_per_second, 2),
+            }
             with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -175,7 +176,7 @@ def warn(message: str) -> None:
     warnings.warn(message, AttnGenWarning, stacklevel=level)
 
 
-class _InnerHook(Hook):
+class _InnerHook(Hook, ABC):
     """On a module between the denoiser and its layers: changes the payload that passes through."""
 
     def __init__(self, module: nn.Module, channel: str) -> None:
@@ -189,8 +190,9 @@ class _InnerHook(Hook):
         info = self.refine(given[CHANNEL_KEY], hidden_states)
         return self.channel.put(args, kwargs, {**given, CHANNEL_KEY: info})
 
+    @abstractmethod
     def refine(self, info: StepInfo, hidden_states: Tensor) -> StepInfo:
-        raise NotImplementedError
+        """The payload for the modules inside, given the input of this one."""
 
 
 class SpatialHook(_InnerHook):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -82,7 +83,7 @@ class Selection(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AttentionMethod:
+class AttentionMethod(ABC):
     """Options of one attention method. Frozen and without state: the same object serves every layer and call.
 
     Attributes:
@@ -95,9 +96,9 @@ class AttentionMethod:
     needs_metric: ClassVar[bool] = False
     supports_rotary: ClassVar[bool] = True
 
+    @abstractmethod
     def why_exact(self, grid: Grid) -> str | None:
         """Why this method is exact softmax attention on `grid`, in a few words; None where it is not."""
-        raise NotImplementedError
 
     def select(self, x: Tensor, metric: Tensor, grid: Grid, draws: Tensor | None) -> Selection:
         """Choose tokens before the projections.
@@ -140,9 +141,9 @@ class AttentionMethod:
         key, value = with_context(key, value, context)
         return attention(query, key, value)
 
+    @abstractmethod
     def flops(self, shape: LayerShape) -> int:
         """Floating-point operations (two a multiply-add) of the whole layer for one picture, where it is active."""
-        raise NotImplementedError
 
     def num_agents_at(self, grid: Grid) -> int | None:
         """Agents used on `grid`, or None for a method without agents."""
