@@ -12,13 +12,24 @@ import torch
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
+def pytest_collection_modifyitems(config, items):
+    reasons = {}
+    if not torch.cuda.is_available():
+        reasons["gpu"] = "needs a CUDA device"
+    if "slow" not in config.option.markexpr:
+        reasons["slow"] = "takes over a minute; run with -m slow"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        for marker, reason in reasons.items():
+            if marker in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def unmeasured(monkeypatch, tmp_path):
+    """No path's speed is known: the tests' tiny layers, on which every method loses time, are not warned about."""
+    path = tmp_path / "nothing-measured.json"
+    path.write_text('{"format": "attngen-crossovers", "version": 1, "devices": {}}')
+    monkeypatch.setenv("ATTNGEN_CROSSOVERS", str(path))
 
 
 @pytest.fixture

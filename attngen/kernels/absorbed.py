@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from attngen.kernels import dispatch
+from attngen.kernels.dispatch import AUTO, AbsorbedCost
 from attngen.methods._checks import check_bias
 
 
@@ -62,7 +64,7 @@ def absorbed_agent_attention(
 
     Equations 3 to 6 of arXiv 2312.08874 and 4 to 6 of arXiv 2408.05710 (whose agents are pooled queries: pooled `x` has
     them as its projection). About 4·H·M·C multiply-adds a token and 5·M·C² a picture, for 4·C² + 4·M·C a token of the
-    layer written out; a `shortcut` or `input_branch` adds C² a token, a `value_branch` 2·C². See `absorbs`.
+    layer written out; a `shortcut` or `input_branch` adds C² a token, a `value_branch` 2·C². See `LayerSize`.
 
     Training keeps `x` and two numbers a token, head and agent, and no projection; it has first derivatives only. Where
     `x` is in half precision, the logits and all that has the size of the agents are float32.
@@ -138,15 +140,10 @@ def absorbed_agent_attention(
     return output.to(result_dtype)
 
 
-def absorbs(
-    num_agents: int, head_dim: int, num_heads: int, channels: int, tokens: int, kept_projections: int = 0
-) -> bool:
-    """Whether the absorbed layer is faster than four projections and `agent_attention` as two attention calls.
+class LayerSize(NamedTuple):
+    """Sizes that decide whether absorbing a layer's projections pays.
 
-    Compares multiply-adds a token, those of narrow products counted 1.25 times and those of the agents' own three
-    times, as they were measured on a CPU in float32 and bfloat16. That is about M < 0.8 · D for many tokens.
-
-    Args:
+    Attributes:
         num_agents: M.
         head_dim: D.
         num_heads: H.
@@ -155,10 +152,58 @@ def absorbs(
         kept_projections: products of all tokens by C × C weights that stay: 1 with a `shortcut` or `input_branch`, 2
             with a `value_branch`.
     """
-    width = num_heads * head_dim
-    projected = 4 * width * (channels + num_agents)
-    narrow, own = 4 * num_agents * num_heads * channels, 5 * num_agents * channels * width / tokens
-    return 1.25 * narrow + 3 * own + kept_projections * channels * width < projected
+
+    num_agents: int
+    head_dim: int
+    num_heads: int
+    channels: int
+    tokens: int
+    kept_projections: int = 0
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the absorbed layer for one picture, two a multiply-add."""
+        channels, width, tokens = self.channels, self.num_heads * self.head_dim, self.tokens
+        kept = self.kept_projections * tokens * width * channels
+        if self.kept_projections == 1:  # through W_v and W_o: one after the other, or their product made first
+            kept = min(2 * kept, channels * width * channels + tokens * channels * channels)
+        narrow, own = 4 * self.num_agents * self.num_heads * tokens * channels, 5 * self.num_agents * channels * width
+        return 2 * (narrow + own + kept)
+
+    def gain(self, cost: AbsorbedCost) -> float:
+        """How many times faster the absorbed layer is than projections and `agent_attention`, estimated.
+
+        Compares multiply-adds a token, weighted as they were measured. That is about M < 0.8 · D for many tokens.
+        """
+        width = self.num_heads * self.head_dim
+        direct = 4 * width * (self.channels + self.num_agents)
+        narrow = 4 * self.num_agents * self.num_heads * self.channels
+        own = 5 * self.num_agents * self.channels * width / self.tokens
+        kept = self.kept_projections * self.channels * width
+        return direct / (cost.narrow * narrow + cost.own * own + cost.kept * kept)
+
+
+def why_not_absorbed(size: LayerSize, x: Tensor, weight: Tensor, kernel: str = AUTO) -> str | None:
+    """Why a layer of this size had better not be absorbed, in a few words; None where it had.
+
+    Args:
+        size: of the layer.
+        x: (B, N, C), its input; only dtype, device and `requires_grad` are read.
+        weight: of one of its projections; `requires_grad` is read.
+        kernel: the path wanted, see `attngen.kernels.dispatch`: "absorbed" wherever it can run, "auto" where it pays.
+
+    Raises:
+        ValueError: for an unknown `kernel`.
+    """
+    wanted = dispatch.wanted_kernel(kernel)
+    if wanted != AUTO:
+        return None if wanted == "absorbed" else f"the kernel {wanted!r} was asked for"
+    cost = dispatch.absorbed_cost(x, weight)
+    if cost is None:
+        return f"absorbing was not measured on {dispatch.device_key(x.device)}"
+    if size.gain(cost) <= 1:
+        return f"{size.num_agents} agents are too many for heads of {size.head_dim} to absorb"
+    return None
 
 
 def effective_projection(module: nn.Module) -> Projection | None:
@@ -194,6 +239,26 @@ def effective_projection(module: nn.Module) -> Projection | None:
             added = lora.scaling[name] * up.bias
             bias = added if bias is None else bias + added
     return Projection(weight, bias)
+
+
+def layer_projections(attn: Any) -> list[Projection] | None:
+    """Query, key, value and output projections of a layer as matrices, or None where one does more than multiply.
+
+    Args:
+        attn: a module with `to_out[0]` and `to_q`, `to_k`, `to_v`, or with `fused_projections` and `to_qkv`, as
+            diffusers names them.
+    """
+    if getattr(attn, "fused_projections", False):
+        fused = effective_projection(attn.to_qkv)
+        if fused is None:
+            return None
+        biases = (None, None, None) if fused.bias is None else fused.bias.chunk(3)
+        inputs = [Projection(*parts) for parts in zip(fused.weight.chunk(3), biases, strict=True)]
+    else:
+        inputs = [effective_projection(module) for module in (attn.to_q, attn.to_k, attn.to_v)]
+    found = [*inputs, effective_projection(attn.to_out[0])]
+    projections = [projection for projection in found if projection is not None]
+    return projections if len(projections) == len(found) else None
 
 
 def _is_plain_linear(module: nn.Module) -> bool:

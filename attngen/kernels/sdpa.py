@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from attngen.kernels.reference import Convolution, add_branches
+
 
 def agent_attention(
     query: Tensor,
@@ -15,14 +17,17 @@ def agent_attention(
     broadcast_scale: float,
     aggregation_bias: Tensor | None = None,
     broadcast_bias: Tensor | None = None,
+    shortcut: float = 0.0,
+    convolution: Convolution | None = None,
 ) -> Tensor:
     """The same numbers as `reference.agent_attention`; neither softmax is stored. Shapes as in `attngen.functional`."""
     aggregated = F.scaled_dot_product_attention(
         agents, key, value, attn_mask=_mask(aggregation_bias, agents, key), scale=scale
     )
-    return F.scaled_dot_product_attention(
+    output = F.scaled_dot_product_attention(
         query, agents, aggregated, attn_mask=_mask(broadcast_bias, query, agents), scale=broadcast_scale
     )
+    return add_branches(output, value, shortcut, convolution)
 
 
 def _mask(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
