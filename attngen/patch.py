@@ -14,6 +14,7 @@ from attngen.hosts import hooks
 from attngen.hosts.describe import default_size, describe_model, left_alone
 from attngen.hosts.families import denoisers_of
 from attngen.hosts.install import attention_modules, install, patchable_layers, refused_layers, uninstall
+from attngen.kernels.dispatch import AUTO, check_kernel
 from attngen.methods import AttentionMethod, SoftmaxAttention
 from attngen.methods._checks import Grid, check_count
 from attngen.plan import Plan
@@ -29,6 +30,7 @@ def apply(
     min_tokens: int | None = None,
     seed: int = 0,
     switch: ChangeSchedule | None = None,
+    kernel: str = AUTO,
 ) -> AttentionPatch:
     """Change the attention of a diffusers pipeline or model in place. One call undoes it, bit for bit.
 
@@ -44,25 +46,29 @@ def apply(
         seed: of random token merging; the global random state is never read.
         switch: chooses the stage by the change of the latents instead of the time. Pass the same object to the
             pipeline as `callback_on_step_end`. It starts anew when the time runs back.
+        kernel: the path that computes agent and linear attention: "auto" takes the one measured to be fastest, any
+            other ("absorbed", "triton", "sdpa", "matmul", "reference") is taken wherever it can run. The report says
+            which one a layer takes, and why not the one that was asked for.
 
     Returns:
         The handle: `.report()`, `.remove()`, `.reapply()`; also a context manager that removes on exit.
 
     Raises:
-        ValueError: before anything is changed, for an unknown method, a bad plan file, a plan whose patterns match no
-            layer, or a target without a self-attention layer that can be patched.
+        ValueError: before anything is changed, for an unknown method or kernel, a bad plan file, a plan whose patterns
+            match no layer, or a target without a self-attention layer that can be patched.
     """
     plan = _resolve(method)
     if min_tokens is not None:
         check_count("min_tokens", min_tokens, at_least=0)
         plan = Plan(plan.stages, min_tokens=min_tokens, max_levels=plan.max_levels)
     check_count("seed", seed, at_least=0)
+    check_kernel(kernel)
     _check_switch(switch, plan)
     models = denoisers_of(target)
     for name, model in models.items():
         _check_patchable(model, name or type(model).__name__)
     _check_patterns(plan, models.values())
-    patch = AttentionPatch(models, plan, seed, switch)
+    patch = AttentionPatch(models, plan, seed, switch, kernel)
     patch._install()
     return patch
 
@@ -84,9 +90,11 @@ class AttentionPatch:
         plan: what was applied.
     """
 
-    def __init__(self, models: dict[str, nn.Module], plan: Plan, seed: int, switch: ChangeSchedule | None) -> None:
+    def __init__(
+        self, models: dict[str, nn.Module], plan: Plan, seed: int, switch: ChangeSchedule | None, kernel: str
+    ) -> None:
         self.plan = plan
-        self._models, self._seed, self._switch = models, seed, switch
+        self._models, self._seed, self._switch, self._kernel = models, seed, switch, kernel
         self._id = uuid.uuid4().hex
 
     def __enter__(self) -> AttentionPatch:
@@ -138,7 +146,7 @@ class AttentionPatch:
                 continue
             size = hook.last_seen or default_size(model)
             if grid is not None:
-                size = hooks.CallSize(grid, size.text, grid[0] * grid[1])
+                size = size._replace(grid=grid, tokens=grid[0] * grid[1])
             patched += describe_model(model, name, self.plan.starts, size)
             left += [left_alone(name, layer, reason) for layer, reason in refused_layers(model, patched=True).items()]
         return Report(patched + left, self.plan.starts)
@@ -149,7 +157,7 @@ class AttentionPatch:
 
     def _install(self) -> None:
         for model in self._models.values():
-            install(model, self.plan, self._id, self._seed, self._switch)
+            install(model, self.plan, self._id, self._seed, self._switch, self._kernel)
 
 
 def _resolve(method: Any) -> Plan:

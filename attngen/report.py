@@ -20,6 +20,11 @@ class StageReport:
         agents: number of agents, or None for a method without.
         flops: floating-point operations of the layer for one picture.
         why_exact: why the layer is exact in this stage, or None where its method runs.
+        kernel: the path that computes the method, see `attngen.kernels.dispatch`: one of its names, the name of the
+            attention backend the user chose, or None where there is one way only.
+        speedup: how many times faster than the best softmax attention its attention was measured to be at sizes like
+            these, without projections; None where that was not measured.
+        why_not_kernel: why it is not the kernel that was asked for, or None.
     """
 
     start: float
@@ -27,6 +32,22 @@ class StageReport:
     agents: int | None
     flops: int
     why_exact: str | None
+    kernel: str | None = None
+    speedup: float | None = None
+    why_not_kernel: str | None = None
+
+    def __str__(self) -> str:
+        if self.why_exact is not None:
+            return f"exact: {self.why_exact}"
+        agents = "" if self.agents is None else f" ({self.agents})"
+        kernel = "" if self.kernel is None else f" by {self.kernel}"
+        slower = f", {self.speedup:.2f}x the speed of softmax" if self.is_slower else ""
+        return f"{self.method}{agents}{kernel}{slower}"
+
+    @property
+    def is_slower(self) -> bool:
+        """Whether softmax attention was measured to be faster, by more than 2%."""
+        return self.speedup is not None and self.speedup < 0.98
 
 
 @dataclass(frozen=True)
@@ -108,18 +129,22 @@ class Report:
             lines.append(f"attention layers: {self.flops_exact / 1e9:.2f} GFLOP exact; now {now}")
         else:
             lines = ["no layer is patched"]
-        return "\n".join([*lines, *self._left_alone()])
+        return "\n".join([*lines, *self._other_kernels(), *self._left_alone()])
 
     def _row(self, layer: LayerReport) -> tuple[str, ...]:
         assert layer.grid is not None and layer.flops_exact is not None
-        cells = []
-        for stage in layer.stages:
-            agents = "" if stage.agents is None else f" ({stage.agents})"
-            cells.append(f"{stage.method}{agents}" if stage.why_exact is None else f"exact: {stage.why_exact}")
+        cells = [str(stage) for stage in layer.stages]
         flops = "/".join(f"{stage.flops / 1e9:.3f}" for stage in layer.stages)
         share = "/".join(f"{stage.flops / layer.flops_exact:.0%}" for stage in layer.stages)
         name = f"{layer.model}.{layer.name}" if layer.model else layer.name
         return (name, f"{layer.grid[0]}x{layer.grid[1]}", str(layer.tokens), *cells, flops, share)
+
+    def _other_kernels(self) -> list[str]:
+        reasons: dict[str, list[str]] = {}
+        for layer in self.patched:
+            for reason in {stage.why_not_kernel for stage in layer.stages if stage.why_not_kernel is not None}:
+                reasons.setdefault(reason, []).append(layer.name)
+        return [f"another kernel than asked for: {len(n)} layers ({n[0]}, …): {r}" for r, n in reasons.items()]
 
     def _left_alone(self) -> list[str]:
         reasons: dict[str, list[str]] = {}

@@ -1,103 +1,289 @@
-"""One forward pass of a full-size denoiser, softmax attention against each method, in turn in one process.
+"""One pass of a full-size denoiser, softmax attention against each method, in turn in one process.
 
     python -m benchmarks.model --model sd15 --size 512 --out benchmarks/results/sd15-512-cpu.json
+    python -m benchmarks.model --model sd15 --size 1024 --dtype bfloat16 --methods softmax agent:64 tomesd
+    python -m benchmarks.model --model sit-xl --methods softmax values:4 input:4 --pass training --block --batch 8
     python -m benchmarks.model --show benchmarks/results/sd15-512-cpu.json
 
-Time is the median over rounds of the ratio to softmax in the same round, so that a machine that gets slower or faster
-meanwhile matters little. Operations are counted by torch. The error is that of the output against softmax attention,
-‖out - exact‖ / ‖exact‖; with random weights it says that a method changes the result, not how a picture looks.
+A method is a preset's name, the path of a plan file, `agent:64` (64 agents in the layers of at least 16 times as many
+tokens), `plain:64` (the same without Stable Diffusion's scale and share of the values), `tomesd` (the package, merging
+half of the tokens; UNets only), or for SiT `values:4` or `input:4`: the model of the same size with 4 mediators and
+their convolution on the values or on the layer's input. That is another model, so its output is not compared. A kernel
+may stand behind it: `agent:64@triton`; --kernel is for all methods without one.
+
+Time is the median over rounds of the ratio to the first method in the same round, so that a machine that gets slower or
+faster meanwhile matters little. Operations are counted by torch, those of fused attention included and those of Triton
+kernels not. The error is that of the output against the first method, ‖out - exact‖ / ‖exact‖; with random weights it
+says that a method changes the result, not how a picture looks. A training pass is forward and backward, without the
+optimiser.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.models import MODELS, build_random
+from benchmarks import options as cli
+from benchmarks.machine import machine
+from benchmarks.models import MODELS, build_random, random_inputs, structural_copy
+
+if TYPE_CHECKING:
+    from torch import nn
 
 DEFAULT_METHODS = ("softmax", "agent", "agentsd", "tome", "todo", "linear")
+DEFAULT_METHODS_OF_SIT = ("softmax", "values:4", "input:4")
+CONVOLUTIONS = ("values", "input")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser("model", __doc__)
     parser.add_argument("--model", default="sd15", choices=list(MODELS))
-    parser.add_argument("--size", type=int, default=512, help="side of the picture, in pixels")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--methods", nargs="+", default=list(DEFAULT_METHODS), help="presets, or plan files")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path, help="write the measurements as JSON")
-    parser.add_argument("--show", type=Path, help="print the table of a file written before, and stop")
-    options = parser.parse_args(argv)
+    parser.add_argument("--size", type=cli.at_least(1), help="side of the picture in pixels; that of publication")
+    parser.add_argument("--batch", type=cli.at_least(1), default=1)
+    parser.add_argument("--methods", nargs="+", help="see above; the first is what the others are compared with")
+    parser.add_argument("--dtype", default="float32", choices=cli.DTYPES)
+    parser.add_argument("--rounds", type=cli.at_least(1), default=5)
+    parser.add_argument("--pass", dest="passes", default="forward", choices=["forward", "training"])
+    parser.add_argument("--block", action="store_true", help="the first block of SiT alone")
+    parser.add_argument("--kernel", help="of attngen.apply: auto, sdpa, triton, absorbed, ...")
+    parser.add_argument("--compile", action="store_true", help="torch.compile each model")
+    parser.add_argument("--small", action="store_true", help="a reduced model, to try the program")
+    options = cli.parse(parser, argv)
     if options.show:
-        print(table(json.loads(options.show.read_text())))
+        print(table(cli.read(parser, options.show)))
         return 0
-    result = measure(options)
+    _check(parser, options)
+    cli.prepare(parser, options)
+    try:
+        result = measure(options)
+    except MethodError as error:
+        parser.error(str(error))
     print(table(result))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    cli.write(options.out, result)
     return 0
+
+
+class MethodError(ValueError):
+    """A method that the model or this installation does not have."""
+
+
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Fill in defaults; ends in argparse's error for what cannot be measured."""
+    described = MODELS[options.model]
+    options.size = options.size or described.size
+    if options.size % described.unit:
+        parser.error(f"--size must be a multiple of {described.unit} for {options.model}, got {options.size}")
+    if options.block and described.kind != "sit":
+        parser.error(f"--block measures a block of SiT; {options.model} is none, take sit-s, sit-b or sit-xl")
+    defaults = DEFAULT_METHODS_OF_SIT if described.kind == "sit" else DEFAULT_METHODS
+    options.methods = list(dict.fromkeys(options.methods or defaults))
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run the comparison; returns what `--out` writes."""
     import torch
-    from tqdm import tqdm
 
+    from benchmarks.timing import compare
+
+    dtype = getattr(torch, options.dtype)
+    exact: Any = build_random(options.model, dtype, options.device, options.size, options.small, **_depth(options))
+    inputs = random_inputs(options.model, exact, options.size, options.batch, dtype, options.device)
+    rows: dict[str, dict[str, Any]] = {}
+    functions: dict[str, Callable[[], Any]] = {}
+    leaves: dict[str, list[Any]] = {}
+    reference = None
+    for name in options.methods:
+        kernel = split_kernel(name)[1] or options.kernel
+        with _environment_kernel(kernel):
+            model, patch, comparable = _with_method(options, name, exact, dtype)
+            training = options.passes == "training"
+            run, given = _block(model, inputs, training) if options.block else (_whole(model, inputs), [])
+            with torch.no_grad():
+                output, flops = _count(run)
+        reference = output if reference is None else reference
+        error = ((output - reference).norm() / reference.norm()).item() if comparable else None
+        rows[name] = {"method": name, "flops": flops, "error": error, **_layers(patch, model)}
+        if options.compile:
+            (model.transformer_blocks[0] if options.block else model).compile()
+        functions[name] = _in_environment(run, kernel)
+        leaves[name] = [*(model.transformer_blocks[0] if options.block else model).parameters(), *given]
+    base = options.methods[0]
+    timed = compare(
+        functions,
+        [()],
+        baseline=base,
+        device=options.device,
+        rounds=options.rounds,
+        training=options.passes == "training",
+        leaves=leaves,
+        min_seconds=None if options.block else 0.0,
+        uniform=True,
+        memory=True,
+    )
+    for name, row in rows.items():
+        measured = timed.row(name)
+        speedup = measured["speedup"]
+        row["seconds"] = statistics.median(timed.seconds[name])
+        row["speedup"] = speedup["median"]
+        row["speedup_range"] = [speedup["min"], speedup["max"]]
+        row["speedup_quartiles"] = [speedup["q1"], speedup["q3"]]
+        row["all_seconds"] = timed.seconds[name]
+        row["flops_ratio"] = rows[base]["flops"] / row["flops"]
+        row["peak_bytes"] = measured["peak_bytes"]
+        if "launches" in measured:
+            row["launches"] = measured["launches"]
+    settings = {**cli.settings(options), "clock": timed.clock}
+    return {
+        "program": "model",
+        "command": options.command,
+        "settings": settings,
+        "machine": machine(options.device),
+        "rows": list(rows.values()),
+    }
+
+
+def _with_method(options: argparse.Namespace, name: str, exact: Any, dtype: Any) -> tuple[Any, Any, bool]:
+    """The model with a method, its patch if it has one, and whether the output can be compared."""
     import attngen
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    dtype = getattr(torch, options.dtype)
-    model: Any = build_random(options.model, dtype, options.device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        raw = MODELS[options.model].inputs(model, options.size, options.batch)
-    inputs = {k: _place(v, options.device, dtype) for k, v in raw.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in options.methods}
-    rows: dict[str, dict[str, Any]] = {}
-    exact = None
-    rounds = tqdm(total=len(options.methods) * (options.rounds + 1), disable=not sys.stderr.isatty(), unit="pass")
-    for round_number in range(options.rounds + 1):
-        for name in options.methods:
-            with torch.no_grad(), attngen.apply(model, name) as patch:
-                if round_number == 0:  # warm-up: count operations and compare outputs
-                    output, flops = _count(model, inputs)
-                    exact = output if exact is None else exact
-                    error = ((output - exact).norm() / exact.norm()).item()
-                    active = sum(layer.is_active for layer in patch.report().patched)
-                    rows[name] = {"method": name, "flops": flops, "error": error, "active_layers": active}
-                else:
-                    seconds[name].append(_seconds(model, inputs, options.device))
-            rounds.update()
-    rounds.close()
-    base = options.methods[0]
-    for name, row in rows.items():
-        ratios = [b / s for b, s in zip(seconds[base], seconds[name], strict=True)]
-        row["seconds"] = statistics.median(seconds[name])
-        row["speedup"] = statistics.median(ratios)
-        row["speedup_range"] = [min(ratios), max(ratios)]
-        row["flops_ratio"] = rows[base]["flops"] / row["flops"]
-    return {"settings": _settings(options), "machine": machine(options.device), "rows": list(rows.values())}
+    method, kernel = split_kernel(name)
+    kind, _, count = method.partition(":")
+    if kind in CONVOLUTIONS:
+        return _mediators(options, kind, count, dtype), None, False
+    if kind == "tomesd":
+        return _tomesd(options, exact), None, True
+    model: Any = structural_copy(exact)
+    try:
+        patch = attngen.apply(model, plan_of(method), kernel=kernel or options.kernel or "auto")
+    except ValueError as error:
+        raise MethodError(f"{name}: {error}") from None
+    return model, patch, True
 
 
-def _place(value: Any, device: str, dtype: Any) -> Any:
-    return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+def split_kernel(name: str) -> tuple[str, str | None]:
+    """The method and the kernel of `agent:64@triton`; None where there is no kernel."""
+    method, at, kernel = name.rpartition("@")
+    return (method, kernel) if at else (name, None)
 
 
-def _count(model: Any, inputs: dict[str, Any]) -> tuple[Any, int]:
+def _layers(patch: Any, model: Any) -> dict[str, Any]:
+    """How many layers a method changes, and how many take which kernel; None where that is not known."""
+    if patch is None:
+        mediators = [m for m in model.modules() if type(m).__name__ == "MediatorMixer"]
+        return {"active_layers": len(mediators) or None, "kernels": None}
+    active = [layer for layer in patch.report().patched if layer.is_active]
+    stages = [next(stage for stage in layer.stages if stage.why_exact is None) for layer in active]
+    return {"active_layers": len(active), "kernels": dict(Counter(str(stage.kernel) for stage in stages))}
+
+
+def plan_of(name: str) -> Any:
+    """What `attngen.apply` takes for a method's name: `agent:64` is 64 agents in layers of at least 16 · 64 tokens.
+
+    `plain:64` leaves out the scale and the share of the values that are for Stable Diffusion.
+
+    Raises:
+        MethodError: for a count that is no whole number above 0, or of a method that takes none.
+    """
+    from attngen import AgentAttention, Plan
+
+    kind, colon, count = name.partition(":")
+    if not colon or name.endswith(".json"):
+        return name
+    if kind not in ("agent", "plain") or not count.isdigit() or int(count) < 1:
+        raise MethodError(f"a number goes with agent, plain, values and input, as in agent:64, got {name!r}")
+    options: dict[str, Any] = {"broadcast_exponent": 1.0, "shortcut": 0.0} if kind == "plain" else {}
+    return Plan.of(AgentAttention(num_agents=int(count), **options), min_tokens=16 * int(count))
+
+
+@contextmanager
+def _environment_kernel(kernel: str | None) -> Iterator[None]:
+    """ATTNGEN_KERNEL as asked for: models with learned mediators are not patched, and read it."""
+    before = os.environ.get("ATTNGEN_KERNEL")
+    if kernel is not None:
+        os.environ["ATTNGEN_KERNEL"] = kernel
+    try:
+        yield
+    finally:
+        if kernel is not None:
+            os.environ.pop("ATTNGEN_KERNEL")
+            if before is not None:
+                os.environ["ATTNGEN_KERNEL"] = before
+
+
+def _in_environment(run: Callable[[], Any], kernel: str | None) -> Callable[[], Any]:
+    if kernel is None:
+        return run
+
+    def wrapped() -> Any:
+        with _environment_kernel(kernel):
+            return run()
+
+    return wrapped
+
+
+def _mediators(options: argparse.Namespace, convolution: str, count: str, dtype: Any) -> nn.Module:
+    if MODELS[options.model].kind != "sit":
+        raise MethodError(f"learned mediators are a method of SiT, and {options.model} is none")
+    if not count.isdigit() or int(count) < 1:
+        raise MethodError(f"a number of mediators goes with {convolution}, as in {convolution}:4, got {count!r}")
+    config = {"attention": "mediator", "num_mediators": int(count), "convolution": convolution, **_depth(options)}
+    return build_random(options.model, dtype, options.device, options.size, options.small, **config)
+
+
+def _depth(options: argparse.Namespace) -> dict[str, Any]:
+    """For one block there is no need to build the others."""
+    return {"num_layers": 1} if options.block else {}
+
+
+def _tomesd(options: argparse.Namespace, exact: Any) -> Any:
+    if MODELS[options.model].kind != "unet":
+        raise MethodError(f"tomesd merges tokens of a UNet, and {options.model} is none")
+    try:
+        import tomesd
+    except ImportError:
+        raise MethodError("tomesd is not installed; pip install tomesd==0.1.3 or leave it out") from None
+    return tomesd.apply_patch(structural_copy(exact), ratio=0.5, use_rand=False)
+
+
+def _whole(model: Any, inputs: dict[str, Any]) -> Callable[[], Any]:
+    # tomesd reads the size of the first positional argument.
+    sample = inputs[next(iter(inputs))]
+    rest = dict(list(inputs.items())[1:])
+    return lambda: model(sample, **rest, return_dict=False)[0]
+
+
+def _block(model: Any, inputs: dict[str, Any], training: bool) -> tuple[Callable[[], Any], list[Any]]:
+    """The first block of a SiT on the arguments that the whole model gives it, and those of them with a gradient."""
+    import torch
+
+    block, given = model.transformer_blocks[0], {}
+
+    def keep(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given.update(arguments=arguments, named=named)
+
+    handle = block.register_forward_pre_hook(keep, with_kwargs=True)
+    with torch.no_grad():
+        model(**inputs)
+    handle.remove()
+
+    def fresh(value: Any) -> Any:
+        # In a model the gradient goes on to what made tokens and condition.
+        is_activation = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.detach().clone().requires_grad_(training) if is_activation else value
+
+    arguments = [fresh(value) for value in given["arguments"]]
+    named = {name: fresh(value) for name, value in given["named"].items()}
+    with_gradient = [x for x in (*arguments, *named.values()) if isinstance(x, torch.Tensor) and x.requires_grad]
+    return lambda: block(*arguments, **named), with_gradient
+
+
+def _count(run: Callable[[], Any]) -> tuple[Any, int]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -107,56 +293,8 @@ def _count(model: Any, inputs: dict[str, Any]) -> tuple[Any, int]:
     # torch counts attention on GPUs only.
     extra = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_on_cpu}
     with FlopCounterMode(display=False, custom_mapping=extra) as counter:
-        output = model(**inputs, return_dict=False)[0]
+        output = run()
     return output.float(), counter.get_total_flops()
-
-
-def _seconds(model: Any, inputs: dict[str, Any], device: str) -> float:
-    import torch
-
-    def wait() -> None:
-        if device != "cpu":
-            torch.cuda.synchronize()
-
-    wait()
-    start = time.perf_counter()
-    model(**inputs, return_dict=False)
-    wait()
-    return time.perf_counter() - start
-
-
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("model", "size", "batch", "dtype", "device", "rounds", "threads")
-    return {name: getattr(options, name) for name in names}
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What the numbers were measured with."""
-    import diffusers
-    import torch
-
-    import attngen
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "device": torch.cuda.get_device_name() if device != "cpu" else _processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "attngen": attngen.__version__,
-        "commit": commit.stdout.strip() or None,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        import platform
-
-        return platform.processor() or platform.machine()
 
 
 def table(result: dict[str, Any]) -> str:
@@ -168,14 +306,21 @@ def table(result: dict[str, Any]) -> str:
     ]
     for row in result["rows"]:
         low, high = row["speedup_range"]
+        error = "other model" if row["error"] is None else f"{row['error']:.3f}"
         lines.append(
             f"| `{row['method']}` | {row['speedup']:.2f} ({low:.2f} to {high:.2f}) | {row['flops_ratio']:.2f} "
-            f"| {row['error']:.3f} | {row['active_layers']} |"
+            f"| {error} | {'' if row['active_layers'] is None else row['active_layers']} |"
         )
+    first = result["rows"][0]
+    seconds = f"{first['seconds']:.1f} s" if first["seconds"] >= 0.5 else f"{first['seconds'] * 1e3:.2f} ms"
+    what = "one block" if settings.get("block") else "one pass"
+    what += ", forward and backward" if settings.get("passes") == "training" else ""
+    what += ", compiled" if settings.get("compile") else ""
+    small = "reduced " if settings.get("small") else ""
     lines.append("")
     lines.append(
-        f"`{settings['model']}`, {settings['size']} px, batch {settings['batch']}, {settings['dtype']}, random weights,"
-        f" one pass, median of {settings['rounds']} rounds; softmax {result['rows'][0]['seconds']:.1f} s; "
+        f"{small}`{settings['model']}`, {settings['size']} px, batch {settings['batch']}, {settings['dtype']}, "
+        f"random weights, {what}, median of {settings['rounds']} rounds; {first['method']} {seconds}; "
         f"{machine_['device']}, {machine_['threads']} threads, torch {machine_['torch']}, {machine_['date']}."
     )
     return "\n".join(lines)

@@ -11,7 +11,8 @@ import torch.nn.functional as tf
 from torch import nn
 
 from attngen import functional as F
-from attngen.kernels.absorbed import Projection, absorbed_agent_attention, absorbs, effective_projection
+from attngen.kernels.absorbed import LayerSize, Projection, absorbed_agent_attention, effective_projection
+from attngen.kernels.dispatch import AbsorbedCost
 from tests import oracles
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
@@ -488,11 +489,14 @@ def test_names_dtypes_that_do_not_fit():
 
 @pytest.mark.parametrize(("channels", "heads", "head_dim"), [(384, 6, 64), (1152, 16, 72), (320, 8, 40)])
 def test_pays_for_few_agents(channels, heads, head_dim):
-    sizes = {"head_dim": head_dim, "num_heads": heads, "channels": channels}
+    def absorbs(agents, tokens, kept_projections=0):
+        size = LayerSize(agents, head_dim, heads, channels, tokens, kept_projections)
+        return size.gain(AbsorbedCost()) > 1
+
     for tokens in (256, 1024, 4096):
-        assert absorbs(4, tokens=tokens, **sizes)
-        assert absorbs(4, tokens=tokens, kept_projections=2, **sizes)
-        assert not absorbs(head_dim, tokens=tokens, **sizes)
-    assert absorbs(16, tokens=256, **sizes)
-    assert not absorbs(64, tokens=64, **sizes)
-    assert not absorbs(16, tokens=64, kept_projections=2, **sizes)
+        assert absorbs(4, tokens=tokens)
+        assert absorbs(4, tokens=tokens, kept_projections=2)
+        assert not absorbs(head_dim, tokens=tokens)
+    assert absorbs(16, tokens=256)
+    assert not absorbs(64, tokens=64)
+    assert not absorbs(16, tokens=64, kept_projections=2)

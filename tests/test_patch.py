@@ -532,7 +532,7 @@ def test_the_warning_points_at_the_caller():
     assert "attngen/hosts" not in record[0].filename.replace("\\", "/")
 
 
-def test_nothing_is_said_or_printed_where_all_is_well(host, model, caplog, capfd):
+def test_nothing_is_said_or_printed_where_all_is_well(host, model, caplog, capfd, unmeasured):
     import logging
 
     from diffusers.utils import logging as diffusers_logging

@@ -159,7 +159,7 @@ def test_operations_of_methods_are_what_pytorch_counts(name, method):
 
 
 def test_agent_operations_by_hand():
-    handle = attngen.apply(fresh("sd15"), AgentAttention(num_agents=4))
+    handle = attngen.apply(fresh("sd15"), AgentAttention(num_agents=4), kernel="sdpa")
     layer = handle.report(grid=(16, 16)).patched[0]
     tokens, width, agents = 256, 16, 4
     projections = 4 * 2 * tokens * width * width

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from attngen.hosts import hooks
+from attngen.hosts.absorb import layer_size, why_direct
 from attngen.hosts.families import default_grid, family_of, halved, halvings
-from attngen.hosts.layers import LayerSpec, spec_of
+from attngen.hosts.layers import LayerSpec, attention_of, spec_of
+from attngen.hosts.single import AttnGenProcessor
+from attngen.kernels.dispatch import AUTO, Choice, wanted_kernel
 from attngen.methods._checks import Grid
-from attngen.methods.base import LayerShape
+from attngen.methods.base import AttentionMethod, LayerShape
 from attngen.methods.softmax import SoftmaxAttention
 from attngen.report import LayerReport, StageReport
 
@@ -38,13 +42,19 @@ class Review:
                         f"{stage.method} costs more than softmax attention in {layer.name} of {what}: "
                         f"{stage.flops / layer.flops_exact:.2f} times the operations"
                     )
+                if stage.is_slower:
+                    return (
+                        f"{stage.method} attention by {stage.kernel} is slower than softmax attention in {layer.name} "
+                        f"of {what}: {stage.speedup:.2f} times its speed, as measured at sizes like these; "
+                        "min_tokens leaves small layers exact"
+                    )
         return None
 
 
 def default_size(model: nn.Module) -> hooks.CallSize:
     """The size that the model's configuration was made for."""
     grid = default_grid(model)
-    return hooks.CallSize(grid, 0, grid[0] * grid[1])
+    return hooks.CallSize(grid, 0, grid[0] * grid[1], batch=2)
 
 
 def describe_model(
@@ -58,7 +68,8 @@ def describe_model(
         if isinstance(attn.processor, hooks.PROCESSORS):
             grid = halved(size.grid, halvings(model, name))
             tokens = size.tokens if _works_on_one_grid(model) else grid[0] * grid[1]
-            reports.append(_describe_layer(component, name, attn, spec, starts, grid, tokens, size.text))
+            here = size._replace(grid=grid, tokens=tokens)
+            reports.append(_describe_layer(component, name, attn, spec, starts, here))
     return reports
 
 
@@ -73,17 +84,24 @@ def _describe_layer(
     attn: Any,
     spec: LayerSpec,
     starts: tuple[float, ...],
-    grid: Grid,
-    tokens: int,
-    text: int,
+    size: hooks.CallSize,
 ) -> LayerReport:
-    shape = _shape(attn, grid, text)
+    grid, tokens = size.grid, size.tokens
+    shape = _shape(attn, grid, size.text)
     stages = []
     for i, start in enumerate(starts):
         method = spec.methods[i]
         reason = spec.why_exact(i, grid, tokens)
-        agents, flops = (method.num_agents_at(grid), method.flops(shape)) if reason is None else (None, None)
-        stages.append(StageReport(start, method.kind, agents, flops or shape.exact_flops(), reason))
+        if reason is not None:
+            stages.append(StageReport(start, method.kind, None, shape.exact_flops(), reason))
+            continue
+        choice = _kernel(attn, spec, method, shape, size.batch)
+        absorbed = choice.kernel == "absorbed"
+        flops = layer_size(attn, shape.channels, method, grid).flops if absorbed else method.flops(shape)
+        agents = method.num_agents_at(grid)
+        stages.append(
+            StageReport(start, method.kind, agents, flops, None, choice.kernel or None, choice.speedup, choice.reason)
+        )
     return LayerReport(
         component,
         name,
@@ -95,6 +113,37 @@ def _describe_layer(
         tuple(stages),
         None,
     )
+
+
+def _kernel(attn: Any, spec: LayerSpec, method: AttentionMethod, shape: LayerShape, batch: int) -> Choice:
+    """The path that computes a layer's method, asked for with tensors that have its sizes and no content.
+
+    Its name is "" for a method that is exact attention over fewer tokens.
+    """
+    attention = attention_of(attn.processor, spec.original, spec)
+    parameter = next(attn.parameters())
+    training = attn.training and torch.is_grad_enabled()
+
+    def tensor(*sizes: int) -> Tensor:
+        return parameter.detach().new_empty((1,) * len(sizes)).requires_grad_(training).expand(*sizes)
+
+    head_dim, tokens = shape.width // shape.num_heads, method.tokens_at(shape.grid)
+    num_agents = method.num_agents_at(shape.grid)
+    hidden_states = tensor(batch, tokens, shape.channels)
+    query = tensor(batch, shape.num_heads, tokens, head_dim)
+    agents = None if num_agents is None else tensor(batch, shape.num_heads, num_agents, head_dim)
+    choice = method.choose_kernel(query, query, query, agents, attention.kernel or AUTO)
+    if choice is None:
+        return Choice("")
+    if attention.kernel is None:
+        return Choice(attention.backend.value if attention.backend is not None else "parallel")
+    if isinstance(attn.processor, AttnGenProcessor):
+        why_direct_ = why_direct(attn, hidden_states, method, shape.grid, attention.kernel)
+        if why_direct_ is None:
+            return Choice("absorbed")
+        if wanted_kernel(attention.kernel) == "absorbed":
+            return choice._replace(reason=why_direct_)
+    return choice
 
 
 def _shape(attn: Any, grid: Grid, text: int) -> LayerShape:

@@ -6,7 +6,7 @@ import inspect
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import diffusers
@@ -104,6 +104,9 @@ class _PackedGrid:
 _UNET = Family("sample", "timestep", "cross_attention_kwargs", _discrete, _latents, spatial_block="Transformer2DModel")
 _DIT = Family("hidden_states", "timestep", "cross_attention_kwargs", _discrete, _patches)
 
+_SIT = Family("hidden_states", "timestep", "attention_kwargs", _data_at_one, _patches)
+_SIT_WITH_STEPS = replace(_SIT, clock=_discrete)  # a DiT in SiT's class
+
 FAMILIES: dict[str, Family] = {
     "UNet2DConditionModel": _UNET,
     "ControlNetModel": _UNET,
@@ -126,7 +129,7 @@ FAMILIES: dict[str, Family] = {
         text="encoder_hidden_states",
         rotary=True,
     ),
-    "SiTTransformer2DModel": Family("hidden_states", "timestep", "attention_kwargs", _data_at_one, _patches),
+    "SiTTransformer2DModel": _SIT,
 }
 
 DENOISERS = ("unet", "transformer", "transformer_2", "controlnet")
@@ -137,7 +140,8 @@ def family_of(model: nn.Module) -> Family | None:
     """The row of a model or of the class it derives from, or None."""
     for cls in type(model).__mro__:
         if cls.__name__ in FAMILIES:
-            return FAMILIES[cls.__name__]
+            family = FAMILIES[cls.__name__]
+            return _SIT_WITH_STEPS if family is _SIT and _config(model).get("predicts_variance") else family
     return None
 
 

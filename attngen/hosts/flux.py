@@ -9,7 +9,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 
 from attngen.hosts.joint import Heads, image_heads, mix, select, text_heads
-from attngen.hosts.layers import active_method, attention_through, chosen_backend, spec_of
+from attngen.hosts.layers import active_method, attention_of, spec_of
 from attngen.hosts.single import project, to_heads
 from attngen.methods.base import Selection
 from attngen.methods.mediator import split_heads
@@ -61,8 +61,7 @@ class FluxAttnGenProcessor:
             text = (_rotate(text[0], cos, sin), _rotate(text[1], cos, sin), text[2])
         selection = select(method, image_states, attngen)
         image, agents = image_heads(attn, selection, method, attngen, rotate)
-        attention = attention_through(chosen_backend(self, original), self._parallel_config)
-        mixed_image, mixed_text = mix(method, image, text, agents, attention)
+        mixed_image, mixed_text = mix(method, image, text, agents, attention_of(self, original, spec))
         assert mixed_text is not None
         if in_one_sequence:
             restored = mixed_image if selection.restore is None else selection.restore(mixed_image)

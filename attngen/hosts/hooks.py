@@ -42,11 +42,13 @@ class CallSize(NamedTuple):
         grid: (height, width) of the latents of a UNet, of the tokens of a transformer.
         text: text tokens in joint attention, else 0.
         tokens: image tokens; more than the grid holds where a model is given pictures to refer to.
+        batch: pictures, both halves of guidance counted.
     """
 
     grid: Grid
     text: int
     tokens: int
+    batch: int
 
 
 class Hook:
@@ -90,6 +92,7 @@ class RootHook(Hook):
         self.extra = {name: slot(model.forward, name) for name in extra if name in parameters}
         self.last_seen: CallSize | None = None  # for reports only; no computation reads it
         self._reviewed: set[CallSize] = set()
+        self._said: set[str] = set()
         self._told_about: str | None = None
 
     @torch.compiler.disable
@@ -114,7 +117,7 @@ class RootHook(Hook):
             draws=self._draws(grid, times, sample.device) if self.random[stage] else None,
         )
         tokens = int(sample.shape[1]) if sample.ndim == 3 else grid[0] * grid[1]
-        self._watch(model, CallSize(grid, text_tokens, tokens))
+        self._watch(model, CallSize(grid, text_tokens, tokens, int(sample.shape[0])))
         given = self.channel.get(args, kwargs)
         return self.channel.put(args, kwargs, {**(given or {}), CHANNEL_KEY: info})
 
@@ -150,7 +153,8 @@ class RootHook(Hook):
         if size not in self._reviewed:
             self._reviewed.add(size)
             message = self.review(model, size)
-            if message is not None:
+            if message is not None and message not in self._said:
+                self._said.add(message)
                 warn(message)
         name = self._replaced_by(model)
         if name is not None and self._told_about != name:

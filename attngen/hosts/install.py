@@ -72,7 +72,7 @@ def patchable_layers(model: nn.Module) -> dict[str, Any]:
     return {name: attn for name, attn in attention_modules(model) if name not in refused}
 
 
-def install(model: nn.Module, plan: Plan, patch_id: str, seed: int, switch: ChangeSchedule | None) -> None:
+def install(model: nn.Module, plan: Plan, patch_id: str, seed: int, switch: ChangeSchedule | None, kernel: str) -> None:
     """Put a plan on a model, in place of any patch it has; an attention backend set on that stays."""
     family = family_of(model)
     assert family is not None
@@ -90,6 +90,7 @@ def install(model: nn.Module, plan: Plan, patch_id: str, seed: int, switch: Chan
             level=levels.index(halvings(model, name)),
             max_levels=plan.max_levels,
             rotary=family.rotary,
+            kernel=kernel,
         )
         ours = _PLAIN[type(originals[name]).__name__]()
         _copy_settings(backends.get(name, attn.processor), ours)

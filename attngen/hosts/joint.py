@@ -12,7 +12,7 @@ from typing import Any
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor
 
-from attngen.hosts.layers import active_method, attention_through, chosen_backend, spec_of
+from attngen.hosts.layers import active_method, attention_of, spec_of
 from attngen.hosts.single import project, project_query, to_heads
 from attngen.methods.agent import pool_tokens
 from attngen.methods.base import Attention, AttentionMethod, Selection, with_context
@@ -42,13 +42,12 @@ class JointAttnGenProcessor:
     ) -> Tensor | tuple[Tensor, Tensor]:
         spec = spec_of(attn)
         original: Any = spec.original if spec is not None else JointAttnProcessor2_0()
-        backend = chosen_backend(self, original)
+        attention = attention_of(self, original, spec)
         method = active_method(attn, attngen, hidden_states.shape[1]) if attention_mask is None else None
-        if method is None and (backend is None or attention_mask is not None):
+        if method is None and (attention.backend is None or attention_mask is not None):
             given = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask}
             return original(attn, hidden_states, **{k: v for k, v in given.items() if v is not None})
         method = method or SoftmaxAttention()
-        attention = attention_through(backend, self._parallel_config)
         selection = select(method, hidden_states, attngen)
         image, agents = image_heads(attn, selection, method, attngen)
         text = None if encoder_hidden_states is None else text_heads(attn, encoder_hidden_states)

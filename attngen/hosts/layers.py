@@ -14,8 +14,9 @@ from diffusers.models.attention_dispatch import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attngen.kernels.dispatch import AUTO
 from attngen.methods._checks import Grid
-from attngen.methods.base import Attention, AttentionMethod
+from attngen.methods.base import AttentionMethod
 from attngen.methods.softmax import SoftmaxAttention
 from attngen.step import StepInfo
 
@@ -34,6 +35,7 @@ class LayerSpec:
         level: how many attention resolutions of the model are finer than this layer's.
         max_levels: only layers whose level is below it take part; None for all.
         rotary: whether the layer rotates queries and keys by position.
+        kernel: which of attngen's paths computes the methods, see `attngen.kernels.dispatch`.
     """
 
     original: Any
@@ -42,6 +44,7 @@ class LayerSpec:
     level: int = 0
     max_levels: int | None = None
     rotary: bool = False
+    kernel: str = AUTO
 
     def why_exact(self, stage: int, grid: Grid, tokens: int) -> str | None:
         """The reason the layer is exact now, in a few words; None where its method runs."""
@@ -95,11 +98,26 @@ def chosen_backend(processor: Any, original: Any) -> AttentionBackendName | None
     return AttentionBackendName.XFORMERS if type(original).__name__.startswith("XFormers") else None
 
 
-def attention_through(backend: AttentionBackendName | None, parallel_config: Any) -> Attention:
-    """Exact attention over (B, H, N, D) through a diffusers backend."""
+@dataclass(frozen=True)
+class BackendAttention:
+    """Exact attention over (B, H, N, D) through a diffusers backend; see `attngen.methods.base.Attention`.
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-        if backend is None and parallel_config is None:
+    Attributes:
+        backend: the one the user chose, or None for torch's own.
+        parallel_config: diffusers' context parallelism, or None.
+        preferred: attngen's path to take where the user chose neither.
+    """
+
+    backend: AttentionBackendName | None
+    parallel_config: Any
+    preferred: str = AUTO
+
+    @property
+    def kernel(self) -> str | None:
+        return self.preferred if self.backend is None and self.parallel_config is None else None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+        if self.kernel is not None:
             return F.scaled_dot_product_attention(query, key, value, scale=scale)
         # diffusers' layout is (B, N, H, D).
         mixed = dispatch_attention_fn(
@@ -107,9 +125,13 @@ def attention_through(backend: AttentionBackendName | None, parallel_config: Any
             key.transpose(1, 2),
             value.transpose(1, 2),
             scale=scale,
-            backend=backend,
-            parallel_config=parallel_config,
+            backend=self.backend,
+            parallel_config=self.parallel_config,
         )
         return mixed.transpose(1, 2)
 
-    return attention
+
+def attention_of(processor: Any, original: Any, spec: LayerSpec | None) -> BackendAttention:
+    """Exact attention as the user set it for a layer, by its processor and what stands beside it."""
+    backend = chosen_backend(processor, original)
+    return BackendAttention(backend, processor._parallel_config, AUTO if spec is None else spec.kernel)

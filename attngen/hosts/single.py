@@ -8,7 +8,8 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
 from attngen.functional import pool_tokens
-from attngen.hosts.layers import active_method, attention_through, chosen_backend, spec_of
+from attngen.hosts.absorb import absorbed_attention, why_direct
+from attngen.hosts.layers import active_method, attention_of, spec_of
 from attngen.methods.base import Attention, AttentionMethod, Selection
 from attngen.methods.mediator import join_heads, split_heads
 from attngen.methods.softmax import SoftmaxAttention
@@ -36,17 +37,16 @@ class AttnGenProcessor:
     ) -> Tensor:
         spec = spec_of(attn)
         original = spec.original if spec is not None else AttnProcessor2_0()
-        backend = chosen_backend(self, original)
+        attention = attention_of(self, original, spec)
         plain = encoder_hidden_states is None and attention_mask is None and hidden_states.ndim == 3
         method = active_method(attn, attngen, hidden_states.shape[1]) if plain else None
-        if method is None and (not plain or backend is None):
+        if method is None and (not plain or attention.backend is None):
             given = {
                 "encoder_hidden_states": encoder_hidden_states,
                 "attention_mask": attention_mask,
                 "temb": temb,
             }
             return original(attn, hidden_states, **{k: v for k, v in given.items() if v is not None})
-        attention = attention_through(backend, self._parallel_config)
         residual = hidden_states
         hidden_states = _normalise(attn, hidden_states, temb)
         hidden_states = _attend(attn, hidden_states, method or SoftmaxAttention(), attngen, attention)
@@ -66,6 +66,8 @@ def _normalise(attn: Any, hidden_states: Tensor, temb: Tensor | None) -> Tensor:
 def _attend(
     attn: Any, hidden_states: Tensor, method: AttentionMethod, info: StepInfo | None, attention: Attention
 ) -> Tensor:
+    if info is not None and why_direct(attn, hidden_states, method, info.grid, attention.kernel) is None:
+        return attn.to_out[1](absorbed_attention(attn, hidden_states, method, info.grid))
     selection, agents = Selection(hidden_states, hidden_states), None
     if info is not None and not isinstance(method, SoftmaxAttention):
         metric = hidden_states if info.metric is None else info.metric

@@ -10,12 +10,14 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attngen.kernels import sdpa
+from attngen.kernels import dispatch
+from attngen.kernels.dispatch import AGENT_KERNELS, AUTO, Choice
 from attngen.methods._checks import Grid, check_bias, check_count, check_heads, check_number, check_tokens
-from attngen.methods.base import Attention, AttentionMethod, LayerShape, with_context
+from attngen.methods.base import AgentScales, Attention, AttentionMethod, LayerShape, with_context
 
 
 def agent_attention(
@@ -29,6 +31,7 @@ def agent_attention(
     aggregation_bias: Tensor | None = None,
     broadcast_bias: Tensor | None = None,
     shortcut: float = 0.0,
+    kernel: str = AUTO,
 ) -> Tensor:
     """softmax(Q Aᵀ · s₂ + B₂) · softmax(A Kᵀ · s₁ + B₁) · V + shortcut · V: 4·M·N·D multiply-adds a head, not 2·N²·D.
 
@@ -44,14 +47,19 @@ def agent_attention(
         aggregation_bias: B₁, broadcastable to (B, H, M, L).
         broadcast_bias: B₂, broadcastable to (B, H, N, M).
         shortcut: share of `value` added to the output; needs N = L if not zero.
+        kernel: "auto" takes the path measured to be fastest (see `attngen.kernels.dispatch`); "reference" sums in
+            float32 at least, "sdpa" is two fused attention calls, "matmul" rounds its scores to the dtype of the
+            inputs, "triton" is one fused pair of kernels for CUDA devices.
 
     Returns:
         (B, H, N, E) in the dtype of `value`; both softmaxes sum in float32 at least.
 
     Raises:
-        ValueError: for a wrong rank, head size, batch, dtype, bias shape, or a shortcut where N differs from L.
+        ValueError: for a wrong rank, head size, batch, dtype, bias shape, a shortcut where N differs from L, or a
+            `kernel` that is unknown or cannot run on these tensors.
     """
     check_heads(query, key, value, agents)
+    dispatch.check_kernel(kernel, (AUTO, *AGENT_KERNELS))
     num_queries, num_keys, num_agents = query.shape[2], key.shape[2], agents.shape[2]
     check_bias("aggregation_bias", aggregation_bias, (*query.shape[:2], num_agents, num_keys))
     check_bias("broadcast_bias", broadcast_bias, (*query.shape[:2], num_queries, num_agents))
@@ -59,8 +67,13 @@ def agent_attention(
         raise ValueError(f"a shortcut needs as many queries as values, got {num_queries} queries and {num_keys} values")
     scale = float(query.shape[-1] ** -0.5) if scale is None else scale
     broadcast_scale = scale if broadcast_scale is None else broadcast_scale
-    output = sdpa.agent_attention(query, key, value, agents, scale, broadcast_scale, aggregation_bias, broadcast_bias)
-    return output + shortcut * value if shortcut != 0 else output
+    biases = (aggregation_bias, broadcast_bias)
+    choice = dispatch.choose_agent_kernel(query, key, value, agents, biases, kernel)
+    if kernel != AUTO and choice.reason is not None:
+        raise ValueError(f"the kernel {kernel!r} cannot run here: {choice.reason}")
+    return dispatch.agent_attention(
+        query, key, value, agents, scale, broadcast_scale, *biases, shortcut, kernel=choice.kernel
+    )
 
 
 def pool_tokens(x: Tensor, grid: Grid, size: Grid) -> Tensor:
@@ -153,22 +166,51 @@ class AgentAttention(AttentionMethod):
         attention: Attention,
     ) -> Tensor:
         assert agents is not None, "the host pools agents for every method with a pool size"
-        all_keys, all_values = with_context(key, value, context)
-        output = through_agents(query, all_keys, all_values, agents, self.broadcast_exponent, attention)
-        return output + self.shortcut * value if self.shortcut else output
+        return through_agents(query, key, value, agents, context, self.agent_scales(query.shape[-1]), attention)
+
+    def agent_scales(self, head_dim: int) -> AgentScales:
+        return scales_for(head_dim, self.broadcast_exponent, self.shortcut)
+
+    def choose_kernel(self, query: Tensor, key: Tensor, value: Tensor, agents: Tensor | None, kernel: str) -> Choice:
+        assert agents is not None
+        return dispatch.choose_agent_kernel(query, key, value, agents, kernel=kernel)
 
     def flops(self, shape: LayerShape) -> int:
         agents = math.prod(self.pool_size(shape.grid))
         return shape.projection_flops(shape.tokens, shape.tokens) + agent_flops(shape, agents, shape.tokens)
 
 
+def scales_for(head_dim: int, broadcast_exponent: float, shortcut: float) -> AgentScales:
+    """The training-free form of arXiv 2312.08874: the broadcast is scaled by a power of the usual scale."""
+    scale = float(head_dim**-0.5)
+    return AgentScales(scale, scale**broadcast_exponent, shortcut)
+
+
 def through_agents(
-    query: Tensor, key: Tensor, value: Tensor, agents: Tensor, broadcast_exponent: float, attention: Attention
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    agents: Tensor,
+    context: tuple[Tensor, Tensor] | None,
+    scales: AgentScales,
+    attention: Attention,
 ) -> Tensor:
-    """Both softmaxes of `agent_attention` by two calls of `attention`. Shapes as there."""
-    scale = query.shape[-1] ** -0.5
-    aggregated = attention(agents, key, value, scale=scale)
-    return attention(query, agents, aggregated, scale=scale**broadcast_exponent)
+    """`agent_attention` over image and text keys, by attngen's paths or by two calls of `attention`. Shapes as there.
+
+    The shortcut adds image values.
+    """
+    keys, values = with_context(key, value, context)
+    scale, broadcast_scale, shortcut = scales
+    if attention.kernel is None:
+        aggregated = attention(agents, keys, values, scale=scale)
+        output = attention(query, agents, aggregated, scale=broadcast_scale)
+    else:
+        fused = shortcut if context is None else 0.0
+        output = dispatch.agent_attention(
+            query, keys, values, agents, scale, broadcast_scale, shortcut=fused, kernel=attention.kernel
+        )
+        shortcut -= fused
+    return torch.add(output, value, alpha=shortcut) if shortcut else output
 
 
 def agent_flops(shape: LayerShape, agents: int, tokens: int) -> int:

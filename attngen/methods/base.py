@@ -7,15 +7,41 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from attngen.kernels.dispatch import Choice
 from attngen.methods._checks import Grid
 
-Attention = Callable[..., Tensor]
-"""Exact attention `(query, key, value, scale=None)` over (B, H, N, D)."""
+
+class Attention(Protocol):
+    """Exact attention over (B, H, N, D) through the backend in force.
+
+    Attributes:
+        kernel: which of attngen's own paths a method may take, see `attngen.kernels.dispatch`; None where the user
+            chose an attention backend of diffusers, so that a method has to be made of calls of this.
+    """
+
+    @property
+    def kernel(self) -> str | None: ...
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor: ...
+
+
+class AgentScales(NamedTuple):
+    """What `attngen.functional.agent_attention` does beside its tensors.
+
+    Attributes:
+        scale: of the aggregation.
+        broadcast_scale: of the broadcast.
+        shortcut: share of the values added.
+    """
+
+    scale: float
+    broadcast_scale: float
+    shortcut: float
 
 
 @dataclass(frozen=True)
@@ -113,6 +139,23 @@ class AttentionMethod(ABC):
 
     def pool_size(self, grid: Grid) -> Grid | None:
         """Rows and columns to which the queries are pooled to make agents, or None."""
+        return None
+
+    def tokens_at(self, grid: Grid) -> int:
+        """Tokens that become queries on `grid`."""
+        return math.prod(grid)
+
+    def agent_scales(self, head_dim: int) -> AgentScales | None:
+        """Where the whole layer is agent attention with pooled agents and nothing else: how. None otherwise."""
+        return None
+
+    def choose_kernel(
+        self, query: Tensor, key: Tensor, value: Tensor, agents: Tensor | None, kernel: str
+    ) -> Choice | None:
+        """The path of `attngen.kernels.dispatch` that `attend` takes for such tensors, or None where it asks for none.
+
+        Only sizes, dtype, device and `requires_grad` are read.
+        """
         return None
 
     def attend(

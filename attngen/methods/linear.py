@@ -15,11 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attngen.kernels import reference
+from attngen.kernels import dispatch
+from attngen.kernels.dispatch import AUTO, LINEAR_KERNELS, Choice
 from attngen.methods._checks import Grid, check_heads, check_number
 from attngen.methods.base import Attention, AttentionMethod, LayerShape
 
 FeatureMap = Callable[[Tensor], Tensor]
+
+_EPS = 1e-6
 
 
 def focused_feature_map(x: Tensor, factor: float = 3) -> Tensor:
@@ -59,7 +62,13 @@ FEATURE_MAPS: Mapping[str, FeatureMap] = {"elu": _elu, "relu": F.relu, "focused"
 
 
 def linear_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, feature_map: str | FeatureMap = "elu", eps: float = 1e-6
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    feature_map: str | FeatureMap = "elu",
+    eps: float = _EPS,
+    kernel: str = AUTO,
 ) -> Tensor:
     """φ(qᵢ) Σⱼ φ(kⱼ)ᵀvⱼ / (φ(qᵢ) · Σⱼ φ(kⱼ)): 4·N·D² multiply-adds a head (eq. 5, arXiv 2006.16236).
 
@@ -70,17 +79,24 @@ def linear_attention(
         feature_map: "elu" (elu + 1), "relu", "focused" (cubed relu at unchanged norm, over the head), "identity" (the
             features come mapped), or a function of a tensor that keeps its shape.
         eps: added to φ(qᵢ) · meanⱼ φ(kⱼ); a query without any matching key gives 0.
+        kernel: "auto" takes the path measured to be fastest; "reference" is PyTorch's products, "triton" one fused
+            pair of kernels for CUDA devices and the maps with a name.
 
     Returns:
         (B, H, N, E) in the dtype of `value`; features and sums are float32 at least.
 
     Raises:
-        ValueError: for a wrong rank, head size, batch or dtype, or an unknown feature map.
+        ValueError: for a wrong rank, head size, batch or dtype, an unknown feature map, or a `kernel` that is unknown
+            or cannot run on these tensors.
     """
     check_heads(query, key, value)
-    phi = resolve_feature_map(feature_map)
-    wide = torch.promote_types(query.dtype, torch.float32)
-    return reference.linear_attention(phi(query.to(wide)), phi(key.to(wide)), value, eps)
+    dispatch.check_kernel(kernel, (AUTO, *LINEAR_KERNELS))
+    features = resolve_feature_map(feature_map)
+    name = feature_map if isinstance(feature_map, str) else ""
+    choice = dispatch.choose_linear_kernel(query, key, value, name, kernel)
+    if kernel != AUTO and choice.reason is not None:
+        raise ValueError(f"the kernel {kernel!r} cannot run here: {choice.reason}")
+    return dispatch.linear_attention(query, key, value, name, features, eps, choice.kernel)
 
 
 def resolve_feature_map(feature_map: str | FeatureMap) -> FeatureMap:
@@ -127,11 +143,18 @@ class LinearAttention(AttentionMethod):
         context: tuple[Tensor, Tensor] | None,
         attention: Attention,
     ) -> Tensor:
-        image = linear_attention(query, key, value, feature_map=self.feature_map)
+        image = self._over_image(query, key, value, attention.kernel or AUTO)
         if context is None:
             return image
         share = key.shape[2] / (key.shape[2] + context[0].shape[2])
         return share * image + (1 - share) * attention(query, *context)
+
+    def _over_image(self, query: Tensor, key: Tensor, value: Tensor, kernel: str) -> Tensor:
+        features = resolve_feature_map(self.feature_map)
+        return dispatch.linear_attention(query, key, value, self.feature_map, features, _EPS, kernel)
+
+    def choose_kernel(self, query: Tensor, key: Tensor, value: Tensor, agents: Tensor | None, kernel: str) -> Choice:
+        return dispatch.choose_linear_kernel(query, key, value, self.feature_map, kernel)
 
     def flops(self, shape: LayerShape) -> int:
         # Text queries are exact over image and text; image queries are exact over the text alone.

@@ -13,8 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attngen.kernels import dispatch
+from attngen.kernels.dispatch import AUTO
+from attngen.kernels.reference import Convolution
 from attngen.methods._checks import Grid
-from attngen.methods.agent import agent_attention, agent_grid, pool_tokens
+from attngen.methods.agent import agent_grid, pool_tokens
+
+CONVOLUTIONS = ("values", "input")
 
 
 class PositionBias(nn.Module):
@@ -77,10 +82,26 @@ class MediatorMixer(nn.Module):
         num_mediators: mediators it is trained with.
         grid: (height, width) of the tokens it is trained on.
         map_size: see `PositionBias`.
+        convolution: what is convolved: the layer's "values", as published, or its "input", whose convolution then
+            passes the projection of the values; few mediators then need no projection of all tokens.
+
+    Raises:
+        ValueError: for another `convolution`.
     """
 
-    def __init__(self, num_heads: int, head_dim: int, num_mediators: int, grid: Grid, map_size: int = 7) -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        num_mediators: int,
+        grid: Grid,
+        map_size: int = 7,
+        convolution: str = "values",
+    ) -> None:
         super().__init__()
+        if convolution not in CONVOLUTIONS:
+            raise ValueError(f"unknown convolution {convolution!r}; known: {', '.join(CONVOLUTIONS)}")
+        self.convolution = convolution
         mediators = agent_grid(num_mediators, grid)
         self.num_heads, self.num_mediators, self.mediators, self.grid = num_heads, num_mediators, mediators, grid
         self.aggregation_bias = PositionBias(num_heads, mediators, grid, map_size)
@@ -110,7 +131,15 @@ class MediatorMixer(nn.Module):
         return rows, columns
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, num_mediators: int | Grid | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grid: Grid,
+        num_mediators: int | Grid | None = None,
+        *,
+        convolved: Tensor | None = None,
+        kernel: str = AUTO,
     ) -> Tensor:
         """softmax(Q Pᵀ/√D + B₂) softmax(P Kᵀ/√D + B₁) V + conv₃ₓ₃(V), P = pooled Q (eq. 4 to 6, arXiv 2408.05710).
 
@@ -120,18 +149,38 @@ class MediatorMixer(nn.Module):
             value: (B, N, H · D).
             grid: (height, width) of the tokens.
             num_mediators: a count, (rows, columns), or None for the trained count.
+            convolved: (B, N, H · D), the projected convolution of the input, where that is what is convolved.
+            kernel: which path computes it, see `attngen.kernels.dispatch`.
 
         Returns:
             (B, N, H · D).
         """
         mediators = self.mediator_grid(num_mediators, grid)
         pooled = pool_tokens(query, grid, mediators)
-        mixed = agent_attention(
-            *(split_heads(x, self.num_heads) for x in (query, key, value, pooled)),
+        fused = self._fusible_convolution(grid) if convolved is None else None
+        if convolved is None and fused is None:
+            convolved = convolve_tokens(self.dwc, value, grid)
+        scale = (query.shape[-1] // self.num_heads) ** -0.5
+        query, key, value, agents = (split_heads(x, self.num_heads) for x in (query, key, value, pooled))
+        mixed = dispatch.agent_attention(
+            query,
+            key,
+            value,
+            agents,
+            scale,
+            scale,
             aggregation_bias=self.aggregation_bias(mediators, grid).to(query.dtype),
             broadcast_bias=self.broadcast_bias(mediators, grid).transpose(-1, -2).to(query.dtype),
+            convolution=fused,
+            kernel=kernel,
         )
-        return join_heads(mixed) + convolve_tokens(self.dwc, value, grid)
+        return join_heads(mixed) if convolved is None else join_heads(mixed) + convolved
+
+    def _fusible_convolution(self, grid: Grid) -> Convolution | None:
+        """The convolution as weights, or None where the module may do more (adapters, hooks)."""
+        dwc = self.dwc
+        is_plain = type(dwc) is nn.Conv2d and not (dwc._forward_hooks or dwc._forward_pre_hooks)
+        return Convolution(dwc.weight, dwc.bias, grid) if is_plain and "forward" not in vars(dwc) else None
 
 
 def depthwise_convolution(channels: int) -> nn.Conv2d:

@@ -14,8 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from attngen.kernels import dispatch
+from attngen.kernels.dispatch import Choice
 from attngen.methods._checks import Grid, check_count, check_fraction, check_number, check_tokens
-from attngen.methods.agent import agent_flops, through_agents
+from attngen.methods.agent import agent_flops, scales_for, through_agents
 from attngen.methods.base import Attention, AttentionMethod, LayerShape, Selection, with_context
 
 # Similarities held at once, in numbers a picture: 2^26 float32 values are 256 MiB.
@@ -283,11 +285,18 @@ class TokenMerging(AttentionMethod):
         context: tuple[Tensor, Tensor] | None,
         attention: Attention,
     ) -> Tensor:
-        all_keys, all_values = with_context(key, value, context)
         if agents is None:
-            return attention(query, all_keys, all_values)
-        output = through_agents(query, all_keys, all_values, agents, self.broadcast_exponent, attention)
-        return output + self.shortcut * value
+            return attention(query, *with_context(key, value, context))
+        scales = scales_for(query.shape[-1], self.broadcast_exponent, self.shortcut)
+        return through_agents(query, key, value, agents, context, scales, attention)
+
+    def choose_kernel(
+        self, query: Tensor, key: Tensor, value: Tensor, agents: Tensor | None, kernel: str
+    ) -> Choice | None:
+        if agents is None:
+            return None
+        # Its speed was measured against softmax attention over as many tokens, and here some were merged.
+        return dispatch.choose_agent_kernel(query, key, value, agents, kernel=kernel)._replace(speedup=None)
 
     def num_agents_at(self, grid: Grid) -> int | None:
         if self.agent_ratio is None or self.stride > min(grid):
@@ -295,6 +304,9 @@ class TokenMerging(AttentionMethod):
         tokens = math.prod(grid)
         agents = tokens - merged_count(grid, self.cell, self.agent_ratio)
         return agents if 2 * agents < tokens - merged_count(grid, self.cell, self.ratio) else None
+
+    def tokens_at(self, grid: Grid) -> int:
+        return math.prod(grid) - merged_count(grid, self.cell, self.ratio)
 
     def flops(self, shape: LayerShape) -> int:
         destinations = math.prod(_cells(shape.grid, self.cell))

@@ -1,4 +1,4 @@
-"""From the official SiT and Attention-Mediators checkpoints to ours: names, layouts and sizes."""
+"""From the official SiT, DiT and Attention-Mediators checkpoints and diffusers' DiT to ours: names, layouts, sizes."""
 
 from __future__ import annotations
 
@@ -103,6 +103,83 @@ def convert_original(
     return settings, weights
 
 
+def is_original(state_dict: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors have the names of the official SiT, DiT or Attention-Mediators code."""
+    return "x_embedder.proj.weight" in state_dict
+
+
+def original_heads(state_dict: Mapping[str, Tensor]) -> int | None:
+    """The number of attention heads, if an official state dict tells it: by mediators, or by a published width."""
+    if "blocks.0.attn.an_bias" in state_dict:
+        return state_dict["blocks.0.attn.an_bias"].shape[0]
+    heads = {s["num_attention_heads"] * s["attention_head_dim"]: s["num_attention_heads"] for s in SIZES.values()}
+    return heads.get(len(state_dict["x_embedder.proj.weight"]))
+
+
+def convert_diffusers_dit(
+    state_dict: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings and weights of `SiTTransformer2DModel` for diffusers' `DiTTransformer2DModel`.
+
+    Each of its blocks has embedders of its own, copies of DiT's single ones; those of the first block are taken. Its
+    frequencies of time, i/127 for DiT's i/128, and its second norm's epsilon of 1e-5 for 1e-6 are no weights, and ours
+    are DiT's, so outputs differ slightly from diffusers'.
+
+    Args:
+        state_dict: the tensors of the model.
+        config: its configuration.
+
+    Raises:
+        ValueError: if the model is one that DiT's layout does not cover: no variance, or embedders that differ between
+            the blocks.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        stem, _, kind = name.rpartition(".")
+        new = _diffusers_name(stem)
+        if new is None:
+            continue
+        key = f"{new}.{kind}"
+        if key in weights and not torch.equal(weights[key], tensor):
+            raise ValueError(f"{name} differs from the first block's, and DiT has one embedder for all blocks")
+        weights[key] = tensor
+    in_channels = config["in_channels"]
+    if config.get("out_channels") != 2 * in_channels:
+        raise ValueError(
+            f"this DiT gives {config.get('out_channels')} channels for {in_channels}; known are those that predict"
+            f" noise and variance, {2 * in_channels}"
+        )
+    settings = {
+        "sample_size": config["sample_size"],
+        "patch_size": config["patch_size"],
+        "in_channels": in_channels,
+        "num_layers": config["num_layers"],
+        "num_attention_heads": config["num_attention_heads"],
+        "attention_head_dim": config["attention_head_dim"],
+        "num_classes": config["num_embeds_ada_norm"],
+        "learn_sigma": True,
+        "predicts_variance": True,
+    }
+    return settings, weights
+
+
+def _diffusers_name(stem: str) -> str | None:
+    """Our name of a module of diffusers' DiT; None for its table of positions, which ours computes."""
+    outer = {"pos_embed.proj": "patch_embed", "proj_out_1": "modulation_out", "proj_out_2": "proj_out"}
+    if not stem.startswith("transformer_blocks."):
+        return outer.get(stem)
+    _, index, inner = stem.split(".", 2)
+    embedder = inner.removeprefix("norm1.emb.")
+    if embedder != inner:
+        return {
+            "timestep_embedder.linear_1": "time_embedder.linear_1",
+            "timestep_embedder.linear_2": "time_embedder.linear_2",
+            "class_embedder.embedding_table": "class_embedder",
+        }[embedder]
+    inner = inner.replace("norm1.linear", "modulation").replace("attn1.", "attn.")
+    return f"transformer_blocks.{index}.{inner}"
+
+
 def _convert(name: str, tensor: Tensor) -> dict[str, Tensor]:
     stem, _, kind = name.rpartition(".")
     if not name.startswith("blocks."):
@@ -122,7 +199,7 @@ def _convert(name: str, tensor: Tensor) -> dict[str, Tensor]:
 def _infer_settings(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
     def shape(name: str) -> torch.Size:
         if name not in state_dict:
-            raise ValueError(f"this is not a SiT checkpoint: it has no tensor {name!r}")
+            raise ValueError(f"this is not a SiT or DiT checkpoint: it has no tensor {name!r}")
         return state_dict[name].shape
 
     width, in_channels, patch_size, _ = shape("x_embedder.proj.weight")
@@ -137,18 +214,10 @@ def _infer_settings(state_dict: Mapping[str, Tensor], config: Mapping[str, Any])
         "num_classes": shape("y_embedder.embedding_table.weight")[0] - 1,
         "learn_sigma": shape("final_layer.linear.weight")[0] == 2 * in_channels * patch_size**2,
     }
-    heads = config.get("num_attention_heads")
     if "blocks.0.attn.an_bias" in state_dict:
-        heads, mediators = shape("blocks.0.attn.an_bias")[:2]
-        settings.update(attention="mediator", num_mediators=mediators)
+        settings.update(attention="mediator", num_mediators=shape("blocks.0.attn.an_bias")[1])
+    heads = config.get("num_attention_heads") or original_heads(state_dict)
     if heads is None:
-        published = {
-            s["num_attention_heads"] * s["attention_head_dim"]: s["num_attention_heads"] for s in SIZES.values()
-        }
-        if width not in published:
-            raise ValueError(
-                f"a checkpoint of width {width} does not tell its number of heads; pass num_attention_heads=…"
-            )
-        heads = published[width]
+        raise ValueError(f"a checkpoint of width {width} does not tell its number of heads; pass num_attention_heads=…")
     settings.update(num_attention_heads=heads, attention_head_dim=width // heads)
     return settings

@@ -1,7 +1,8 @@
-"""SiT: a diffusion transformer for stochastic interpolants, with softmax, mediator or linear attention.
+"""SiT and DiT: a diffusion transformer with softmax, mediator or linear attention.
 
 Papers: SiT, Ma et al., ECCV 2024, arXiv 2401.08740; the network is DiT's, arXiv 2212.09748; mediators: 2408.05710.
-Time at the model's edge is SiT's own: t = 0 is noise, t = 1 is data.
+Time at the model's edge is each paper's own: for SiT t in [0, 1], 0 is noise and 1 is data; for DiT the steps 0 to 999,
+999 is noise.
 """
 
 from __future__ import annotations
@@ -23,11 +24,26 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
-from attngen.kernels.absorbed import Projection, absorbed_agent_attention, absorbs, effective_projection
+from attngen.kernels.absorbed import (
+    LayerSize,
+    Projection,
+    absorbed_agent_attention,
+    effective_projection,
+    layer_projections,
+    why_not_absorbed,
+)
+from attngen.kernels.dispatch import AUTO
 from attngen.methods._checks import Grid
 from attngen.methods.agent import pool_tokens
 from attngen.methods.linear import FEATURE_MAPS, linear_attention
-from attngen.methods.mediator import MediatorMixer, convolve_tokens, depthwise_convolution, join_heads, split_heads
+from attngen.methods.mediator import (
+    CONVOLUTIONS,
+    MediatorMixer,
+    convolve_tokens,
+    depthwise_convolution,
+    join_heads,
+    split_heads,
+)
 
 ATTENTION_KINDS = ("softmax", "mediator", "linear")
 
@@ -70,14 +86,27 @@ class SiTMediatorAttnProcessor:
     """
 
     def __call__(
-        self, attn: SiTAttention, hidden_states: Tensor, grid: Grid, num_mediators: int | Grid | None = None
+        self,
+        attn: SiTAttention,
+        hidden_states: Tensor,
+        grid: Grid,
+        num_mediators: int | Grid | None = None,
+        kernel: str = AUTO,
     ) -> Tensor:
         mixer = attn.mixer
         assert isinstance(mixer, MediatorMixer)
         mediators = mixer.mediator_grid(num_mediators, grid)
-        projections = _absorbable(attn, hidden_states, mediators)
+        projections = _absorbable(attn, hidden_states, mediators, kernel)
         if projections is None:
-            return attn.project_out(mixer(*_project(attn, hidden_states), grid, mediators))
+            heads = _project(attn, hidden_states)
+            convolved = None
+            if mixer.convolution == "input":
+                convolved = _project_values_without_bias(attn, convolve_tokens(mixer.dwc, hidden_states, grid))
+            return attn.project_out(mixer(*heads, grid, mediators, convolved=convolved, kernel=kernel))
+
+        def convolve(tokens: Tensor) -> Tensor:
+            return convolve_tokens(mixer.dwc, tokens, grid)
+
         query, key, value, out = projections
         output = absorbed_agent_attention(
             hidden_states,
@@ -89,34 +118,49 @@ class SiTMediatorAttnProcessor:
             num_heads=attn.heads,
             aggregation_bias=mixer.aggregation_bias(mediators, grid),
             broadcast_bias=mixer.broadcast_bias(mediators, grid).transpose(-1, -2),
-            value_branch=lambda values: convolve_tokens(mixer.dwc, values, grid),
+            value_branch=convolve if mixer.convolution == "values" else None,
+            input_branch=convolve if mixer.convolution == "input" else None,
         )
         return attn.to_out[1](output)
 
 
-def _absorbable(attn: SiTAttention, hidden_states: Tensor, mediators: Grid) -> list[Projection] | None:
+def _absorbable(attn: SiTAttention, hidden_states: Tensor, mediators: Grid, kernel: str) -> list[Projection] | None:
     """The layer's query, key, value and output projections as matrices, or None where the direct path runs.
 
-    That is where absorption does not pay, where a projection is more than a matrix (offloading, quantisation, dropout
-    in an adapter), with fused projections, and on devices other than the CPU, on which it has not been measured.
+    That is where absorption does not pay or was not asked for, and where a projection is more than a matrix
+    (offloading, quantisation, dropout in an adapter).
     """
-    tokens = hidden_states.shape[1]
-    if hidden_states.device.type != "cpu" or attn.fused_projections:
-        return None
-    if not absorbs(mediators[0] * mediators[1], attn.head_dim, attn.heads, attn.inner_dim, tokens, kept_projections=2):
-        return None
-    found = [effective_projection(module) for module in (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])]
-    projections = [projection for projection in found if projection is not None]
-    return projections if len(projections) == len(found) else None
+    assert isinstance(attn.mixer, MediatorMixer)
+    size = LayerSize(
+        mediators[0] * mediators[1],
+        attn.head_dim,
+        attn.heads,
+        attn.inner_dim,
+        hidden_states.shape[1],
+        kept_projections=2 if attn.mixer.convolution == "values" else 1,
+    )
+    weight = getattr(attn.to_q, "weight", hidden_states)
+    return None if why_not_absorbed(size, hidden_states, weight, kernel) is not None else layer_projections(attn)
+
+
+def _project_values_without_bias(attn: SiTAttention, tokens: Tensor) -> Tensor:
+    """The projection of the values, (B, N, C) -> (B, N, C), as a linear map: zero stays zero."""
+    if attn.fused_projections:
+        weight = attn.to_qkv.weight.chunk(3, dim=0)[2]
+        return nn.functional.linear(tokens, weight)
+    projection = effective_projection(attn.to_v)
+    if projection is not None:
+        return nn.functional.linear(tokens, projection.weight.to(tokens.dtype))
+    return attn.to_v(tokens) - attn.to_v(torch.zeros_like(tokens[:1, :1]))
 
 
 class SiTLinearAttnProcessor:
     """Linear attention with a depth-wise convolution of the values, which it needs to see neighbours."""
 
-    def __call__(self, attn: SiTAttention, hidden_states: Tensor, grid: Grid) -> Tensor:
+    def __call__(self, attn: SiTAttention, hidden_states: Tensor, grid: Grid, kernel: str = AUTO) -> Tensor:
         query, key, value = _project(attn, hidden_states)
         heads = (split_heads(x, attn.heads) for x in (query, key, value))
-        mixed = join_heads(linear_attention(*heads, feature_map=attn.feature_map))
+        mixed = join_heads(linear_attention(*heads, feature_map=attn.feature_map, kernel=kernel))
         assert isinstance(attn.mixer, nn.Conv2d)
         return attn.project_out(mixed + convolve_tokens(attn.mixer, value, grid))
 
@@ -131,13 +175,21 @@ class SiTAttention(nn.Module, AttentionModuleMixin):
         num_mediators: mediators trained with, for "mediator".
         grid: (height, width) of the tokens trained on, for "mediator".
         feature_map: for "linear", see `attngen.functional.linear_attention`.
+        convolution: for "mediator", see `attngen.methods.mediator.MediatorMixer`.
     """
 
     _default_processor_cls = SiTAttnProcessor
     _available_processors = [SiTAttnProcessor, SiTMediatorAttnProcessor, SiTLinearAttnProcessor]
 
     def __init__(
-        self, num_heads: int, head_dim: int, kind: str, num_mediators: int, grid: Grid, feature_map: str
+        self,
+        num_heads: int,
+        head_dim: int,
+        kind: str,
+        num_mediators: int,
+        grid: Grid,
+        feature_map: str,
+        convolution: str = "values",
     ) -> None:
         super().__init__()
         width = num_heads * head_dim
@@ -149,7 +201,7 @@ class SiTAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(0.0)])
         self.mixer: nn.Module | None = None
         if kind == "mediator":
-            self.mixer = MediatorMixer(num_heads, head_dim, num_mediators, grid)
+            self.mixer = MediatorMixer(num_heads, head_dim, num_mediators, grid, convolution=convolution)
         elif kind == "linear":
             self.mixer = depthwise_convolution(width)
         processors = {
@@ -208,7 +260,7 @@ class SiTTransformerBlock(nn.Module):
 
 
 class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
-    """SiT denoiser over latents or pixels of any height and width that the patch size divides.
+    """SiT or DiT denoiser over latents or pixels of any height and width that the patch size divides.
 
     Args:
         sample_size: height and width trained on, in latent pixels (one number, or two).
@@ -220,13 +272,20 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         mlp_ratio: feed-forward width over width.
         num_classes: classes; class `num_classes` is the null class that guidance needs.
         class_dropout_prob: share of labels replaced by the null class while training.
-        learn_sigma: predict twice the channels and drop the second half, as the published checkpoints do.
+        learn_sigma: predict twice the channels, as the published checkpoints do; SiT drops the second half.
         attention: "softmax", "mediator" or "linear".
         num_mediators: mediators trained with; any other count can be asked for in `forward`.
         feature_map: for linear attention: "elu", "relu" or "focused".
+        convolution: for mediators: "values", as published, or "input", which is faster with few mediators; weights
+            trained with one do not fit the other.
+        predicts_variance: a DiT: time is the step, 0 to 999 (999 is noise), and the output keeps all 2 · C channels:
+            the noise, and the place of the log variance between its bounds (-1 and 1; "learned_range" in diffusers).
+        out_channels: channels of the output. It follows from the others; it is here because diffusers' code reads it
+            from the configuration.
 
     Raises:
-        ValueError: for an unknown `attention` or `feature_map`, or a patch size that does not divide the sample size.
+        ValueError: for an unknown `attention`, `feature_map` or `convolution`, a patch size that does not divide the
+            sample size, a variance without `learn_sigma`, or `out_channels` that contradict the others.
     """
 
     _supports_gradient_checkpointing = True
@@ -250,16 +309,24 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         attention: str = "softmax",
         num_mediators: int = 64,
         feature_map: str = "elu",
+        convolution: str = "values",
+        predicts_variance: bool = False,
+        out_channels: int | None = None,
     ) -> None:
         super().__init__()
+        if convolution not in CONVOLUTIONS:
+            raise ValueError(f"unknown convolution {convolution!r}; known: {', '.join(CONVOLUTIONS)}")
         if attention not in ATTENTION_KINDS:
             raise ValueError(f"unknown attention {attention!r}; known: {', '.join(ATTENTION_KINDS)}")
         if feature_map not in FEATURE_MAPS:
             raise ValueError(f"unknown feature_map {feature_map!r}; known: {', '.join(FEATURE_MAPS)}")
+        self.register_to_config(
+            out_channels=_output_channels(in_channels, learn_sigma, predicts_variance, out_channels)
+        )
         width = num_attention_heads * attention_head_dim
         height_width = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
         grid = _token_grid(height_width[0], height_width[1], patch_size)
-        self.out_channels = in_channels * 2 if learn_sigma else in_channels
+        self._projected_channels = in_channels * 2 if learn_sigma else in_channels
 
         self.patch_embed = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -267,14 +334,16 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         self.class_embedder = nn.Embedding(num_classes + 1, width)
         self.transformer_blocks = nn.ModuleList(
             SiTTransformerBlock(
-                SiTAttention(num_attention_heads, attention_head_dim, attention, num_mediators, grid, feature_map),
+                SiTAttention(
+                    num_attention_heads, attention_head_dim, attention, num_mediators, grid, feature_map, convolution
+                ),
                 mlp_ratio,
             )
             for _ in range(num_layers)
         )
         self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.modulation_out = nn.Linear(width, 2 * width)
-        self.proj_out = nn.Linear(width, patch_size * patch_size * self.out_channels)
+        self.proj_out = nn.Linear(width, patch_size * patch_size * self._projected_channels)
         self.gradient_checkpointing = False
         self.reset_parameters()
 
@@ -302,16 +371,21 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
 
     @classmethod
     def from_preset(cls, name: str, **config: Any) -> SiTTransformer2DModel:
-        """A published size with fresh weights: "SiT-S/2", …, "SiT-XL/8". `config` overrides any argument.
+        """A published size with fresh weights: "SiT-S/2", …, "SiT-XL/8", or "DiT-S/2", …, "DiT-XL/8", the same sizes
+        with noise and variance as their output. `config` overrides any argument.
 
         Raises:
             ValueError: for an unknown name, listing the known ones.
         """
-        known = {f"SiT-{size}/{patch}": (size, patch) for size in SIZES for patch in PATCH_SIZES}
+        known = {
+            f"{family}-{size}/{patch}": {**SIZES[size], "patch_size": patch, "predicts_variance": family == "DiT"}
+            for family in ("SiT", "DiT")
+            for size in SIZES
+            for patch in PATCH_SIZES
+        }
         if name not in known:
             raise ValueError(f"unknown preset {name!r}; known: {', '.join(known)}")
-        size, patch_size = known[name]
-        return cls(**{**SIZES[size], "patch_size": patch_size, **config})
+        return cls(**{**known[name], **config})
 
     @classmethod
     def from_original(
@@ -321,14 +395,16 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         allow_pickle: bool = False,
         **config: Any,
     ) -> SiTTransformer2DModel:
-        """Load a checkpoint of the official SiT or Attention-Mediators code; sizes are read off its tensors.
+        """Load a checkpoint of the official SiT, DiT or Attention-Mediators code; sizes are read off its tensors.
+
+        The tensors of a DiT and a SiT have the same names and shapes: say `predicts_variance=True` for a DiT.
 
         Args:
             checkpoint: a state dict, a training checkpoint that holds one under "ema" or "model", or a file with
                 either (.safetensors, or .pt with `allow_pickle`).
             allow_pickle: read a pickled file, with `weights_only=True`.
-            config: arguments of the model that override what was read; `num_attention_heads` is needed where the
-                width is not a published one.
+            config: arguments of the model that override what was read, such as `predicts_variance`;
+                `num_attention_heads` is needed where the width is not a published one.
 
         Raises:
             ValueError: if the file cannot be read, or a tensor is missing, left over or of the wrong shape.
@@ -363,19 +439,21 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Predict (velocity, noise or score, as trained) for noisy latents.
+        """Predict (velocity, noise or score, as trained; a DiT noise and variance) for noisy latents.
 
         Args:
             hidden_states: (B, C, H, W) noisy latents.
-            timestep: (B,) or a single number, in [0, 1]: 0 is noise, 1 is data.
+            timestep: (B,) or a single number, in [0, 1]: 0 is noise, 1 is data; for a DiT its step,
+                0 (nearly data) to 999 (noise).
             class_labels: (B,) class numbers; `num_classes` is the null class, and None means it for all.
             num_mediators: a count, or (rows, columns), of mediators for this call; None for the trained count.
             drop_labels: (B,) bool, labels to replace by the null class; drawn in training mode if None.
-            attention_kwargs: passed to the attention processors; "scale" is LoRA's.
+            attention_kwargs: passed to the attention processors; "scale" is LoRA's, "kernel" the path that computes
+                mediator and linear attention, see `attngen.functional`.
             return_dict: return an object with `.sample`, else a tuple.
 
         Returns:
-            `.sample`: (B, C, H, W).
+            `.sample`: (B, C, H, W), or (B, 2 · C, H, W) with the variance.
 
         Raises:
             ValueError: if the patch size does not divide H and W.
@@ -393,7 +471,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
                 tokens = block(*arguments)
         shift, scale = self.modulation_out(nn.functional.silu(condition)).chunk(2, dim=1)
         patches = self.proj_out(_modulate(self.norm_out(tokens), shift, scale))
-        output = self._unpatchify(patches, grid)[:, : self.config["in_channels"]]
+        output = self._unpatchify(patches, grid)[:, : self.config["out_channels"]]
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def _condition(
@@ -415,8 +493,21 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
     def _unpatchify(self, patches: Tensor, grid: Grid) -> Tensor:
         """(B, N, p · p · C) -> (B, C, H, W)."""
         side = self.config["patch_size"]
-        image = patches.unflatten(2, (side, side, self.out_channels)).unflatten(1, grid)
+        image = patches.unflatten(2, (side, side, self._projected_channels)).unflatten(1, grid)
         return image.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def _output_channels(in_channels: int, learn_sigma: bool, predicts_variance: bool, given: int | None) -> int:
+    """Channels that `forward` returns; ValueError where the settings contradict each other."""
+    if predicts_variance and not learn_sigma:
+        raise ValueError("predicts_variance=True needs learn_sigma=True: the variance has channels of its own")
+    follows = 2 * in_channels if predicts_variance else in_channels
+    if given not in (None, follows):
+        raise ValueError(
+            f"out_channels={given} contradicts in_channels={in_channels} and predicts_variance={predicts_variance},"
+            f" which make {follows}; leave it out"
+        )
+    return follows
 
 
 def _token_grid(height: int, width: int, patch_size: int) -> Grid:

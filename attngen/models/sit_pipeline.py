@@ -1,7 +1,8 @@
-"""SiTPipeline: pictures of chosen classes from a SiT model, as a diffusers pipeline.
+"""SiTPipeline: pictures of chosen classes from a SiT or DiT model, as a diffusers pipeline.
 
-Paper: SiT, Ma et al., ECCV 2024, arXiv 2401.08740. Works in the latents of a VAE or, without one, on pixels, with the
-`InterpolantScheduler` or one of diffusers' flow-matching schedulers.
+Papers: SiT, Ma et al., ECCV 2024, arXiv 2401.08740; DiT, Peebles and Xie, ICCV 2023, arXiv 2212.09748. Works in the
+latents of a VAE or, without one, on pixels: a SiT with the `InterpolantScheduler` or one of diffusers' flow-matching
+schedulers, a DiT (`predicts_variance=True`) with diffusers' discrete ones (DDPM, DDIM, DPM-Solver …).
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ logger = logging.get_logger(__name__)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Channels of a picture that PIL can hold: grey, RGB, RGBA.
 PICTURE_CHANNELS = (1, 3, 4)
+# A DiT is guided in so many of its channels unless told otherwise, as its authors' code does.
+DIT_GUIDANCE_CHANNELS = 3
+
+# Steps that a DiT is trained on, by linear betas from 0.0001 to 0.02.
+DIT_STEPS = 1000
+LEARNED_VARIANCES = ("learned", "learned_range")
 
 Label = int | str
 Generators = torch.Generator | list[torch.Generator]
@@ -43,16 +50,19 @@ class _Call(NamedTuple):
 
     index: int  # into the scheduler's timesteps
     time: float  # SiT's: 0 is noise, 1 is data
+    timestep: float  # the network's own: the same for a SiT, 0 to 999 for a DiT
     ends_step: bool  # False for the first half of a two-call step
 
 
 class SiTPipeline(DiffusionPipeline):
-    """Class-conditional pictures from SiT.
+    """Class-conditional pictures from SiT or DiT.
 
     Args:
         transformer (`SiTTransformer2DModel`): the denoiser.
         scheduler (`InterpolantScheduler`): or a flow-matching scheduler of diffusers, for a model that predicts the
-            velocity on the linear path; time and sign are converted.
+            velocity on the linear path; time and sign are converted. For a DiT a discrete scheduler of diffusers; one
+            with `variance_type="learned_range"`, such as `DDPMScheduler`, draws with the predicted variance, the others
+            do without it.
         vae (`AutoencoderKL`, *optional*): decoder of the latents. Without one the model draws pixels in [-1, 1].
         id2label (`dict[int, str]`, *optional*): names of the classes; several names of one class are separated by
             commas, as ImageNet has them.
@@ -228,12 +238,18 @@ class SiTPipeline(DiffusionPipeline):
                 " they do not belong together"
             )
 
+    @property
+    def _is_dit(self) -> bool:
+        """Whether the network predicts noise and variance at DiT's discrete steps."""
+        return bool(self.transformer.config["predicts_variance"])
+
     def _check_scheduler(self) -> None:
+        if self._is_dit:
+            return self._check_discrete_scheduler()
         if isinstance(self.scheduler, InterpolantScheduler):
             return
         config = self.scheduler.config
-        flows = config.get("use_flow_sigmas", False) and config.get("prediction_type") == "flow_prediction"
-        if not (_is_flow_match(self.scheduler) or flows):
+        if not _is_flow(self.scheduler):
             raise ValueError(
                 f"{type(self.scheduler).__name__} does not fit SiT; use InterpolantScheduler, or a flow-matching"
                 " scheduler such as FlowMatchEulerDiscreteScheduler"
@@ -242,6 +258,41 @@ class SiTPipeline(DiffusionPipeline):
             raise ValueError(
                 f"use_dynamic_shifting of {type(self.scheduler).__name__} is not for SiT; make the scheduler with"
                 " use_dynamic_shifting=False"
+            )
+
+    def _check_discrete_scheduler(self) -> None:
+        name, config = type(self.scheduler).__name__, self.scheduler.config
+        if _is_flow(self.scheduler) or not hasattr(self.scheduler, "alphas_cumprod"):
+            raise ValueError(
+                f"{name} does not fit a DiT: the transformer predicts noise and variance at {DIT_STEPS} steps"
+                " (predicts_variance=True); use a discrete scheduler, such as DDPMScheduler with"
+                " variance_type='learned_range', DDIMScheduler or DPMSolverMultistepScheduler"
+            )
+        for setting, wanted in (("prediction_type", "epsilon"), ("num_train_timesteps", DIT_STEPS)):
+            if config.get(setting, wanted) != wanted:
+                raise ValueError(
+                    f"{setting}={config[setting]!r} of {name} does not fit a DiT; make the scheduler with"
+                    f" {setting}={wanted!r}"
+                )
+        variance_type, channels = config.get("variance_type"), self.transformer.config["in_channels"]
+        if _uses_variance(self.scheduler):
+            if variance_type == "learned":
+                raise ValueError(
+                    f"variance_type='learned' of {name} does not fit a DiT, which predicts a place between two bounds;"
+                    " make the scheduler with variance_type='learned_range'"
+                )
+        elif variance_type in LEARNED_VARIANCES and channels != 3:
+            # diffusers' solvers then cut every prediction down to three channels.
+            raise ValueError(
+                f"variance_type={variance_type!r} of {name} is for 3 channels, and the model has {channels}; make it by"
+                f" {name}.from_config(pipe.scheduler.config, variance_type=None)"
+            )
+        if self.vae is not None and config.get("clip_sample", False) and config.get("clip_sample_range", 1.0) <= 1:
+            logger.warning(f"{name} clips latents to [-1, 1], which is for pixels; make it with clip_sample=False")
+        if not _has_dit_noise(self.scheduler):
+            logger.warning(
+                f"the noise levels of {name} are not DiT's; make it with beta_start=0.0001, beta_end=0.02 and"
+                " beta_schedule='linear', unless the model was trained otherwise"
             )
 
     def _mediator_count(self, wanted: Any, grid: Grid) -> int | Grid | None:
@@ -303,15 +354,29 @@ class SiTPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device, **grid)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)
-        times = self.scheduler.timesteps.tolist()
+        steps = self.scheduler.timesteps.tolist()
+        times = steps
         if not isinstance(self.scheduler, InterpolantScheduler):
-            times = [1 - time / self.scheduler.config.num_train_timesteps for time in times]
+            times = [1 - step / self.scheduler.config.num_train_timesteps for step in steps]
         self._num_timesteps = len(times)
         # A two-call step ends where the next one starts: at the same time.
         two_calls = getattr(self.scheduler, "order", 1) > 1
         return [
-            _Call(i, time, not two_calls or i + 1 == len(times) or times[i + 1] == time) for i, time in enumerate(times)
+            _Call(
+                index=i,
+                time=time,
+                timestep=step if self._is_dit else time,
+                ends_step=not two_calls or i + 1 == len(times) or times[i + 1] == time,
+            )
+            for i, (time, step) in enumerate(zip(times, steps, strict=True))
         ]
+
+    def _step_ended(self, call: _Call) -> bool:
+        """Whether the sample after this call is that of a whole step of the scheduler."""
+        if call.index + 1 == self._num_timesteps:
+            return True
+        # Two-call schedulers of diffusers whose halves lie at different times say so themselves.
+        return getattr(self.scheduler, "state_in_first_order", call.ends_step)
 
     def _mediators_by_call(self, wanted: Any, calls: Sequence[_Call], grid: Grid) -> Callable[[int], Any]:
         """Number of mediators by index of the call; everything known beforehand is checked beforehand."""
@@ -338,10 +403,16 @@ class SiTPipeline(DiffusionPipeline):
     def _predict(
         self, latents: Tensor, call: _Call, labels: Tensor, num_mediators: Any, guidance_channels: int | None
     ) -> Tensor:
-        """The network's prediction (B, C, h, w), guided where asked for, in the dtype of `latents`."""
+        """The network's prediction, guided where asked for, in the dtype of `latents`.
+
+        (B, C, h, w), or (B, 2 · C, h, w) with the variance, which is not guided.
+        """
         low, high = self._guidance_interval or (0.0, 1.0)
         guided = self.do_classifier_free_guidance and low <= round(call.time, 6) <= high  # times are float32
-        sample = latents.to(self.transformer.dtype)
+        sample = latents
+        if self._is_dit:
+            sample = self.scheduler.scale_model_input(sample, self.scheduler.timesteps[call.index])
+        sample = sample.to(self.transformer.dtype)
         if guided:
             # Null class first, as diffusers' caches expect it.
             null = torch.full_like(labels, self.transformer.config["num_classes"])
@@ -351,7 +422,7 @@ class SiTPipeline(DiffusionPipeline):
         with self.transformer.cache_context("cond_uncond" if guided else "cond", **where):
             output = self.transformer(
                 hidden_states=sample,
-                timestep=torch.full((len(sample),), call.time, dtype=torch.float32, device=sample.device),
+                timestep=torch.full((len(sample),), call.timestep, dtype=torch.float32, device=sample.device),
                 class_labels=labels,
                 # A model left in training mode must not drop labels at random.
                 drop_labels=torch.zeros(1, dtype=torch.bool, device=sample.device),
@@ -362,9 +433,16 @@ class SiTPipeline(DiffusionPipeline):
             return output
         unconditional, conditional = output.chunk(2)
         guided_output = unconditional + self.guidance_scale * (conditional - unconditional)
+        channels = self.transformer.config["in_channels"]
         if guidance_channels is None:
-            return guided_output
+            guidance_channels = min(DIT_GUIDANCE_CHANNELS, channels) if self._is_dit else channels
         return torch.cat([guided_output[:, :guidance_channels], conditional[:, guidance_channels:]], dim=1)
+
+    def _without_unused_variance(self, output: Tensor) -> Tensor:
+        """(B, 2 · C, h, w) -> as it is for a scheduler that draws with the learned variance, else (B, C, h, w)."""
+        if _uses_variance(self.scheduler) and self.scheduler.config.get("variance_type") == "learned_range":
+            return output
+        return output[:, : self.transformer.config["in_channels"]]
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         """Latents -> pictures of the wanted type; FloatingPointError if there is no picture in them."""
@@ -413,9 +491,10 @@ class SiTPipeline(DiffusionPipeline):
             num_inference_steps: steps of the scheduler; two-call solvers call the network more often.
             guidance_scale: s of unconditional + s (conditional − unconditional); guidance needs s > 1.
             guidance_channels: guide only so many of the first channels, and leave the conditional prediction in the
-                rest; the reference guides 3 of 4. None for all.
-            guidance_interval: (low, high) in SiT's time, 0 is noise and 1 is data: guide only where
-                low <= t <= high (arXiv 2404.07724). Elsewhere a step costs half.
+                rest; the references guide 3 of 4. None for all of a SiT, and for 3 of a DiT; the number of channels for
+                all of a DiT. A predicted variance is never guided.
+            guidance_interval: (low, high) in SiT's time, 0 is noise and 1 is data (for a DiT 1 - step / 1000): guide
+                only where low <= t <= high (arXiv 2404.07724). Elsewhere a step costs half.
             num_mediators: for a model with mediator attention: a count, (rows, columns), a function of time (t = 1 is
                 noise, as in `attngen.Schedule`), or an object with `reset`, `observe(latents)` and `value`
                 (`attngen.ChangeSchedule`), which is shown the latents after each step. None for the trained count.
@@ -459,6 +538,8 @@ class SiTPipeline(DiffusionPipeline):
         mediators = self._mediators_by_call(num_mediators, calls, grid)
         labels = torch.tensor(numbers, device=device)
         sample = self.prepare_latents(shape, device, generator, latents)
+        if self._is_dit:
+            sample = sample * self.scheduler.init_noise_sigma
         noise_source: dict[str, Any] = {"generator": generator} if _takes(self.scheduler.step, "generator") else {}
         observe = getattr(num_mediators, "observe", None)
 
@@ -469,7 +550,9 @@ class SiTPipeline(DiffusionPipeline):
                         continue
                     self._current_timestep = 1000 * (1 - call.time)
                     output = self._predict(sample, call, labels, mediators(call.index), guidance_channels)
-                    if not isinstance(self.scheduler, InterpolantScheduler):
+                    if self._is_dit:
+                        output = self._without_unused_variance(output)
+                    elif not isinstance(self.scheduler, InterpolantScheduler):
                         output = -output  # flow matching predicts noise − data, SiT data − noise
                     timestep = self.scheduler.timesteps[call.index]
                     sample = self.scheduler.step(output, timestep, sample, **noise_source, return_dict=False)[0]
@@ -482,7 +565,7 @@ class SiTPipeline(DiffusionPipeline):
                             sample,
                             callback_on_step_end_tensor_inputs,
                         )
-                    if observe is not None and call.ends_step:
+                    if observe is not None and self._step_ended(call):
                         observe(sample)
                     progress_bar.update()
             images = self._decode(sample, output_type)
@@ -556,6 +639,26 @@ def _whole_number(name: str, value: Any) -> int:
 
 def _is_flow_match(scheduler: Any) -> bool:
     return type(scheduler).__name__.startswith("FlowMatch")
+
+
+def _is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler of diffusers does flow matching; some do on request."""
+    config = scheduler.config
+    on_request = config.get("use_flow_sigmas", False) and config.get("prediction_type") == "flow_prediction"
+    return _is_flow_match(scheduler) or on_request
+
+
+def _uses_variance(scheduler: Any) -> bool:
+    """Whether the scheduler can draw with a predicted variance, as DDPM does."""
+    variance = getattr(scheduler, "_get_variance", None)
+    return variance is not None and _takes(variance, "predicted_variance")
+
+
+def _has_dit_noise(scheduler: Any) -> bool:
+    """Whether the noise levels are those of DiT's linear betas, up to rounding."""
+    betas = torch.linspace(1e-4, 0.02, DIT_STEPS, dtype=torch.float64)
+    levels = torch.as_tensor(scheduler.alphas_cumprod).double().cpu()
+    return torch.allclose(levels, (1 - betas).cumprod(0), rtol=1e-3, atol=0)
 
 
 def _takes(function: Callable[..., Any], name: str) -> bool:

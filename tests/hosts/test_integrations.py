@@ -355,7 +355,7 @@ def test_fused_before(name):
 
 
 @pytest.mark.parametrize("name", ["sd15", "pixart", "sd3", "sit"])
-def test_fused_after_is_noticed_and_mended(name):
+def test_fused_after_is_noticed_and_mended(name, unmeasured):
     host, model, exact = HOSTS[name], fresh(name), fresh(name)
     handle = attngen.apply(model, AGENTS)
     patched = host(model)
@@ -666,7 +666,8 @@ def test_offloading_by_accelerate(sequential):
         else:
             model, _ = accelerate.cpu_offload_with_hook(model, torch.device("cpu"))
         for time, value in zip((0.9, 0.1), want, strict=True):
-            assert torch.equal(host(model, time=time), value)
+            # Projections that are brought from elsewhere when called cannot be absorbed.
+            assert (host(model, time=time) - value).norm() <= 1e-5 * value.norm()
         attngen.remove(model)
         assert torch.equal(host(model), host(fresh(name)))
 

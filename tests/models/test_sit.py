@@ -165,26 +165,27 @@ def test_mediators_equal_the_oracle():
     torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("convolution", ["values", "input"])
 @pytest.mark.parametrize("size", [(16, 16), (8, 28)])
-def test_absorbed_projections_give_the_same_numbers_and_gradients(size, monkeypatch):
+def test_absorbed_projections_give_the_same_numbers_and_gradients(size, convolution, monkeypatch):
     """Few mediators for the head size: the short way is taken, and is the long way's in float64."""
     call = {key: value.double() if value.is_floating_point() else value for key, value in inputs(*size).items()}
     taken = []
 
-    def run(pays):
-        monkeypatch.setattr(sit, "absorbs", lambda *sizes, **kept: pays(*sizes, **kept))
-        model = build("mediator", attention_head_dim=32).double()
-        output = model(**call, num_mediators=2).sample
+    def run(**attention_kwargs):
+        model = build("mediator", attention_head_dim=32, convolution=convolution).double()
+        for block in model.transformer_blocks:
+            torch.nn.init.normal_(block.attn.mixer.dwc.weight, generator=torch.Generator().manual_seed(7))
+        output = model(**call, num_mediators=2, attention_kwargs=attention_kwargs).sample
         output.square().sum().backward()
         return output, [parameter.grad for parameter in model.parameters()]
 
-    pays = sit.absorbs
     monkeypatch.setattr(
         sit, "absorbed_agent_attention", lambda *a, **k: taken.append(1) or absorbed_agent_attention(*a, **k)
     )
-    short, short_gradients = run(pays)
+    short, short_gradients = run()
     assert len(taken) == SMALL["num_layers"]
-    long, long_gradients = run(lambda *sizes, **kept: False)
+    long, long_gradients = run(kernel="sdpa")
     assert len(taken) == SMALL["num_layers"]
     torch.testing.assert_close(short, long, atol=1e-12, rtol=1e-12)
     for one, other in zip(short_gradients, long_gradients, strict=True):
