@@ -75,7 +75,7 @@ def test_every_public_name_exists():
         assert callable(getattr(attngen.functional, name))
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/patching.md", "train/data/README.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/patching.md", "docs/kernels.md", "train/data/README.md"])
 def test_the_code_in_documents_parses(document):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
     assert blocks

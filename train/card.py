@@ -129,7 +129,7 @@ download. It is a demonstration, not a product: the pictures are tiny, and it kn
 | attention | mediators; their number was drawn from {counts} in every step, and any number works at sampling |
 | classes | {classes} |
 | data | the training part of attngen's [emoji](../../../train/data/README.md): Noto Color Emoji on white, without skin tones |
-| objective | {config["prediction_type"]} on the {config["path"]} path, {config["time_sampling"]} times, labels dropped with \
+| objective | {config["objective"]} on the {config["path"]} path, {config["time_sampling"]} times, labels dropped with \
 probability {config["class_dropout_prob"]:g} |
 | optimiser | {config["optimizer"]} ({config["muon_learning_rate"]:g} for the blocks' matrices, {config["learning_rate"]:g} for the rest), \
 batches of {config["batch_size"]}, moving average {config["ema_decay"]:g} |

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +106,54 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def checkpoint_tensors(
+    model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer], ema: Any, averages: Sequence[Any]
+) -> tuple[dict[str, dict[str, Tensor]], dict[float, dict[str, Tensor]]]:
+    """Everything to save of a run, gathered whole from its shards; every process has to call it.
+
+    Args:
+        model: the network, bare, compiled, or wrapped for several processes.
+        optimizers: over its parameters.
+        ema: diffusers' average.
+        averages: `train.ema.PowerAverage`s.
+
+    Returns:
+        File stem -> tensors by name, and the power-function averages by their width.
+    """
+    names = [clean_name(name) for name, _ in model.named_parameters()]
+
+    def named(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+        return {name: whole(tensor) for name, tensor in zip(names, tensors, strict=True)}
+
+    tensors = {
+        "model": {clean_name(name): whole(tensor) for name, tensor in model.state_dict().items()},
+        "ema": named(ema.shadow_params),
+        **{f"optimizer_{i}": {k: whole(t) for k, t in optimizer_tensors(o).items()} for i, o in enumerate(optimizers)},
+        **{f"average_{i}": named(average.shadow) for i, average in enumerate(averages)},
+    }
+    return tensors, {average.std: tensors[f"average_{i}"] for i, average in enumerate(averages)}
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without what DDP and torch.compile put in front of it."""
+    for prefix in ("module.", "_orig_mod."):
+        while name.startswith(prefix):
+            name = name[len(prefix) :]
+    return name.replace("._orig_mod.", ".")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor gathered from its shards, or itself."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+
+
+def place_like(value: Tensor, like: Tensor) -> Tensor:
+    """`value` on the device of `like`, cut into shards as `like` is."""
+    mesh = getattr(like, "device_mesh", None)
+    if mesh is None:
+        return value.to(like.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), mesh, like.placements)  # type: ignore[attr-defined]

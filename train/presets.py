@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+# As in `train.objectives`, which imports torch; a program's --help should not wait for that.
+OBJECTIVES = ("velocity", "epsilon", "score", "dit")
+TIME_SAMPLINGS = ("uniform", "logit-normal")
+WEIGHTINGS = ("velocity", "likelihood")
 
 
 @dataclass(frozen=True)
@@ -13,54 +19,85 @@ class TrainingConfig:
     """Everything that decides a training run. Saved beside it as JSON.
 
     Attributes:
-        image_size: side of the pictures, in pixels.
-        classes: class names of the emoji data set, or () for all.
-        augment: strength of the augmentation, 0 to 1.
+        data: "emoji", a folder of class folders, "hf:NAME", tar shards, or latents made by `train.encode`.
+        image_size: side of the pictures, in pixels; of latents that of the pictures they were made from.
+        classes: class names of the data set, or () for all.
+        augment: strength of the emoji's augmentation, 0 to 1.
+        flip: mirror pictures at random.
         balance: 0 draws every picture equally often, 1 every class, 0.5 is between (a class by the root of its size).
-        patch_size: side of a token, in pixels.
+        max_broken: share of unreadable pictures above which the run fails.
+        workers: threads that read pictures; they do not change what is read.
+        patch_size: side of a token, in pixels or latents.
         num_layers: blocks.
         num_attention_heads: heads.
         attention_head_dim: size of a head.
         attention: "softmax", "mediator" or "linear".
+        feature_map: of linear attention.
         num_mediators: mediators the bias tables are stored for.
+        convolution: what mediator layers convolve, "values" as published or their "input", which is faster.
         mediator_counts: counts drawn from in every step (elastic mediators), or () for `num_mediators` always.
+        mediator_starts: noise levels from which each of `mediator_counts` holds (1 is noise, so it comes first), or ()
+            to draw counts whatever the time. A step then takes its times from one stage.
+        learn_sigma: predict twice the channels, as the published SiT checkpoints do. DiT's objective needs it anyway.
         class_dropout_prob: share of labels replaced by the null class, for guidance.
+        objective: "velocity", "epsilon" or "score" on an interpolant, or "dit": noise and variance in 1,000 steps.
         path: interpolant, "linear", "gvp" or "vp".
-        prediction_type: "velocity", "epsilon" or "score".
+        weighting: of an interpolant's loss: "", "velocity" or "likelihood".
         time_sampling: "uniform", or "logit-normal" (middle times more often; SD3, arXiv 2403.03206).
+        init_from: checkpoint, pipeline folder or run to start from, or "" for fresh weights.
+        interpolation: how its position biases go to another size, "consistent" or "reference".
         optimizer: "adamw", or "muon" (Muon for the blocks' matrices, AdamW for the rest).
         learning_rate: of AdamW.
         muon_learning_rate: of Muon.
         weight_decay: of both.
         warmup_steps: steps in which the learning rate rises from zero.
         cooldown: last share of the steps, in which it falls to zero.
-        max_grad_norm: gradients are scaled down to this norm.
+        max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
         ema_decay: of the averaged weights that are sampled and saved.
-        batch_size: pictures a step, over all processes.
+        ema_stds: relative widths of power-function averages to keep beside, such as 0.05 0.1; see `train.ema`.
+        batch_size: pictures an optimiser step, over all processes.
+        accumulate: parts that a process computes its share of the batch in, to save memory.
         steps: optimiser steps.
         seed: of weights, data order, noise and label dropout.
+        mixed_precision: "no", "bf16" or "fp16".
+        compile: compile the network with torch.compile.
+        gradient_checkpointing: compute activations again in the backward pass, to save memory.
+        log_every: steps between lines of the log.
         sample_every: steps between sample grids; 0 for none before the end.
         save_every: steps between checkpoints; 0 for none before the end.
         keep: checkpoints kept.
         sample_steps: network calls for a sample.
         guidance_scale: of the samples.
+        fd_every: steps between Fréchet distances on the emoji; 0 for none before the end, -1 for none at all.
+        fd_pictures: pictures drawn for it.
     """
 
+    data: str = "emoji"
     image_size: int = 32
     classes: tuple[str, ...] = ()
     augment: float = 0.5
+    flip: bool = True
     balance: float = 0.0
+    max_broken: float = 0.01
+    workers: int = 2
     patch_size: int = 4
     num_layers: int = 8
     num_attention_heads: int = 5
     attention_head_dim: int = 32
     attention: str = "mediator"
+    feature_map: str = "elu"
     num_mediators: int = 16
+    convolution: str = "values"
     mediator_counts: tuple[int, ...] = (4, 9, 16, 25)
+    mediator_starts: tuple[float, ...] = ()
+    learn_sigma: bool = False
     class_dropout_prob: float = 0.1
+    objective: str = "velocity"
     path: str = "linear"
-    prediction_type: str = "velocity"
+    weighting: str = ""
     time_sampling: str = "logit-normal"
+    init_from: str = ""
+    interpolation: str = "consistent"
     optimizer: str = "muon"
     learning_rate: float = 1e-3
     muon_learning_rate: float = 0.02
@@ -69,38 +106,102 @@ class TrainingConfig:
     cooldown: float = 0.3
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
+    ema_stds: tuple[float, ...] = ()
     batch_size: int = 64
+    accumulate: int = 1
     steps: int = 5000
     seed: int = 0
+    mixed_precision: str = "no"
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    log_every: int = 1
     sample_every: int = 1000
     save_every: int = 500
     keep: int = 2
     sample_steps: int = 50
     guidance_scale: float = 2.0
+    fd_every: int = -1
+    fd_pictures: int = 512
 
     def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_numbers()
+        self._check_mediators()
+
+    def _check_choices(self) -> None:
         choices = {
             "attention": ("softmax", "mediator", "linear"),
+            "feature_map": ("elu", "relu", "focused"),
+            "convolution": ("values", "input"),
+            "objective": OBJECTIVES,
             "path": ("linear", "gvp", "vp"),
-            "prediction_type": ("velocity", "epsilon", "score"),
-            "time_sampling": ("uniform", "logit-normal"),
+            "weighting": ("", *WEIGHTINGS),
+            "time_sampling": TIME_SAMPLINGS,
+            "interpolation": ("consistent", "reference"),
             "optimizer": ("adamw", "muon"),
+            "mixed_precision": ("no", "bf16", "fp16"),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
-        for name in ("batch_size", "steps", "keep", "sample_steps", "num_layers", "patch_size", "num_mediators"):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; known: {', '.join(k or '(empty)' for k in known)}"
+                )
+        if self.objective == "dit" and (self.path, self.weighting, self.time_sampling) != ("linear", "", "uniform"):
+            raise ValueError(
+                "the objective 'dit' has its own path, weighting and times: leave path at 'linear', "
+                "weighting empty and time_sampling at 'uniform'"
+            )
+
+    def _check_numbers(self) -> None:
+        positive = ("batch_size", "accumulate", "steps", "keep", "sample_steps", "num_layers", "num_attention_heads")
+        for name in (*positive, "attention_head_dim", "patch_size", "num_mediators", "image_size", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("augment", "balance", "class_dropout_prob", "cooldown"):
+        for name in ("augment", "balance", "class_dropout_prob", "cooldown", "max_broken", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.image_size % self.patch_size:
+        for name in ("learning_rate", "muon_learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
+        for std in self.ema_stds:
+            if not 0.01 <= std <= 0.28:
+                raise ValueError(f"ema_stds must be in [0.01, 0.28], got {std}")
+        if self.data == "emoji" and self.image_size % self.patch_size:
             raise ValueError(f"patches of {self.patch_size} do not divide pictures of {self.image_size} pixels")
-        side = self.image_size // self.patch_size
+        if self.fd_every >= 0 and self.data != "emoji":
+            raise ValueError(
+                f"the Fréchet distance in the loop is for the emoji, not {self.data!r}; set fd_every to -1"
+            )
+
+    def _check_mediators(self) -> None:
         for count in self.mediator_counts:
-            if not 1 <= count <= side * side:
-                raise ValueError(f"mediator_counts must be 1 to {side * side} (the tokens), got {count}")
+            if count < 1:
+                raise ValueError(f"mediator_counts must be at least 1, got {count}")
+        if self.mediator_starts:
+            if len(self.mediator_starts) != len(self.mediator_counts):
+                raise ValueError(
+                    f"{len(self.mediator_starts)} mediator_starts need as many mediator_counts, got "
+                    f"{len(self.mediator_counts)}"
+                )
+            falling = all(a > b for a, b in zip(self.mediator_starts, self.mediator_starts[1:], strict=False))
+            if self.mediator_starts[0] != 1 or not falling or self.mediator_starts[-1] <= 0:
+                raise ValueError(f"mediator_starts must fall from 1 and stay above 0, got {self.mediator_starts}")
+
+    def check_tokens(self, sample_size: int) -> None:
+        """What can be checked only with the data open.
+
+        Args:
+            sample_size: side of a sample, in pixels or latents.
+
+        Raises:
+            ValueError: if patches do not divide it, or there would be more mediators than tokens.
+        """
+        if sample_size % self.patch_size:
+            raise ValueError(f"patches of {self.patch_size} do not divide samples of {sample_size} x {sample_size}")
+        tokens = (sample_size // self.patch_size) ** 2
+        for count in self.mediator_counts if self.attention == "mediator" else ():
+            if count > tokens:
+                raise ValueError(f"mediator_counts must be 1 to {tokens} (the tokens), got {count}")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -112,7 +213,7 @@ _COHERENT = (
     *("vehicle", "building", "sky", "clock", "sign", "flag"),
 )
 
-PRESETS: Mapping[str, TrainingConfig] = {
+_EMOJI: dict[str, TrainingConfig] = {
     # The shipped model: about two hours on one CPU core.
     "emoji": TrainingConfig(classes=_COHERENT),
     # Seconds: shows that everything works.
@@ -145,5 +246,63 @@ PRESETS: Mapping[str, TrainingConfig] = {
         ema_decay=0.9995,
         sample_every=5000,
         save_every=5000,
+        mixed_precision="bf16",
+        compile=True,
+        log_every=20,
     ),
 }
+
+# Depth, heads and head size (table 1 of arXiv 2212.09748).
+_SIZES = {"s": (12, 6, 64), "b": (12, 12, 64), "l": (24, 16, 64), "xl": (28, 16, 72)}
+
+
+def _published(model: str, size: str, patch_size: int, image_size: int, mediators: bool) -> TrainingConfig:
+    """The recipe of the papers (2212.09748, 2401.08740, 2408.05710): AdamW at 1e-4, batch 256, 400,000 steps.
+
+    Latents of an autoencoder that makes pictures eight times smaller; `data` has to be given.
+    """
+    num_layers, heads, head_dim = _SIZES[size]
+    return TrainingConfig(
+        data="",
+        image_size=image_size,
+        augment=0.0,
+        patch_size=patch_size,
+        num_layers=num_layers,
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
+        attention="mediator" if mediators else "softmax",
+        num_mediators=64,
+        mediator_counts=(),
+        learn_sigma=True,
+        objective="dit" if model == "dit" else "velocity",
+        time_sampling="uniform",
+        optimizer="adamw",
+        learning_rate=1e-4,
+        warmup_steps=0,
+        cooldown=0.0,
+        max_grad_norm=0.0,
+        ema_decay=0.9999,
+        batch_size=256,
+        steps=400_000,
+        workers=4,
+        log_every=100,
+        sample_every=25_000,
+        save_every=10_000,
+        guidance_scale=4.0,
+    )
+
+
+def _all_published() -> dict[str, TrainingConfig]:
+    """ "sit-xl2-256", "dit-b4-512", "sit-s2-256-mediators", …"""
+    presets = {}
+    for model in ("sit", "dit"):
+        for size in _SIZES:
+            for patch_size in (2, 4, 8):
+                for image_size in (256, 512, 1024):
+                    for mediators in (False, True):
+                        name = f"{model}-{size}{patch_size}-{image_size}{'-mediators' if mediators else ''}"
+                        presets[name] = _published(model, size, patch_size, image_size, mediators)
+    return presets
+
+
+PRESETS: Mapping[str, TrainingConfig] = {**_EMOJI, **_all_published()}

@@ -4,115 +4,139 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
+from PIL import Image
+from torch import Tensor
+
+from train.data import Data
+from train.objectives import Objective
 from train.presets import TrainingConfig
+from train.seeds import generator_for
 
 if TYPE_CHECKING:
-    import torch
-    from PIL import Image
-
     from attngen.models.sit import SiTTransformer2DModel
-    from attngen.schedulers.interpolant import InterpolantScheduler
+    from attngen.models.sit_pipeline import SiTPipeline
 
 PICTURES_PER_GROUP = 2
 BATCH_SIZE = 32
+MOST_ROWS = 16
 # Sides of the pictures in a sample sheet, in screen pixels.
 SHOWN_SIZE = 96
 
 
-def ode_scheduler(path: str, prediction_type: str) -> InterpolantScheduler:
-    """The sampler of samples and of the exported pipeline: the ODE by Heun's method, two network calls a step."""
-    from attngen.schedulers.interpolant import InterpolantScheduler
-
-    return InterpolantScheduler(path=path, prediction_type=prediction_type, sampler="ode", solver="heun")
-
-
 def sample_grid(
-    model: SiTTransformer2DModel,
-    scheduler: InterpolantScheduler,
-    config: TrainingConfig,
-    id2label: Mapping[int, str],
-    out: Path,
-    step: int,
+    model: SiTTransformer2DModel, objective: Objective, config: TrainingConfig, data: Data, out: Path, step: int
 ) -> Path:
     """Write `out`/samples/step-NNNNNNNN.png: a row a class, a group of columns for each number of mediators.
 
     Every picture starts from noise of its own seed, the same in every group and every step, so that sheets and groups
-    can be compared.
+    can be compared. Of many classes the first ones are drawn. Latents are decoded by the autoencoder they were made
+    with; where that cannot be loaded their first three channels are shown.
 
     Args:
         model: the network, in evaluation mode.
-        scheduler: of the training; its path and prediction type are what the ODE is solved for.
+        objective: of the training; its sampler draws.
         config: of the training.
-        id2label: class name by label.
+        data: of the training.
         out: folder of the run.
         step: optimiser steps done.
 
     Returns:
         The file written.
     """
-    from attngen.models.sit_pipeline import SiTPipeline
     from pipelines.images import grid, save_png
 
-    sampler = ode_scheduler(scheduler.config["path"], scheduler.config["prediction_type"])
-    pipe = SiTPipeline(model, sampler, id2label=dict(id2label))
-    pipe.set_progress_bar_config(disable=True)
+    shown = {label: name for label, name in data.id2label.items() if label in list(data.id2label)[:MOST_ROWS]}
+    pipe = pipeline_of(model, objective, data)
     counts = config.mediator_counts if config.attention == "mediator" else ()
-    columns = [_draw(pipe, config, count, list(id2label)) for count in counts or (None,)]
-    rows = [[image for group in columns for image in group[label]] for label in id2label]
+    columns = [_draw(pipe, config, count, list(shown)) for count in counts or (None,)]
+    rows = [[image for group in columns for image in group[label]] for label in shown]
     path = out / "samples" / f"step-{step:08d}.png"
     sheet = grid(
         rows,
-        row_labels=list(id2label.values()),
+        row_labels=list(shown.values()),
         groups=[(f"{count} mediator{'s' if count > 1 else ''}", PICTURES_PER_GROUP) for count in counts],
         scale=max(1, SHOWN_SIZE // config.image_size),
     )
-    settings = {"prompt": ", ".join(id2label.values()), "training_step": step, "sampler": "ode heun"}
+    settings = {"prompt": ", ".join(shown.values()), "training_step": step, "sampler": type(pipe.scheduler).__name__}
     save_png(sheet, path, {**settings, "guidance_scale": config.guidance_scale, "seed": config.seed})
     return path
 
 
-def _draw(pipe, config: TrainingConfig, count: int | None, labels: list[int]) -> dict[int, list[Image.Image]]:
+def pipeline_of(model: SiTTransformer2DModel, objective: Objective, data: Data) -> SiTPipeline:
+    """The pipeline that draws from a model in training, without a progress bar."""
+    from attngen.models.sit_pipeline import SiTPipeline
+
+    vae = _autoencoder(data, model.device)
+    pipe = SiTPipeline(model, objective.sampling_scheduler(), vae=vae, id2label=dict(data.id2label))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _autoencoder(data: Data, device: torch.device) -> Any:
+    if data.vae is None:
+        return None
+    from train.latents import load_vae
+
+    try:
+        vae, _ = load_vae(data.vae["source"], data.vae.get("sha256"))
+    except ValueError as error:
+        print(f"train.sit: latents are shown undecoded: {error}", file=sys.stderr)
+        return None
+    return vae.to(device)
+
+
+def calls_to_steps(pipe: SiTPipeline, calls: int) -> int:
+    """Sampling steps for a number of network calls: Heun's method makes two a step."""
+    two = pipe.scheduler.config.get("solver") == "heun" and pipe.scheduler.config.get("sampler") == "ode"
+    return max(1, calls // 2 if two else calls)
+
+
+def _draw(
+    pipe: SiTPipeline, config: TrainingConfig, count: int | None, labels: list[int]
+) -> dict[int, list[Image.Image]]:
     """PICTURES_PER_GROUP pictures of each class with `count` mediators."""
     wanted = [(label, number) for label in labels for number in range(PICTURES_PER_GROUP)]
     pictures: dict[int, list[Image.Image]] = {label: [] for label in labels}
     for start in range(0, len(wanted), BATCH_SIZE):
         part = wanted[start : start + BATCH_SIZE]
-        images = pipe(
+        called: Any = pipe(
             [label for label, _ in part],
-            num_inference_steps=max(1, config.sample_steps // 2),
+            num_inference_steps=calls_to_steps(pipe, config.sample_steps),
             guidance_scale=config.guidance_scale,
             num_mediators=count,
-            generator=[_generator(config.seed, label, number) for label, number in part],
-        ).images
-        for (label, _), image in zip(part, images, strict=True):
-            pictures[label].append(image)
+            generator=[generator_for(config.seed, "sample", label, number) for label, number in part],
+            output_type="pil" if pipe.vae is not None or pipe.transformer.config["in_channels"] == 3 else "pt",
+        )
+        for (label, _), image in zip(part, called.images, strict=True):
+            pictures[label].append(image if isinstance(image, Image.Image) else _undecoded(image))
     return pictures
 
 
-def _generator(seed: int, label: int, number: int) -> torch.Generator:
-    from train.seeds import generator_for
+def _undecoded(latents: Tensor) -> Image.Image:
+    """The first three channels of latents (C, H, W) as colours."""
+    colours = latents[:3].float().clamp(-3, 3).add(3).mul(255 / 6).byte()
+    return Image.fromarray(colours.permute(1, 2, 0).cpu().numpy())
 
-    return generator_for(seed, "sample", label, number)
 
-
-def export_pipeline(
-    model: SiTTransformer2DModel, config: TrainingConfig, id2label: Mapping[int, str], folder: Path
-) -> None:
+def export_pipeline(model: SiTTransformer2DModel, objective: Objective, data: Data, folder: Path) -> None:
     """Write a folder for `SiTPipeline.from_pretrained`, with weights in half precision; an old one is replaced whole.
 
     Args:
         model: the network; it is changed to half precision.
-        config: of the training.
-        id2label: class name by label.
+        objective: of the training; its sampler goes with the model.
+        data: of the training.
         folder: to write.
     """
-    from attngen.models.sit_pipeline import SiTPipeline
+    write_pipeline(pipeline_of(model.half(), objective, data), folder)
 
-    pipe = SiTPipeline(model.half(), ode_scheduler(config.path, config.prediction_type), id2label=dict(id2label))
+
+def write_pipeline(pipe: SiTPipeline, folder: Path) -> None:
+    """Save a pipeline so that a reader sees the old folder or the new one, never half of it."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     old = folder.with_name(f".{folder.name}.old")
     for leftover in (temporary, old):

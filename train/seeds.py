@@ -27,15 +27,28 @@ def sample_order(seed: int, weights: Tensor, start: int, count: int) -> Tensor:
         start: first position.
         count: number of positions.
     """
-    pieces, num_samples, equal = [], len(weights), bool((weights == weights[0]).all())
+    pieces = []
     while count > 0:
-        epoch, offset = divmod(start, num_samples)
-        generator = generator_for(seed, "order", epoch)
-        if equal:
-            order = torch.randperm(num_samples, generator=generator)
-        else:
-            order = torch.multinomial(weights, num_samples, replacement=True, generator=generator)
-        order = order[offset : offset + count]
+        epoch, offset = divmod(start, len(weights))
+        order = _epoch(seed, weights, epoch)[offset : offset + count]
         pieces.append(order)
         start, count = start + len(order), count - len(order)
     return torch.cat(pieces)
+
+
+_recent: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+
+
+def _epoch(seed: int, weights: Tensor, epoch: int) -> Tensor:
+    """The order of one epoch; the last ones are remembered, because a million samples take a while to shuffle."""
+    key = seed, id(weights), epoch
+    if key not in _recent:
+        generator, num_samples = generator_for(seed, "order", epoch), len(weights)
+        if bool((weights == weights[0]).all()):
+            order = torch.randperm(num_samples, generator=generator)
+        else:
+            order = torch.multinomial(weights, num_samples, replacement=True, generator=generator)
+        while len(_recent) > 3:
+            _recent.pop(next(iter(_recent)))
+        _recent[key] = weights, order  # the weights too, so that no other tensor gets their id
+    return _recent[key][1]

@@ -249,7 +249,8 @@ class SiTPipeline(DiffusionPipeline):
         if isinstance(self.scheduler, InterpolantScheduler):
             return
         config = self.scheduler.config
-        if not _is_flow(self.scheduler):
+        flows = config.get("use_flow_sigmas", False) and config.get("prediction_type") == "flow_prediction"
+        if not (_is_flow_match(self.scheduler) or flows):
             raise ValueError(
                 f"{type(self.scheduler).__name__} does not fit SiT; use InterpolantScheduler, or a flow-matching"
                 " scheduler such as FlowMatchEulerDiscreteScheduler"
@@ -262,7 +263,7 @@ class SiTPipeline(DiffusionPipeline):
 
     def _check_discrete_scheduler(self) -> None:
         name, config = type(self.scheduler).__name__, self.scheduler.config
-        if _is_flow(self.scheduler) or not hasattr(self.scheduler, "alphas_cumprod"):
+        if config.get("use_flow_sigmas", False) or not hasattr(self.scheduler, "alphas_cumprod"):
             raise ValueError(
                 f"{name} does not fit a DiT: the transformer predicts noise and variance at {DIT_STEPS} steps"
                 " (predicts_variance=True); use a discrete scheduler, such as DDPMScheduler with"
@@ -639,13 +640,6 @@ def _whole_number(name: str, value: Any) -> int:
 
 def _is_flow_match(scheduler: Any) -> bool:
     return type(scheduler).__name__.startswith("FlowMatch")
-
-
-def _is_flow(scheduler: Any) -> bool:
-    """Whether a scheduler of diffusers does flow matching; some do on request."""
-    config = scheduler.config
-    on_request = config.get("use_flow_sigmas", False) and config.get("prediction_type") == "flow_prediction"
-    return _is_flow_match(scheduler) or on_request
 
 
 def _uses_variance(scheduler: Any) -> bool:

@@ -330,6 +330,16 @@ def test_guidance_is_the_references(name, tensors, metadata):
     torch.testing.assert_close(got[:, :4], tensors["cfg_out"][:pictures], atol=2e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_a_sit_of_four_channels_is_guided_in_all():
+    outputs = {}
+    for channels in (None, 3, 4):
+        scheduler = InterpolantScheduler(sampler="ode", solver="euler")
+        pipe = make_pipe(scheduler, predicts_variance=False)
+        outputs[channels] = latents_of(pipe, guidance_scale=3.0, guidance_channels=channels)
+    assert torch.equal(outputs[None], outputs[4]) and not torch.equal(outputs[None], outputs[3])
+
+
 SCHEDULERS = [
     DDPMScheduler(**DDPM),
     DDPMScheduler(clip_sample=False),
@@ -407,6 +417,10 @@ def test_the_learned_variance_is_used_and_dropped():
         (
             diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
             "DPMSolverMultistepScheduler does not fit a DiT",
+        ),
+        (
+            diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True),
+            "DPMSolverMultistepScheduler does not fit a DiT: the transformer predicts noise and variance",
         ),
         (diffusers.EDMEulerScheduler(), "EDMEulerScheduler does not fit a DiT"),
         (DDIMScheduler(prediction_type="v_prediction"), "prediction_type='v_prediction' of DDIMScheduler"),

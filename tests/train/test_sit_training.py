@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from train import sit
 from train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, write_json
+from train.data import open_data
+from train.ema import PowerAverage, Profile, combination, gamma_of
+from train.objectives import make_objective
 from train.presets import PRESETS, TrainingConfig
+from train.run import Run, learning_rate_factor
 from train.seeds import generator_for, sample_order
 
 ROOT = Path(__file__).parents[2]
 
 
 def run(out: Path, *options: str) -> int:
-    return sit.main(["--preset", "emoji-tiny", "--out", str(out), "--cpu", "--sample-every", "0", *options])
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process runs many trainings here
+    fixed = ("--preset", "emoji-tiny", "--out", str(out), "--cpu", "--sample-every", "0", "--trackers", "none")
+    return sit.main([*fixed, *options])
 
 
 def weights(out: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -123,22 +134,23 @@ def test_wrong_options_end_before_work(tmp_path, capsys, option, message):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, capsys, monkeypatch):
-    step = sit.Run.batch
+    draw = Run.draw
 
-    def poisoned(self, number):
-        clean, *rest = step(self, number)
-        return (clean * (float("nan") if number == 2 else 1), *rest)
+    def poisoned(self, batch):
+        draws = draw(self, batch)
+        return draws._replace(noise=draws.noise * (float("nan") if batch.step == 2 else 1))
 
-    monkeypatch.setattr(sit.Run, "batch", poisoned)
+    monkeypatch.setattr(Run, "draw", poisoned)
     assert run(tmp_path, "--steps", "5", "--save-every", "1") == 2
-    assert "step 2" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "step 2" in said and "step-00000002" in said and "the batch began with: " in said
     assert list_checkpoints(tmp_path / "checkpoints")[-1].name == "step-00000002"
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path)["model"].values())
 
 
 def test_the_learning_rate_rises_holds_and_falls():
     config = TrainingConfig(steps=100, warmup_steps=10, cooldown=0.3)
-    factors = [sit.learning_rate_factor(step, config) for step in range(100)]
+    factors = [learning_rate_factor(step, config) for step in range(100)]
     assert factors[0] == pytest.approx(0.1) and factors[9:71] == [1.0] * 62
     assert factors[99] == pytest.approx(1 / 30) and all(a > b for a, b in zip(factors[71:], factors[72:], strict=False))
 
@@ -194,13 +206,282 @@ def test_json_is_written_whole(tmp_path):
 
 
 def test_presets_are_valid_and_the_shipped_model_fits(tmp_path):
-    from train.emoji import EmojiDataset
-
     for config in PRESETS.values():
-        data = EmojiDataset("train", image_size=config.image_size, classes=config.classes or None)
-        with torch.device("meta"):
-            model = sit.build_model(config, data)
-        assert 2 * sum(parameter.numel() for parameter in model.parameters()) < 25e6
+        if config.data == "emoji":
+            data = open_data("emoji", image_size=config.image_size, classes=config.classes)
+            with torch.device("meta"):
+                model = sit.build_model(config, data, make_objective(config.objective))
+            assert 2 * sum(parameter.numel() for parameter in model.parameters()) < 25e6
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("sit-s2-256", 33), ("dit-b4-512", 131), ("sit-xl2-256-mediators", 675), ("dit-l8-1024", 459)],
+)
+def test_the_published_recipes(name, millions):
+    """Weights of table 1 of arXiv 2212.09748 (33, 130, 458 and 675 million), and the papers' settings."""
+    config = PRESETS[name]
+    data = types.SimpleNamespace(sample_size=config.image_size // 8, channels=4, num_classes=1000)
+    objective = make_objective(config.objective)
+    with torch.device("meta"):
+        model = sit.build_model(config, data, objective)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.04)
+    assert (config.learning_rate, config.batch_size, config.steps, config.ema_decay) == (1e-4, 256, 400_000, 0.9999)
+    assert config.class_dropout_prob == 0.1 and config.weight_decay == 0 and config.optimizer == "adamw"
+    assert model.config["predicts_variance"] == name.startswith("dit") and model.config["learn_sigma"]
+
+
+def test_names_are_those_of_the_objectives():
+    from train import objectives, presets
+
+    assert presets.OBJECTIVES == objectives.OBJECTIVES and presets.TIME_SAMPLINGS == objectives.TIME_SAMPLINGS
+    assert (None, *presets.WEIGHTINGS) == objectives.WEIGHTINGS
+
+
+def test_presets_are_listed_and_near_ones_named(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        sit.main(["--list-presets"])
+    assert stopped.value.code in (0, None) and "sit-xl2-256-mediators" in capsys.readouterr().out.splitlines()
+    for argv, message in ((["--preset", "sit-xl-256"], "sit-xl2-256"), (["--preset", "sit-s2-256"], "--data")):
+        with pytest.raises(SystemExit):
+            sit.main(argv)
+        assert message in capsys.readouterr().err
+
+
+def test_a_dry_run_tells_and_writes_nothing(tmp_path, capsys):
+    assert run(tmp_path / "run", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "16 tokens" in said and "GFLOP a picture" in said and "20 steps" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("options", [("--accumulate", "4"), ("--workers", "0")])
+def test_parts_of_a_batch_and_threads_change_nothing(tmp_path, options):
+    plain = ("--steps", "3", "--max-grad-norm", "0", "--optimizer", "adamw")
+    run(tmp_path / "one", *plain)
+    run(tmp_path / "other", *plain, *options)
+    for name, value in weights(tmp_path / "one")["model"].items():
+        # Adam divides by the size of the gradient: rounding of a tiny gradient moves a weight by up to a step.
+        torch.testing.assert_close(weights(tmp_path / "other")["model"][name], value, atol=2e-3, rtol=0)
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / run_ / "log.jsonl").open()] for run_ in ("one", "other")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("count", [3, 16])
+def test_a_batch_that_cannot_be_shared(tmp_path, capsys, count):
+    assert run(tmp_path, "--accumulate", str(count)) == 2
+    assert f"a multiple of {count}" in capsys.readouterr().err
+
+
+def test_two_processes_equal_one(tmp_path):
+    """By torchrun over gloo; `accelerate launch` sets the same variables."""
+    common = ["--preset", "emoji-tiny", "--sample-every", "0", "--steps", "3", "--trackers", "none", "--cpu"]
+    common += ["--max-grad-norm", "0", "--optimizer", "adamw"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29713"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [*launcher, "-m", "train.sit", *common, "--out", str(tmp_path / "two")]
+    subprocess.run(command, cwd=ROOT, check=True, env=environment, timeout=300)
+    assert sit.main([*common, "--out", str(tmp_path / "one")]) == 0
+    for name, value in weights(tmp_path / "one")["model"].items():
+        torch.testing.assert_close(weights(tmp_path / "two")["model"][name], value, atol=2e-3, rtol=0)
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").open()] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--objective", "dit", "--time-sampling", "uniform"),
+        ("--objective", "epsilon", "--path", "vp", "--weighting", "velocity"),
+        ("--attention", "softmax"),
+        ("--attention", "linear", "--feature-map", "focused"),
+        ("--convolution", "input"),
+        ("--mixed-precision", "bf16"),
+        ("--gradient-checkpointing",),
+        ("--mediator-starts", "1", "0.4"),
+        ("--learn-sigma", "--no-flip"),
+    ],
+    ids=" ".join,
+)
+def test_every_kind_of_run_ends_with_a_pipeline(tmp_path, options):
+    import attngen
+
+    assert run(tmp_path, "--steps", "2", *options) == 0
+    pipe = attngen.SiTPipeline.from_pretrained(tmp_path / "pipeline")
+    assert pipe("face", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
+    assert all(math.isfinite(r["loss"]) and r["grad_norm"] > 0 and 0 < r["mfu"] < 1 for r in log)
+    assert all(0 <= r["waiting_share"] <= 1 and len(r["loss_by_noise"]) == 4 for r in log)
+
+
+def test_times_of_one_stage_are_distributed_as_without_stages():
+    config = dataclasses.replace(PRESETS["emoji-tiny"], mediator_starts=(1.0, 0.4))
+    drawn = Run(config, None, None, None, [], None, [], make_objective("velocity"), Path(), None)
+    found, counts = [], []
+    for step in range(4000):
+        generator = generator_for(0, step)
+        count, times = drawn._mediators(step, torch.rand(3, generator=generator), generator)
+        levels = 1 - times
+        assert (levels > 0.4).all() if count == 1 else (levels <= 0.4).all()
+        found.append(times)
+        counts.append(count)
+    assert counts.count(1) / len(counts) == pytest.approx(0.6, abs=0.03)
+    times = torch.cat(found).sort().values
+    assert (times - torch.linspace(0, 1, len(times))).abs().max() < 0.04
+
+
+def test_a_run_starts_from_another(tmp_path, capsys):
+    assert run(tmp_path / "softmax", "--attention", "softmax", "--steps", "2") == 0
+    assert (
+        run(
+            tmp_path / "warm",
+            "--init-from",
+            str(tmp_path / "softmax"),
+            "--steps",
+            "1",
+            "--learning-rate",
+            "0",
+            "--muon-learning-rate",
+            "0",
+        )
+        == 0
+    )
+    assert "mixer" in capsys.readouterr().err
+    before, after = weights(tmp_path / "softmax")["ema"], weights(tmp_path / "warm")["model"]
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not any(after[name].any() for name in after if ".mixer." in name)
+    assert run(tmp_path / "none", "--init-from", str(tmp_path / "nowhere")) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path, capsys, monkeypatch):
+    from train import run as module
+
+    def full(folder, step, *rest):
+        if step > 2:
+            raise OSError(28, "No space left on device")
+        return save_checkpoint(folder, step, *rest)
+
+    monkeypatch.setattr(module, "save_checkpoint", full)
+    assert run(tmp_path, "--steps", "4", "--save-every", "2", "--max-minutes", "5") == 1
+    said = capsys.readouterr().err
+    assert "No space left" in said and "step-00000002 stays" in said
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
+
+
+def kill_and_resume(out: Path, steps: int, rounds: int, seed: int) -> int:
+    """Run to the end, killed at random moments on the way; returns how often it was."""
+    draw, kills = random.Random(seed), 0
+    command = [sys.executable, "-m", "train.sit", "--preset", "emoji-tiny", "--out", str(out), "--cpu", "--resume"]
+    command += [
+        "--steps",
+        str(steps),
+        "--save-every",
+        "1",
+        "--sample-every",
+        "0",
+        "--trackers",
+        "none",
+        "--threads",
+        "1",
+    ]
+    while True:
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+        if kills < rounds:
+            found = len(list_checkpoints(out / "checkpoints"))
+            before = time.monotonic()
+            # Past the start, where nothing is written yet: killed at a random moment once there is a new checkpoint.
+            while process.poll() is None and time.monotonic() - before < 60:
+                if found == 0 and list_checkpoints(out / "checkpoints") or found and time.monotonic() - before > 4:
+                    break
+                time.sleep(0.01)
+            time.sleep(draw.random() * 0.5)
+            process.kill()
+            process.wait()
+            kills += 1
+        elif process.wait(timeout=300) == 0:
+            return kills
+
+
+@pytest.mark.parametrize("rounds", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_a_run_equals_a_whole_one(tmp_path, rounds):
+    steps = 20 if rounds == 2 else 120
+    whole = ["--steps", str(steps), "--save-every", "0", "--threads", "1"]
+    assert run(tmp_path / "whole", *whole) == 0
+    assert kill_and_resume(tmp_path / "killed", steps, rounds, seed=rounds) == rounds
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    assert len(list_checkpoints(tmp_path / "killed" / "checkpoints")) == 2
+
+
+# Averages chosen afterwards
+
+
+def test_averages_of_power_profiles(tmp_path):
+    """A running average has its profile's weights, and widths that were not kept are made from those that were."""
+    averages = [PowerAverage([torch.zeros(1, dtype=torch.float64)], std) for std in (0.05, 0.1)]
+    kept, values = {}, {}
+    steps = 400
+    path = torch.sin(torch.arange(1, steps + 1) / 40)
+    for step in range(1, steps + 1):
+        for average in averages:
+            average.update([path[step - 1 : step]], step)
+            if step % 50 == 0:
+                kept[Profile(step, average.gamma)] = average.shadow[0].item()
+    for std in (0.05, 0.08, 0.1, 0.14):
+        gamma = gamma_of(std)
+        weights = torch.arange(1, steps + 1).double().pow(gamma)
+        centre = (weights * torch.arange(1, steps + 1)).sum() / weights.sum() / steps
+        assert centre == pytest.approx((gamma + 1) / (gamma + 2), rel=0.01)
+        values[std] = float((weights * path).sum() / weights.sum())
+        shares = combination(list(kept), Profile(steps, gamma))
+        made = sum(share * value for share, value in zip(shares, kept.values(), strict=True))
+        assert made == pytest.approx(values[std], abs=0.01)
+    assert averages[0].shadow[0].item() == pytest.approx(values[0.05], abs=0.01)
+    # The relative standard deviation of a profile with exponent g (eq. 126 of arXiv 2312.02696).
+    assert all(
+        (g + 1) ** 0.5 / ((g + 2) * (g + 3) ** 0.5) == pytest.approx(s) for s in (0.05, 0.2) for g in [gamma_of(s)]
+    )
+
+
+def test_a_run_keeps_averages_and_makes_others(tmp_path, capsys):
+    from train import ema
+
+    options = ("--steps", "8", "--save-every", "2", "--ema-stds", "0.05", "0.1")
+    assert run(tmp_path / "whole", *options) == 0
+    assert run(tmp_path / "parts", *options, "--max-minutes", "0") == 0
+    assert run(tmp_path / "parts", *options, "--resume") == 0
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert ema.main(["--run", str(tmp_path / "whole"), "--std", "0.08"]) == 0
+    folder = Path(capsys.readouterr().out.strip())
+    import attngen
+
+    assert attngen.SiTPipeline.from_pretrained(folder)("face", num_inference_steps=1).images
+    made = ema.reconstruct(tmp_path / "whole", 0.1)
+    for name, value in weights(tmp_path / "whole")["average_1"].items():
+        torch.testing.assert_close(made[name], value, atol=1e-4, rtol=1e-3)
+    assert ema.main(["--run", str(tmp_path), "--std", "0.1"]) == 2
+    assert "--ema-stds" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"between 0 and 0\.288"):
+        ema.gamma_of(0.4)
+
+
+def test_curves_of_runs(tmp_path, capsys):
+    from train import plot
+
+    for name in ("one", "two"):
+        assert run(tmp_path / name, "--steps", "3") == 0
+    with open(tmp_path / "two" / "log.jsonl", "a") as file:
+        file.write('{"step": 3, "FD-emoji[a] 4 mediators": 2.5}\n{"step": 4, "lo')
+    out = tmp_path / "curves.png"
+    assert plot.main([str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(out)]) == 0
+    from PIL import Image
+
+    assert Image.open(out).size[0] > 500
+    assert plot.main([str(tmp_path)]) == 2
+    assert "no log.jsonl" in capsys.readouterr().err
+    assert plot.smoothed([1.0, 3.0, 5.0, 7.0], 0.5) == [1.0, 2.0, 4.0, 6.0]
 
 
 def test_a_missing_extra_is_named(tmp_path, capsys, monkeypatch):
@@ -225,3 +506,18 @@ def test_saved_tensors_are_safetensors_only(tmp_path):
     suffixes = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
     assert suffixes <= {".safetensors", ".json", ".jsonl", ".png"}
     assert load_file(next(tmp_path.rglob("ema.safetensors")))
+
+
+def test_the_distance_in_the_loop(tmp_path):
+    options = ("--steps", "2", "--fd-every", "1", "--fd-pictures", "8", "--sample-steps", "2")
+    with pytest.warns(UserWarning, match="8 pictures"):
+        assert run(tmp_path, *options) == 0
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    found = [line for line in log if any(key.startswith("FD-emoji") for key in line)]
+    assert [line["step"] for line in found] == [1, 2]
+    for line in found:
+        names = [key for key in line if key.startswith("FD-emoji[")]
+        assert [name.partition("] ")[2] for name in names] == ["1 mediators", "4 mediators"]
+        assert all(line[name] > line["floor"] / 2 for name in names) and line["pictures"] == 8
+    with pytest.raises(SystemExit):
+        run(tmp_path / "other", "--fd-every", "1", "--data", "elsewhere")

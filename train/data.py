@@ -1,0 +1,380 @@
+"""Training data from a short text: emoji, folders, Hugging Face data sets, tar shards, encoded latents.
+
+A batch is a function of its indices and of the generator passed in, of nothing read before. So a run that was stopped
+and resumed, or moved to another number of processes or threads, sees the same batches bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from train.data_sources import FolderSource, Source, fingerprint_of, shown
+from train.pictures import read_picture
+
+EVERYTHING = slice(None)
+MAX_BROKEN = 0.01
+
+
+class SampleError(RuntimeError):
+    """A fault while one sample was read, other than a damaged file; names the sample."""
+
+
+class Data(ABC):
+    """Pictures or latents with labels.
+
+    Attributes:
+        id2label: class name by label.
+        channels: 3 for pictures, or those of the latents.
+        sample_size: side of a sample, in pixels or latents.
+        is_latent: whether samples are latents of an autoencoder.
+        fingerprint: a short text; a run is resumed only with the same one.
+        labels: (N,) int64.
+        vae: None, or source, scaling_factor, shift_factor and sha256 of the autoencoder.
+    """
+
+    id2label: dict[int, str]
+    channels: int = 3
+    sample_size: int
+    is_latent: bool = False
+    fingerprint: str
+    labels: Tensor
+    vae: dict[str, Any] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.id2label)
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.labels)
+
+    @abstractmethod
+    def names(self, indices: Iterable[int] | Tensor) -> list[str]:
+        """What to call samples in a message."""
+
+    @abstractmethod
+    def batch(
+        self,
+        indices: Tensor,
+        generator: torch.Generator,
+        part: slice = EVERYTHING,
+        pool: Executor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Samples and labels of a batch.
+
+        Args:
+            indices: (B,) of the whole batch, over all processes.
+            generator: source of all randomness. It is drawn from for the whole batch, in the order of `indices`,
+                whatever `part` is, and afterwards stands at the same place in every process.
+            part: positions of the batch that are wanted, `slice(rank, None, world)` for one process of several.
+            pool: threads to read with; None reads in this one.
+
+        Returns:
+            float32 (b, C, H, W), in [-1, 1] for pictures, and int64 (b,), where b positions are in `part`.
+
+        Raises:
+            ValueError: if more samples are broken than the limit allows.
+        """
+
+
+def open_data(
+    spec: str,
+    *,
+    image_size: int,
+    classes: Sequence[str] = (),
+    augment: float = 0.5,
+    flip: bool = True,
+    max_broken: int | float = MAX_BROKEN,
+) -> Data:
+    """Open training data.
+
+    Args:
+        spec: "emoji"; a folder of class folders; "hf:NAME_OR_FOLDER[:SPLIT]"; tar shards as a folder, glob or brace
+            pattern; or a folder written by `python -m train.encode`.
+        image_size: side of the pictures, in pixels; for latents that of the pictures they were made from.
+        classes: names of the classes to use, in the order of their labels, or () for all.
+        augment: strength of shift, scale and rotation, for the emoji only; other pictures are cropped and mirrored.
+        flip: mirror every second picture, drawn at random.
+        max_broken: a run ends when more pictures than this are unreadable: an integer is a number of pictures, a
+            floating-point number from 0 to 1 a share of them.
+
+    Raises:
+        ValueError: if there is no such data, or it cannot be used as asked.
+    """
+    if not 0.0 <= augment <= 1.0:
+        raise ValueError(f"augment is {augment}; expected 0 to 1")
+    if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
+        raise ValueError(f"image_size is {image_size!r}; expected a number of pixels, at least 1")
+    check_max_broken(max_broken)
+    if spec == "emoji":
+        return EmojiData(image_size, classes, augment, flip)
+    if is_encoded(spec):
+        from train.latents import LatentData
+
+        return LatentData(Path(spec), image_size, classes, flip)
+    return PictureData(open_source(spec), spec, image_size, classes, flip, max_broken)
+
+
+def is_encoded(spec: str) -> bool:
+    """Whether a folder holds latents; half-made ones count, for they get an error of their own."""
+    from train.latents import INDEX_NAME, SHARD_PATTERN
+
+    folder = Path(spec)
+    return folder.is_dir() and ((folder / INDEX_NAME).is_file() or any(folder.glob(SHARD_PATTERN)))
+
+
+def open_source(spec: str) -> Source:
+    """The pictures that a text names.
+
+    Raises:
+        ValueError: if it names none.
+    """
+    path = Path(spec)
+    if spec.startswith("hf:"):
+        from train.data_hub import HubSource
+
+        return HubSource(spec[3:])
+    looks_like_shards = spec.endswith((".tar", ".tar.gz", ".tgz")) or bool(set(spec) & set("*?[{"))
+    if any(path.glob("*.tar")) if path.is_dir() else looks_like_shards:
+        from train.data_tar import TarSource
+
+        return TarSource(spec)
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        raise ValueError(f"{spec} was written by Hugging Face datasets; pass hf:{spec}")
+    if path.is_dir():
+        return FolderSource(path)
+    raise ValueError(
+        f"data is {spec!r}, which is no folder; expected 'emoji', a folder of class folders, 'hf:NAME', tar shards "
+        "('shards/*.tar') or a folder written by train.encode"
+    )
+
+
+def check_max_broken(limit: int | float) -> None:
+    """Raise ValueError unless `limit` is a count or a share."""
+    if isinstance(limit, bool) or limit < 0 or (isinstance(limit, float) and limit > 1):
+        raise ValueError(f"max_broken is {limit!r}; expected a count (0, 1, 2, …) or a share (0.0 to 1.0)")
+
+
+def parse_max_broken(text: str) -> int | float:
+    """A count ("3") or a share ("0.01") from the command line.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    try:
+        limit = float(text) if "." in text else int(text)
+    except ValueError:
+        raise ValueError(f"max_broken is {text!r}; expected a count (3) or a share (0.01)") from None
+    check_max_broken(limit)
+    return limit
+
+
+def choose_classes(
+    spec: str, names: Sequence[str], labels: Tensor, classes: Sequence[str]
+) -> tuple[Tensor, Tensor, dict[int, str]]:
+    """The samples of chosen classes.
+
+    Args:
+        spec: of the data, for messages.
+        names: class name by label.
+        labels: (N,) of all samples.
+        classes: names of the classes wanted, or () for all.
+
+    Returns:
+        (n,) indices of the samples, (n,) their new labels, class name by new label.
+
+    Raises:
+        ValueError: for an unknown or repeated class, one without samples, or data of one class nobody named.
+    """
+    if not classes:
+        if len(names) == 1:
+            raise ValueError(f"{spec} holds one class, {names[0]!r}; choose it by --classes if that is meant")
+        return torch.arange(len(labels)), labels, dict(enumerate(names))
+    unknown = [name for name in classes if name not in names]
+    if unknown:
+        raise ValueError(f"{spec} has no class {unknown[0]!r}; it has {shown(names, 20)}")
+    if len(set(classes)) != len(classes):
+        raise ValueError(f"classes is {list(classes)}; expected none twice")
+    new_label = torch.full((len(names),), -1)
+    new_label[[names.index(name) for name in classes]] = torch.arange(len(classes))
+    rows = (new_label[labels] >= 0).nonzero().flatten()
+    present = new_label[labels].unique()
+    empty = [name for label, name in enumerate(classes) if label not in present]
+    if empty:
+        raise ValueError(f"{spec} holds no sample of class {empty[0]!r}; leave it out")
+    return rows, new_label[labels[rows]], dict(enumerate(classes))
+
+
+class Broken:
+    """Unreadable pictures: each is reported once, and too many end the run.
+
+    Args:
+        limit: pictures that may be broken; a float is a share of `total`.
+        total: pictures in the data.
+    """
+
+    def __init__(self, limit: int | float, total: int) -> None:
+        self.limit, self.total = limit, total
+        self.reasons: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def add(self, name: str, reason: str) -> None:
+        """Note a broken picture.
+
+        Raises:
+            ValueError: if there are now more than the limit, naming them.
+        """
+        with self._lock:
+            if name in self.reasons:
+                return
+            self.reasons[name] = reason
+        # 29 % of 100 is a little under 29 in floating point.
+        allowed = self.limit * self.total + 1e-6 if isinstance(self.limit, float) else self.limit
+        if len(self.reasons) > allowed:
+            raise ValueError(
+                f"{len(self.reasons)} of {self.total} pictures cannot be read, more than max_broken = {self.limit} "
+                f"allows: {self}"
+            )
+        warnings.warn(f"{name} cannot be read and is left out: {reason}", stacklevel=2)
+
+    def __str__(self) -> str:
+        return shown([f"{name} ({reason})" for name, reason in list(self.reasons.items())])
+
+
+class PictureData(Data):
+    """Pictures of a source, decoded when they are wanted, cropped and mirrored.
+
+    A picture that cannot be read is replaced by the next one that can, in the order of the data, with that one's
+    label; so the replacement is the same in every run.
+
+    Attributes:
+        broken: the pictures found unreadable by this process.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        spec: str,
+        image_size: int,
+        classes: Sequence[str] = (),
+        flip: bool = True,
+        max_broken: int | float = MAX_BROKEN,
+    ) -> None:
+        self.source, self.sample_size, self.flip = source, image_size, flip
+        self.rows, self.labels, self.id2label = choose_classes(spec, source.class_names, source.labels, classes)
+        self.fingerprint = source.fingerprint
+        if classes:
+            self.fingerprint = fingerprint_of("part", list(classes), self.labels, (source.fingerprint,))
+        self.broken = Broken(max_broken, len(self))
+
+    def names(self, indices: Iterable[int] | Tensor) -> list[str]:
+        return [self.source.name(int(self.rows[i])) for i in indices]
+
+    def picture(self, index: int) -> np.ndarray:
+        """Picture `index`, uint8 (3, H, W).
+
+        Raises:
+            ValueError: if it cannot be read.
+        """
+        try:
+            with self.source.open(int(self.rows[index])) as file:
+                return read_picture(file, self.sample_size)
+        except OSError as error:
+            raise ValueError(error.strerror or str(error)) from error
+
+    def readable(self, index: int) -> tuple[np.ndarray, int]:
+        """Picture `index` or the first readable one after it, and its index.
+
+        Raises:
+            ValueError: if too many pictures are broken.
+        """
+        for step in range(len(self)):
+            candidate = (index + step) % len(self)
+            try:
+                return self.picture(candidate), candidate
+            except ValueError as error:
+                self.broken.add(self.names([candidate])[0], str(error))
+        raise ValueError(f"none of the {len(self)} pictures can be read: {self.broken}")
+
+    def batch(
+        self,
+        indices: Tensor,
+        generator: torch.Generator,
+        part: slice = EVERYTHING,
+        pool: Executor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        mirrored = (torch.rand(len(indices), generator=generator) < 0.5)[part].tolist()
+        wanted = indices[part].tolist()
+        for index in wanted:
+            if not 0 <= index < len(self):
+                raise IndexError(f"picture {index} of {len(self)}")
+        clean = np.empty((len(wanted), self.channels, self.sample_size, self.sample_size), dtype=np.float32)
+
+        def fill(position: int) -> int:
+            try:
+                pixels, index = self.readable(wanted[position])
+            except ValueError:
+                raise
+            except Exception as error:  # a fault of the program; threads would lose where it was
+                raise SampleError(f"{self.names([wanted[position]])[0]}: {type(error).__name__}: {error}") from error
+            if self.flip and mirrored[position]:
+                pixels = pixels[:, :, ::-1]
+            np.divide(pixels, np.float32(127.5), out=clean[position])
+            clean[position] -= 1
+            return index
+
+        used = list((pool.map if pool else map)(fill, range(len(wanted))))
+        return torch.from_numpy(clean), self.labels[torch.tensor(used, dtype=torch.long)]
+
+
+class EmojiData(Data):
+    """The emoji of this repository, mirrored, shifted, scaled and turned where that leaves the class alone."""
+
+    def __init__(self, image_size: int, classes: Sequence[str] = (), augment: float = 0.5, flip: bool = True) -> None:
+        from train.emoji import EmojiDataset
+
+        self.emoji = EmojiDataset("train", image_size=image_size, classes=classes or None)
+        self.sample_size, self.augment, self.flip = image_size, augment, flip
+        self.labels, self.id2label = self.emoji.labels, self.emoji.id2label
+        pixels = hashlib.sha256(self.emoji.pixel_values.numpy().tobytes()).hexdigest()
+        self.fingerprint = fingerprint_of("emoji", self.emoji.classes, self.labels, (*self.emoji.names, pixels))
+
+    def names(self, indices: Iterable[int] | Tensor) -> list[str]:
+        return [self.emoji.names[int(i)] for i in indices]
+
+    def picture(self, index: int) -> np.ndarray:
+        """Picture `index`, uint8 (3, H, W)."""
+        return self.emoji.pixel_values[index].numpy()
+
+    def batch(
+        self,
+        indices: Tensor,
+        generator: torch.Generator,
+        part: slice = EVERYTHING,
+        pool: Executor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        from train.emoji import random_affine, to_float
+
+        draws = torch.rand(len(indices), 5, generator=generator)[part]
+        if not self.flip:
+            draws[:, 0] = 1.0
+        chosen = indices[part]
+        images, labels = to_float(self.emoji.pixel_values[chosen]), self.labels[chosen]
+        matrices = random_affine(draws, labels, self.emoji.classes, self.augment)
+        grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
+        # As in train.emoji.augment, which draws for what it moves; here a process moves its part of the draws.
+        moved = F.grid_sample(images - 1.0, grid, mode="bicubic", padding_mode="zeros", align_corners=False) + 1.0
+        return moved.clamp(-1.0, 1.0), labels
