@@ -99,6 +99,7 @@ def draw(logs: dict[str, list[dict[str, Any]]], out: Path, smooth: float) -> Non
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
     out.parent.mkdir(parents=True, exist_ok=True)
+    loss.set_yscale("log")
     figure.savefig(out, dpi=120)
 
 
