@@ -9,7 +9,9 @@ from diffusers import ModelMixin, SchedulerMixin
 from attngen import functional
 from attngen.hosts.hooks import AttnGenWarning
 from attngen.hosts.registry import register
+from attngen.learned import LearnedLayers
 from attngen.methods import AgentAttention, DownsampledKV, LinearAttention, SoftmaxAttention, TokenMerging
+from attngen.methods.learned import LearnedLinear, LearnedMediators
 from attngen.models import SiTPipeline, SiTTransformer2DModel
 from attngen.patch import AttentionPatch, apply, remove
 from attngen.plan import Plan, Stage
@@ -30,6 +32,9 @@ __all__ = [
     "ChangeSchedule",
     "DownsampledKV",
     "InterpolantScheduler",
+    "LearnedLayers",
+    "LearnedLinear",
+    "LearnedMediators",
     "LinearAttention",
     "ModelMixin",
     "Plan",

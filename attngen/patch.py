@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -15,8 +16,10 @@ from attngen.hosts.describe import default_size, describe_model, left_alone
 from attngen.hosts.families import denoisers_of
 from attngen.hosts.install import attention_modules, install, patchable_layers, refused_layers, uninstall
 from attngen.kernels.dispatch import AUTO, check_kernel
+from attngen.learned import SUFFIX, LearnedLayers
 from attngen.methods import AttentionMethod, SoftmaxAttention
 from attngen.methods._checks import Grid, check_count
+from attngen.methods.learned import HiddenModule, LearnedMethod
 from attngen.plan import Plan
 from attngen.presets import resolve_preset
 from attngen.report import LayerReport, Report
@@ -25,7 +28,7 @@ from attngen.schedule import ChangeSchedule
 
 def apply(
     target: Any,
-    method: str | AttentionMethod | Plan | os.PathLike[str],
+    method: str | AttentionMethod | Plan | LearnedLayers | os.PathLike[str],
     *,
     min_tokens: int | None = None,
     seed: int = 0,
@@ -40,8 +43,8 @@ def apply(
 
     Args:
         target: a pipeline (its UNet, transformer and ControlNets are patched) or a bare model.
-        method: a preset's name (`attngen.METHODS`), a method such as `AgentAttention(num_agents=64)`, a `Plan`, or the
-            path of a plan file.
+        method: a preset's name (`attngen.METHODS`), a method such as `AgentAttention(num_agents=64)`, a `Plan`, the
+            path of a plan file (.json), or `LearnedLayers` or the path of a file of them (.safetensors).
         min_tokens: overrides the plan's.
         seed: of random token merging; the global random state is never read.
         switch: chooses the stage by the change of the latents instead of the time. Pass the same object to the
@@ -55,9 +58,11 @@ def apply(
 
     Raises:
         ValueError: before anything is changed, for an unknown method or kernel, a bad plan file, a plan whose patterns
-            match no layer, or a target without a self-attention layer that can be patched.
+            match no layer, learned layers that do not fit, or a target without a self-attention layer that can be
+            patched.
     """
-    plan = _resolve(method)
+    learned = _learned(method)
+    plan = _resolve(method) if learned is None else learned.plan
     if min_tokens is not None:
         check_count("min_tokens", min_tokens, at_least=0)
         plan = Plan(plan.stages, min_tokens=min_tokens, max_levels=plan.max_levels)
@@ -65,10 +70,13 @@ def apply(
     check_kernel(kernel)
     _check_switch(switch, plan)
     models = denoisers_of(target)
+    if learned is not None:
+        models = learned.models_of(models)
     for name, model in models.items():
         _check_patchable(model, name or type(model).__name__)
     _check_patterns(plan, models.values())
-    patch = AttentionPatch(models, plan, seed, switch, kernel)
+    cores = {} if learned is None else _cores(learned, models)
+    patch = AttentionPatch(models, plan, seed, switch, kernel, cores)
     patch._install()
     return patch
 
@@ -91,9 +99,16 @@ class AttentionPatch:
     """
 
     def __init__(
-        self, models: dict[str, nn.Module], plan: Plan, seed: int, switch: ChangeSchedule | None, kernel: str
+        self,
+        models: dict[str, nn.Module],
+        plan: Plan,
+        seed: int,
+        switch: ChangeSchedule | None,
+        kernel: str,
+        cores: Mapping[str, Mapping[str, HiddenModule]] | None = None,
     ) -> None:
         self.plan = plan
+        self._cores = cores or {}
         self._models, self._seed, self._switch, self._kernel = models, seed, switch, kernel
         self._id = uuid.uuid4().hex
 
@@ -126,6 +141,28 @@ class AttentionPatch:
             _check_patchable(model, name or type(model).__name__)
         self._install()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it every layer is exact, bit for bit; what the layers are does not change."""
+        found = [hook for model in self._models.values() if self._is_on(model) and (hook := hooks.root_hook(model))]
+        before = [hook.paused for hook in found]
+        try:
+            for hook in found:
+                hook.paused = True
+            yield
+        finally:
+            for hook, value in zip(found, before, strict=True):
+                hook.paused = value
+
+    @property
+    def learned(self) -> dict[str, nn.Module]:
+        """The modules with learned weights, by "component.layer"; their parameters can be trained."""
+        return {
+            f"{component}.{layer}" if component else layer: hidden.content
+            for component, cores in self._cores.items()
+            for layer, hidden in cores.items()
+        }
+
     def report(self, grid: Grid | None = None) -> Report:
         """What each layer does; empty when the patch is off.
 
@@ -156,13 +193,36 @@ class AttentionPatch:
         return hook is not None and hook.patch_id == self._id
 
     def _install(self) -> None:
-        for model in self._models.values():
-            install(model, self.plan, self._id, self._seed, self._switch, self._kernel)
+        for name, model in self._models.items():
+            install(model, self.plan, self._id, self._seed, self._switch, self._kernel, self._cores.get(name))
+
+
+def _learned(method: Any) -> LearnedLayers | None:
+    """Learned layers, read from their file if need be; None for any other method."""
+    if isinstance(method, LearnedLayers):
+        return method
+    if isinstance(method, (str, os.PathLike)) and os.fspath(method).endswith(SUFFIX):
+        return LearnedLayers.load(method)
+    return None
+
+
+def _cores(learned: LearnedLayers, models: Mapping[str, nn.Module]) -> dict[str, dict[str, HiddenModule]]:
+    """New modules with the weights, by model and layer; warns where a model is configured otherwise."""
+    for model in models.values():
+        message = learned.other_model(model)
+        if message is not None:
+            hooks.warn(message)
+    return {name: learned.cores(model) for name, model in models.items()}
 
 
 def _resolve(method: Any) -> Plan:
     if isinstance(method, Plan):
+        kinds = {m.kind for stage in method.stages for m in stage.layers.values() if isinstance(m, LearnedMethod)}
+        if kinds:
+            raise ValueError(f"{kinds.pop()} needs weights: apply the file of learned layers ({SUFFIX}) instead")
         return method
+    if isinstance(method, LearnedMethod):
+        raise ValueError(f"{method.kind} needs weights: apply a file of learned layers ({SUFFIX}) instead")
     if isinstance(method, AttentionMethod):
         return Plan.of(method)
     if isinstance(method, os.PathLike) or (isinstance(method, str) and method.endswith(".json")):

@@ -64,6 +64,7 @@ class LayerReport:
         flops_exact: operations with softmax attention, projections included, for one picture.
         stages: one entry a stage; empty for a layer left alone.
         left_alone: why the patch did not touch it, or None.
+        learned_weights: numbers that the patch put beside it; see `attngen.LearnedLayers`.
     """
 
     model: str
@@ -75,6 +76,7 @@ class LayerReport:
     flops_exact: int | None
     stages: tuple[StageReport, ...]
     left_alone: str | None
+    learned_weights: int = 0
 
     @property
     def is_active(self) -> bool:
@@ -107,12 +109,18 @@ class Report:
         """The same as patched, in each stage."""
         return tuple(sum(layer.stages[i].flops for layer in self.patched) for i in range(len(self.starts)))
 
+    @property
+    def learned_weights(self) -> int:
+        """Numbers that the patch put beside all layers."""
+        return sum(layer.learned_weights for layer in self.layers)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
         return {
             "starts": list(self.starts),
             "flops_exact": self.flops_exact,
             "flops": list(self.flops),
+            "learned_weights": self.learned_weights,
             "layers": [asdict(layer) for layer in self.layers],
         }
 
@@ -127,6 +135,9 @@ class Report:
             shares = zip(self.starts, self.flops, strict=True)
             now = ", ".join(f"{flops / self.flops_exact:.1%} from {start:g}" for start, flops in shares)
             lines.append(f"attention layers: {self.flops_exact / 1e9:.2f} GFLOP exact; now {now}")
+            if self.learned_weights:
+                learned = sum(layer.learned_weights > 0 for layer in self.patched)
+                lines.append(f"learned weights: {self.learned_weights:,} beside {learned} layers")
         else:
             lines = ["no layer is patched"]
         return "\n".join([*lines, *self._other_kernels(), *self._left_alone()])

@@ -11,10 +11,12 @@ from attngen.hosts import hooks
 from attngen.hosts.absorb import layer_size, why_direct
 from attngen.hosts.families import default_grid, family_of, halved, halvings
 from attngen.hosts.layers import LayerSpec, attention_of, spec_of
+from attngen.hosts.learned import describe_learned, learned_weights
 from attngen.hosts.single import AttnGenProcessor
 from attngen.kernels.dispatch import AUTO, Choice, wanted_kernel
 from attngen.methods._checks import Grid
 from attngen.methods.base import AttentionMethod, LayerShape
+from attngen.methods.learned import LearnedMethod
 from attngen.methods.softmax import SoftmaxAttention
 from attngen.report import LayerReport, StageReport
 
@@ -95,9 +97,7 @@ def _describe_layer(
         if reason is not None:
             stages.append(StageReport(start, method.kind, None, shape.exact_flops(), reason))
             continue
-        choice = _kernel(attn, spec, method, shape, size.batch)
-        absorbed = choice.kernel == "absorbed"
-        flops = layer_size(attn, shape.channels, method, grid).flops if absorbed else method.flops(shape)
+        choice, flops = _path(attn, spec, method, shape, size.batch)
         agents = method.num_agents_at(grid)
         stages.append(
             StageReport(start, method.kind, agents, flops, None, choice.kernel or None, choice.speedup, choice.reason)
@@ -112,11 +112,12 @@ def _describe_layer(
         shape.exact_flops(),
         tuple(stages),
         None,
+        learned_weights(attn),
     )
 
 
-def _kernel(attn: Any, spec: LayerSpec, method: AttentionMethod, shape: LayerShape, batch: int) -> Choice:
-    """The path that computes a layer's method, asked for with tensors that have its sizes and no content.
+def _path(attn: Any, spec: LayerSpec, method: AttentionMethod, shape: LayerShape, batch: int) -> tuple[Choice, int]:
+    """The path that computes a layer's method, asked for with tensors that have its sizes and no content; operations.
 
     Its name is "" for a method that is exact attention over fewer tokens.
     """
@@ -132,18 +133,21 @@ def _kernel(attn: Any, spec: LayerSpec, method: AttentionMethod, shape: LayerSha
     hidden_states = tensor(batch, tokens, shape.channels)
     query = tensor(batch, shape.num_heads, tokens, head_dim)
     agents = None if num_agents is None else tensor(batch, shape.num_heads, num_agents, head_dim)
+    if isinstance(method, LearnedMethod):
+        return describe_learned(attn, method, shape, hidden_states, (query, agents))
     choice = method.choose_kernel(query, query, query, agents, attention.kernel or AUTO)
     if choice is None:
-        return Choice("")
+        return Choice(""), method.flops(shape)
     if attention.kernel is None:
-        return Choice(attention.backend.value if attention.backend is not None else "parallel")
+        name = attention.backend.value if attention.backend is not None else "parallel"
+        return Choice(name), method.flops(shape)
     if isinstance(attn.processor, AttnGenProcessor):
         why_direct_ = why_direct(attn, hidden_states, method, shape.grid, attention.kernel)
         if why_direct_ is None:
-            return Choice("absorbed")
+            return Choice("absorbed"), layer_size(attn, shape.channels, method, shape.grid).flops
         if wanted_kernel(attention.kernel) == "absorbed":
-            return choice._replace(reason=why_direct_)
-    return choice
+            choice = choice._replace(reason=why_direct_)
+    return choice, method.flops(shape)
 
 
 def _shape(attn: Any, grid: Grid, text: int) -> LayerShape:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
@@ -15,7 +15,9 @@ from attngen.hosts.families import family_of, halvings
 from attngen.hosts.flux import FluxAttnGenProcessor
 from attngen.hosts.joint import JointAttnGenProcessor
 from attngen.hosts.layers import SPEC, LayerSpec, spec_of
+from attngen.hosts.learned import drop_core, put_core
 from attngen.hosts.single import AttnGenProcessor
+from attngen.methods.learned import HiddenModule
 from attngen.models.sit import SiTAttention, SiTAttnProcessor
 from attngen.plan import Plan
 from attngen.schedule import ChangeSchedule
@@ -72,8 +74,25 @@ def patchable_layers(model: nn.Module) -> dict[str, Any]:
     return {name: attn for name, attn in attention_modules(model) if name not in refused}
 
 
-def install(model: nn.Module, plan: Plan, patch_id: str, seed: int, switch: ChangeSchedule | None, kernel: str) -> None:
-    """Put a plan on a model, in place of any patch it has; an attention backend set on that stays."""
+def learnable_layers(model: nn.Module) -> dict[str, Any]:
+    """Those of `patchable_layers` that can have learned weights: of image tokens alone."""
+    layers = patchable_layers(model).items()
+    return {n: attn for n, attn in layers if _PLAIN[type(_original(attn)).__name__] is AttnGenProcessor}
+
+
+def install(
+    model: nn.Module,
+    plan: Plan,
+    patch_id: str,
+    seed: int,
+    switch: ChangeSchedule | None,
+    kernel: str,
+    cores: Mapping[str, HiddenModule] | None = None,
+) -> None:
+    """Put a plan, and learned weights by layer, on a model, in place of any patch it has.
+
+    An attention backend set on a patch stays.
+    """
     family = family_of(model)
     assert family is not None
     previous: dict[str, Any] = dict(hooks.patched_layers(model))
@@ -96,6 +115,8 @@ def install(model: nn.Module, plan: Plan, patch_id: str, seed: int, switch: Chan
         _copy_settings(backends.get(name, attn.processor), ours)
         setattr(attn, SPEC, spec)
         attn.set_processor(ours)
+        if cores is not None and name in cores:
+            put_core(attn, cores[name])
     by_stage = list(zip(*map(plan.methods_for, layers), strict=True))
     needs_metric = any(method.needs_metric for methods in by_stage for method in methods)
     random = [any(getattr(method, "random", False) for method in methods) for methods in by_stage]
@@ -134,3 +155,4 @@ def uninstall(model: nn.Module) -> None:
             _copy_settings(layer.processor, original)
             layer.set_processor(original)
         delattr(layer, SPEC)
+        drop_core(layer)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from attngen.functional import pool_tokens
 from attngen.hosts.absorb import absorbed_attention, why_direct
 from attngen.hosts.layers import active_method, attention_of, spec_of
+from attngen.hosts.learned import learned_attention
 from attngen.methods.base import Attention, AttentionMethod, Selection
+from attngen.methods.learned import LearnedMethod
 from attngen.methods.mediator import join_heads, split_heads
 from attngen.methods.softmax import SoftmaxAttention
 from attngen.step import StepInfo
@@ -66,6 +68,11 @@ def _normalise(attn: Any, hidden_states: Tensor, temb: Tensor | None) -> Tensor:
 def _attend(
     attn: Any, hidden_states: Tensor, method: AttentionMethod, info: StepInfo | None, attention: Attention
 ) -> Tensor:
+    if info is not None and isinstance(method, LearnedMethod):
+        # Position biases fit no attention backend, so attngen's paths run whatever the user chose for exact layers.
+        spec = spec_of(attn)
+        assert spec is not None
+        return attn.to_out[1](learned_attention(attn, hidden_states, method, info.grid, spec.kernel))
     if info is not None and why_direct(attn, hidden_states, method, info.grid, attention.kernel) is None:
         return attn.to_out[1](absorbed_attention(attn, hidden_states, method, info.grid))
     selection, agents = Selection(hidden_states, hidden_states), None
