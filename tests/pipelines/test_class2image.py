@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,13 +16,15 @@ from PIL import Image
 
 from attngen.models.sit import SiTTransformer2DModel
 from attngen.models.sit_pipeline import SiTPipeline
-from attngen.schedulers.interpolant import InterpolantScheduler
 from pipelines import class2image, cli
 from pipelines.images import read_settings
+from train.objectives import make_objective
 from train.presets import PRESETS
 from train.samples import export_pipeline, sample_grid
 
 NAMES = {0: "face", 1: "heart"}
+DATA = SimpleNamespace(vae=None, id2label=NAMES)
+OBJECTIVE = make_objective("velocity")
 CONFIG = PRESETS["emoji-tiny"]
 ROOT = Path(__file__).parents[2]
 
@@ -49,14 +52,14 @@ def make_transformer(attention="mediator"):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "pipeline"
-    export_pipeline(make_transformer(), CONFIG, NAMES, folder)
+    export_pipeline(make_transformer(), OBJECTIVE, DATA, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def softmax_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("softmax") / "pipeline"
-    export_pipeline(make_transformer("softmax"), dataclasses.replace(CONFIG, attention="softmax"), NAMES, folder)
+    export_pipeline(make_transformer("softmax"), OBJECTIVE, DATA, folder)
     return folder
 
 
@@ -237,7 +240,7 @@ def test_a_damaged_model_is_one_sentence(draw, model, tmp_path):
 def test_nan_is_one_sentence_and_no_file(draw, tmp_path):
     transformer = make_transformer()
     torch.nn.init.constant_(transformer.proj_out.bias, float("nan"))
-    export_pipeline(transformer, CONFIG, NAMES, tmp_path / "nan")
+    export_pipeline(transformer, OBJECTIVE, DATA, tmp_path / "nan")
     code, _, err = draw("face", "--out", "x.png", model=tmp_path / "nan")
     assert code == 1 and err.count("\n") == 1 and "not finite" in err
     assert not Path("x.png").exists()
@@ -291,9 +294,9 @@ def test_an_exported_pipeline_is_half_and_readable(model):
 
 def test_export_replaces_a_folder_whole_or_not_at_all(tmp_path, monkeypatch):
     folder = tmp_path / "pipeline"
-    export_pipeline(make_transformer(), CONFIG, NAMES, folder)
+    export_pipeline(make_transformer(), OBJECTIVE, DATA, folder)
     (folder / "stale.txt").write_text("old")
-    export_pipeline(make_transformer(), CONFIG, {0: "new", 1: "names"}, folder)
+    export_pipeline(make_transformer(), OBJECTIVE, SimpleNamespace(vae=None, id2label={0: "new", 1: "names"}), folder)
     assert not (folder / "stale.txt").exists() and os.listdir(tmp_path) == ["pipeline"]
 
     def fail(*_, **__):
@@ -301,15 +304,15 @@ def test_export_replaces_a_folder_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(SiTTransformer2DModel, "save_pretrained", fail)
     with pytest.raises(OSError, match="disk full"):
-        export_pipeline(make_transformer(), CONFIG, NAMES, folder)
+        export_pipeline(make_transformer(), OBJECTIVE, DATA, folder)
     assert SiTPipeline.load_config(folder)["id2label"]["0"] == "new" and os.listdir(tmp_path) == ["pipeline"]
 
 
 def test_sample_sheet(tmp_path):
-    paths = [sample_grid(make_transformer(), InterpolantScheduler(), CONFIG, NAMES, tmp_path, step) for step in (1, 2)]
+    paths = [sample_grid(make_transformer(), OBJECTIVE, CONFIG, DATA, tmp_path, step) for step in (1, 2)]
     assert paths[0] == tmp_path / "samples" / "step-00000001.png"
     assert (pixels(paths[0]) == pixels(paths[1])).all(), "the seeds are fixed"
     assert read_settings(paths[0])["training_step"] == 1
     plain = dataclasses.replace(CONFIG, attention="softmax", mediator_counts=())
-    one_group = sample_grid(make_transformer("softmax"), InterpolantScheduler(), plain, NAMES, tmp_path, 3)
+    one_group = sample_grid(make_transformer("softmax"), OBJECTIVE, plain, DATA, tmp_path, 3)
     assert pixels(one_group).shape[1] < pixels(paths[0]).shape[1], "two counts of mediators stand side by side"
