@@ -171,7 +171,8 @@ def start(
         model.enable_gradient_checkpointing()
     meter = _meter(model, config, data, objective, accelerator)
     if config.compile:
-        model.compile()
+        # One graph a number of mediators: pooling to a size that is kept symbolic does not compile.
+        model.compile(dynamic=False)
     prepared: Any = accelerator.prepare(model, *optimizers)
     wrapped, *optimizers = prepared
     ema = EMAModel(wrapped.parameters(), decay=config.ema_decay)

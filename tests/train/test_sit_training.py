@@ -316,6 +316,18 @@ def test_every_kind_of_run_ends_with_a_pipeline(tmp_path, options):
     assert all(0 <= r["waiting_share"] <= 1 and len(r["loss_by_noise"]) == 4 for r in log)
 
 
+def test_a_compiled_run_with_changing_numbers_of_mediators(tmp_path):
+    common = ("--steps", "4", "--sample-steps", "1", "--max-grad-norm", "0", "--optimizer", "adamw")
+    try:
+        assert run(tmp_path / "compiled", *common, "--compile") == 0
+    finally:
+        torch.compiler.reset()
+    assert run(tmp_path / "eager", *common) == 0
+    pairs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("compiled", "eager")]
+    compiled, eager = ([json.loads(line)["loss"] for line in lines] for lines in pairs)
+    assert compiled == pytest.approx(eager, abs=1e-3)
+
+
 def test_times_of_one_stage_are_distributed_as_without_stages():
     config = dataclasses.replace(PRESETS["emoji-tiny"], mediator_starts=(1.0, 0.4))
     drawn = Run(config, None, None, None, [], None, [], make_objective("velocity"), Path(), None)
