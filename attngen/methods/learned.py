@@ -10,7 +10,7 @@ weights are in a `LearnedCore` of each layer.
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -88,7 +88,7 @@ class HiddenModule(nn.Module):
         return self
 
 
-class LearnedCore(nn.Module):
+class LearnedCore(nn.Module, ABC):
     """The learned weights of one layer.
 
     Attributes:
@@ -104,6 +104,7 @@ class LearnedCore(nn.Module):
             out = nn.Linear(sizes.width, sizes.channels, bias=sizes.out_bias)
             self.projections = nn.ModuleDict({**into, "to_out": out})
 
+    @abstractmethod
     def start(self, start: str, generator: torch.Generator) -> None:
         """Fill the weights such that the layer is its method without learning. Projections are filled by the host.
 
@@ -111,7 +112,6 @@ class LearnedCore(nn.Module):
             start: "plain" or "agent", see `LearnedMediators`.
             generator: of the random weights.
         """
-        raise NotImplementedError
 
 
 class HeadMap(nn.Module):
