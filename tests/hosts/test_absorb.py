@@ -77,6 +77,9 @@ def test_lora_is_absorbed_with_its_layer(absorbed_calls):
         torch.manual_seed(0)
         model.add_adapter(config)
     with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.mul_(0.1)  # random factors of full size make large logits, where rounding hides what is tested
         projected, absorbed = outputs("sd15", model, SHORTCUT)
         model.disable_adapters()
         without, _ = outputs("sd15", model, SHORTCUT)
