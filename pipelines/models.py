@@ -1,0 +1,322 @@
+"""Models as the programs use them: loaded once, with what can be asked of them, and a lock, for none is thread-safe."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines import cli
+from pipelines.class2image import shipped_model
+from pipelines.methods import MEDIATORS, METHODS, UNCHANGED
+
+if TYPE_CHECKING:
+    import torch
+
+CLASSES, TEXTS = "classes", "texts"
+DEFAULT_MODEL = "emoji"
+# Steps and guidance where the pipeline's own defaults are meant for large models on a GPU.
+CLASS_STEPS, CLASS_GUIDANCE = 25, 2.0
+
+
+@dataclass
+class Model:
+    """A loaded pipeline.
+
+    Attributes:
+        name: as it was asked for.
+        path: folder, file or hub id.
+        pipe: the pipeline, on its device.
+        kind: "classes" or "texts": what it draws.
+        device: where it draws.
+        labels: names of the classes by number.
+        size: (height, width) it was trained on, in pixels; None where that is unknown.
+        unit: height and width are multiples of this.
+        refused: methods that it cannot be drawn with, and why.
+        threads: CPU threads it is drawn with; None to leave them alone.
+        hash: tells its weights from others'.
+        lock: held while it draws: pipelines and their schedulers keep state.
+    """
+
+    name: str
+    path: str
+    pipe: Any
+    kind: str
+    device: torch.device
+    labels: dict[int, str]
+    size: tuple[int, int] | None
+    unit: int
+    refused: dict[str, str]
+    threads: int | None = None
+    hash: str | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def methods(self) -> list[str]:
+        """Names of the methods that it can be drawn with."""
+        return [name for name in METHODS if name not in self.refused]
+
+    @property
+    def takes(self) -> Mapping[str, inspect.Parameter]:
+        """Arguments of the pipeline's call."""
+        return inspect.signature(self.pipe.__call__).parameters
+
+    @property
+    def steps(self) -> int:
+        """Usual number of steps."""
+        return CLASS_STEPS if self.kind == CLASSES else int(self._default("num_inference_steps") or 50)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Usual guidance."""
+        return CLASS_GUIDANCE if self.kind == CLASSES else float(self._default("guidance_scale") or 1.0)
+
+    def _default(self, name: str) -> Any:
+        parameter = self.takes.get(name)
+        return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+
+    def label_of(self, prompt: str) -> int:
+        """The number of a class by what was typed: a name if there is one, else a number.
+
+        Raises:
+            UserError: if it is no class of the model, naming near ones.
+        """
+        typed = prompt.strip()
+        known = {part.strip().casefold() for name in self.labels.values() for part in name.split(",")}
+        if not typed:
+            raise cli.UserError("choose a class to draw")
+        is_number = typed.lstrip("-").isdigit() and len(typed) < 10 and typed.casefold() not in known
+        if is_number and int(typed) in self.labels:
+            return int(typed)
+        try:
+            return self.pipe.get_label_ids([int(typed) if is_number else typed])[0]
+        except ValueError as error:
+            raise cli.UserError(str(error)) from error
+
+    def label_text(self, label: int) -> str:
+        """What `label_of` takes for that class: its name, or its number where it has none of its own."""
+        name = self.labels.get(label, "")
+        return name if list(self.labels.values()).count(name) == 1 else str(label)
+
+
+class ModelStore:
+    """Loads models when they are first asked for and keeps the last few.
+
+    Args:
+        device: to draw on; None for a GPU where there is one.
+        dtype: see `pipelines.cli.choose_dtype`.
+        threads: CPU threads; None for one with a small network and all cores otherwise.
+        allowed: names of models; None for any hub id, folder or file.
+        offload: "none", "model" or "sequential", see text2image.
+        allow_pickle: whether to read weights that are not safetensors.
+        keep: number of loaded models to keep.
+    """
+
+    def __init__(
+        self,
+        device: str | None = None,
+        dtype: str = "auto",
+        threads: int | None = None,
+        allowed: Sequence[str] | None = None,
+        offload: str = "none",
+        allow_pickle: bool = False,
+        keep: int = 3,
+    ) -> None:
+        self.options = argparse.Namespace(
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            offload=offload,
+            allow_pickle=allow_pickle,
+            config=None,
+            revision=None,
+            variant=None,
+        )
+        self.allowed = None if allowed is None else list(allowed)
+        self.keep = keep
+        self._models: OrderedDict[str, Model] = OrderedDict()
+        self._lock = threading.Lock()  # one model is loaded at a time
+
+    @property
+    def names(self) -> list[str]:
+        """Models to offer: those allowed, or those that ship and those loaded."""
+        if self.allowed is not None:
+            return list(self.allowed)
+        return list(dict.fromkeys([*shipped_models(), *self._models]))
+
+    def get(self, name: str) -> Model:
+        """The model, loaded if need be.
+
+        Raises:
+            UserError: if it is not allowed here, or cannot be one, or lacks what it needs.
+            OSError: if it cannot be loaded.
+        """
+        self.check(name)
+        with self._lock:
+            if name not in self._models:
+                self._models[name] = load_model(name, self.options)
+            self._models.move_to_end(name)
+            while len(self._models) > self.keep:
+                self._models.popitem(last=False)
+            return self._models[name]
+
+    def check(self, name: str) -> None:
+        """Raise UserError unless the name can be that of a model here; nothing is loaded."""
+        if self.allowed is not None and name not in self.allowed:
+            raise cli.UserError(f"the model {name[:100]!r} is not offered here; there are: {', '.join(self.allowed)}")
+        if not name.strip():
+            raise cli.UserError("name a model: one that ships, a hub id (owner/name), a folder or a file")
+
+    def forget(self) -> None:
+        """Let go of all models that are not drawing."""
+        with self._lock:
+            for name in [name for name, model in self._models.items() if not model.lock.locked()]:
+                del self._models[name]
+
+
+def shipped_models() -> dict[str, Path]:
+    """The models in the package, by name."""
+    assets = shipped_model().parent
+    folders = {"emoji": assets / "emoji", "emoji-unet": assets / "emoji_unet"}
+    return {name: folder for name, folder in folders.items() if (folder / "model_index.json").is_file()}
+
+
+def load_model(name: str, options: argparse.Namespace) -> Model:
+    """Load a model by name; see `ModelStore.get`.
+
+    Args:
+        name: of a model that ships, hub id, folder or single file.
+        options: device, dtype, threads and what text2image's loader takes.
+    """
+    from pipelines.images import model_hash
+
+    path = str(shipped_models().get(name, name))
+    device = cli.prepare_device(options)
+    pipe = _load_classes(path, options, device) if _draws_classes(path) else _load_texts(path, options, device)
+    pipe.set_progress_bar_config(disable=True)
+    kind = CLASSES if "class_labels" in inspect.signature(pipe.__call__).parameters else TEXTS
+    return Model(
+        name=name,
+        path=path,
+        pipe=pipe,
+        kind=kind,
+        device=device,
+        labels=_labels(pipe) if kind == CLASSES else {},
+        size=_trained_size(pipe),
+        unit=_unit(pipe),
+        refused=_refused_methods(pipe),
+        threads=options.threads or _threads(pipe, device),
+        hash=model_hash(path),
+    )
+
+
+def _draws_classes(path: str) -> bool:
+    """Whether it is a pipeline of classes, from its index alone; UserError if it can be no model at all."""
+    if Path(path).is_dir():
+        index = cli.read_index(Path(path))
+    elif Path(path).is_file():
+        return False
+    elif cli.is_hub_id(path):
+        from diffusers import DiffusionPipeline
+
+        index = cli.load(path, lambda: DiffusionPipeline.load_config(path))
+    else:
+        raise cli.UserError(f"there is no file or folder {path[:200]!r}, and it is no hub id (owner/name)")
+    kind = _class_of(index)
+    return kind is not None and "class_labels" in inspect.signature(kind.__call__).parameters
+
+
+def _class_of(index: Any) -> Any:
+    """The pipeline's class: one of attngen's or diffusers'."""
+    import diffusers
+
+    import attngen
+
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    if not isinstance(name, str):
+        return None
+    return getattr(attngen, name, None) or getattr(diffusers, name, None)
+
+
+def _load_classes(path: str, options: argparse.Namespace, device: torch.device) -> Any:
+    from diffusers import DiffusionPipeline
+
+    def read() -> Any:
+        kind = _class_of(DiffusionPipeline.load_config(path))
+        return kind.from_pretrained(path, dtype=dtype, use_safetensors=None if options.allow_pickle else True)
+
+    dtype = cli.choose_dtype(options.dtype, device)
+    return cli.load(path, read).to(device)
+
+
+def _load_texts(path: str, options: argparse.Namespace, device: torch.device) -> Any:
+    from pipelines import text2image
+
+    options = argparse.Namespace(**{**vars(options), "model": path})
+    text2image.check_model(options)
+    text2image.check_packages()
+    return text2image.load_pipeline(options, device)
+
+
+def _labels(pipe: Any) -> dict[int, str]:
+    named = getattr(pipe, "id2label", None)
+    if named is None and isinstance(getattr(pipe, "labels", None), dict):  # diffusers' DiT: number by name
+        named = {}
+        for name, number in pipe.labels.items():
+            named[number] = f"{named[number]}, {name}" if number in named else name
+    return {int(number): str(name) for number, name in (named or {}).items()}
+
+
+def _denoiser(pipe: Any) -> Any:
+    return getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+
+
+def _scale_factor(pipe: Any) -> int:
+    """Pixels a side of a latent pixel."""
+    if getattr(pipe, "vae", None) is None:
+        return 1
+    return int(getattr(pipe, "vae_scale_factor", None) or 2 ** (len(pipe.vae.config.block_out_channels) - 1))
+
+
+def _trained_size(pipe: Any) -> tuple[int, int] | None:
+    size = getattr(pipe, "default_sample_size", None) or getattr(_denoiser(pipe).config, "sample_size", None)
+    if size is None:
+        return None
+    rows, columns = (size, size) if isinstance(size, int) else size
+    return rows * _scale_factor(pipe), columns * _scale_factor(pipe)
+
+
+def _unit(pipe: Any) -> int:
+    """What height and width are multiples of."""
+    config = _denoiser(pipe).config
+    if "class_labels" in inspect.signature(pipe.__call__).parameters:
+        levels = len(getattr(config, "block_out_channels", [0]))
+        return int(getattr(config, "patch_size", None) or 2 ** (levels - 1)) * _scale_factor(pipe)
+    packs = hasattr(pipe, "_pack_latents")  # FLUX and its like draw 2 x 2 latent pixels as one token
+    return _scale_factor(pipe) * (2 if packs else int(getattr(config, "patch_size", None) or 1))
+
+
+def _refused_methods(pipe: Any) -> dict[str, str]:
+    """Methods that the pipeline cannot be drawn with, and why."""
+    import attngen
+
+    refused: dict[str, str] = {}
+    try:
+        attngen.apply(pipe, "softmax").remove()
+    except ValueError as error:
+        refused |= {name: str(error) for name in METHODS if name not in (UNCHANGED, MEDIATORS)}
+    attention = getattr(_denoiser(pipe).config, "attention", None)
+    if attention != "mediator" or "num_mediators" not in inspect.signature(pipe.__call__).parameters:
+        refused[MEDIATORS] = "the model has no mediator attention"
+    return refused
+
+
+def _threads(pipe: Any, device: torch.device) -> int | None:
+    """One thread for a small network on a CPU; see `pipelines.cli.limit_threads`."""
+    small = sum(parameter.numel() for parameter in _denoiser(pipe).parameters()) < cli.SMALL_NETWORK
+    return 1 if device.type == "cpu" and small else None

@@ -1,0 +1,61 @@
+"""Names of the samplers that fit a pipeline, and new schedulers of those names."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from pipelines.cli import UserError
+
+# SiT's sampler and solver, as attngen's scheduler calls them; the solver of an SDE step is what the papers use.
+INTERPOLANT = ("ode heun", "ode euler", "sde euler", "sde heun")
+# Of diffusers' schedulers those that people ask for; only what a model's own scheduler says is compatible is offered.
+DIFFUSERS = (
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "DDPMScheduler",
+)
+
+
+def sampler_name(scheduler: Any) -> str:
+    """The name of a scheduler: "ode heun" for SiT's, a class name for diffusers'."""
+    from attngen import InterpolantScheduler
+
+    if isinstance(scheduler, InterpolantScheduler):
+        return f"{scheduler.config['sampler']} {scheduler.config['solver']}"
+    return type(scheduler).__name__
+
+
+def sampler_names(pipe: Any) -> list[str]:
+    """Names that `make_sampler` takes for this pipeline, its own first."""
+    from attngen import InterpolantScheduler
+
+    own = sampler_name(pipe.scheduler)
+    if isinstance(pipe.scheduler, InterpolantScheduler):
+        return list(dict.fromkeys([own, *INTERPOLANT]))
+    compatible = {kind.__name__ for kind in pipe.scheduler.compatibles}
+    return list(dict.fromkeys([own, *(name for name in DIFFUSERS if name in compatible)]))
+
+
+def make_sampler(pipe: Any, name: str | None) -> Any:
+    """A scheduler without any state, so that one picture leaves nothing behind for the next.
+
+    Raises:
+        UserError: listing the known names.
+    """
+    if name is None or name == sampler_name(pipe.scheduler):
+        return copy.deepcopy(pipe.scheduler)
+    known = sampler_names(pipe)
+    if name not in known:
+        raise UserError(f"unknown sampler {name[:60]!r} for this model; known: {', '.join(known)}")
+    if " " in name:
+        sampler, solver = name.split()
+        return type(pipe.scheduler).from_config(pipe.scheduler.config, sampler=sampler, solver=solver)
+    kind = next(kind for kind in pipe.scheduler.compatibles if kind.__name__ == name)
+    return kind.from_config(pipe.scheduler.config)

@@ -1,0 +1,115 @@
+"""Counts over time as people write them: "16", or "1:4,0.5:16,0.2:64"; and a picture of what a method does when.
+
+Time runs from 1 (noise) to 0 (the finished picture), as everywhere in attngen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from pipelines.cli import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_PARTS = 16
+MAX_COUNT = 1 << 16
+WIDTH, HEIGHT, MARGIN = 640, 150, 12  # of the picture, in pixels
+BAR, BAR_EXACT, INK, QUIET = (78, 121, 167), (196, 200, 208), (32, 34, 40), (110, 114, 122)
+
+
+class Part(NamedTuple):
+    """What holds from a time on.
+
+    Attributes:
+        start: time, 1 is noise.
+        label: a few words.
+        level: height of the bar, 0 to 1.
+        exact: whether attention is exact.
+    """
+
+    start: float
+    label: str
+    level: float = 1.0
+    exact: bool = False
+
+
+def parse_counts(name: str, value: object, least: int = 1) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """(times, counts) of a count, or of a text of time:count pairs.
+
+    Args:
+        name: what is counted, for messages.
+        value: 16, "16" or "1:4,0.5:16".
+        least: smallest count that means something.
+
+    Raises:
+        UserError: naming the value, if it is neither, or the times do not fall from 1.
+    """
+    text = str(value).strip()
+    pairs = [part.split(":") for part in text.split(",")] if ":" in text else [["1", text]]
+    try:
+        if len(pairs) > MAX_PARTS or isinstance(value, bool):
+            raise ValueError
+        starts = tuple(float(start) for start, _ in pairs)
+        counts = tuple(int(count) for _, count in pairs)
+    except ValueError:
+        raise UserError(
+            f"{name}: {text[:60]!r} is neither a count, like 16, nor time:count pairs, like 1:4,0.5:16"
+        ) from None
+    for count in counts:
+        if not least <= count <= MAX_COUNT:
+            raise UserError(f"{name}: {count} is not between {least} and {MAX_COUNT}")
+    falls = all(0 <= later < earlier for earlier, later in zip(starts, starts[1:], strict=False))
+    if starts[0] != 1 or not falls or not all(map(math.isfinite, starts)):
+        raise UserError(f"{name}: times must fall from 1 (noise) towards 0 (picture), got {text[:60]!r}")
+    return starts, counts
+
+
+def counts_text(starts: Sequence[float], counts: Sequence[int]) -> str:
+    """The text that `parse_counts` reads."""
+    if len(counts) == 1:
+        return str(counts[0])
+    return ",".join(f"{start:g}:{count}" for start, count in zip(starts, counts, strict=True))
+
+
+def count_parts(starts: Sequence[float], counts: Sequence[int], unit: str) -> list[Part]:
+    """Parts for the picture; bars grow with the logarithm of the count."""
+    most = max(*counts, 2)
+    return [
+        Part(start, f"{count} {unit}" if count else "exact", math.log1p(count or most) / math.log1p(most), count == 0)
+        for start, count in zip(starts, counts, strict=True)
+    ]
+
+
+def draw_parts(parts: Sequence[Part], title: str) -> Image.Image:
+    """Bars over time, noise on the left and the picture on the right.
+
+    Args:
+        parts: by falling start, the first at 1.
+        title: stands above the bars.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    draw = ImageDraw.Draw(picture)
+    font, small = ImageFont.load_default(size=15), ImageFont.load_default(size=13)
+    draw.text((MARGIN, 8), title, INK, font)
+    top, floor, span = 36, HEIGHT - 30, WIDTH - 2 * MARGIN
+    for part, end in zip(parts, [*(later.start for later in parts[1:]), 0.0], strict=True):
+        left, right = MARGIN + span * (1 - part.start), MARGIN + span * (1 - end)
+        height = max(22.0, part.level * (floor - top))
+        draw.rectangle((left, floor - height, right - 2, floor), BAR_EXACT if part.exact else BAR)
+        label = _fitting(part.label, right - left - 8, small)
+        draw.text(((left + right) / 2, floor - 11), label, INK if part.exact else "white", small, anchor="mm")
+        draw.text((left, floor + 6), f"{part.start:g}", QUIET, small)
+    draw.text((WIDTH / 2, floor + 6), "noise  →  picture", QUIET, small, anchor="ma")
+    draw.text((WIDTH - MARGIN, floor + 6), "0", QUIET, small, anchor="ra")
+    return picture
+
+
+def _fitting(text: str, width: float, font: object) -> str:
+    while text and font.getlength(text) > width:  # pyright: ignore[reportAttributeAccessIssue]
+        text = text[:-1]
+    return text
