@@ -76,13 +76,17 @@ def _is_crossovers(path: Path) -> bool:
 def _goals(title: str, goals: Sequence[Goal], results: Results) -> list[str]:
     lines = ["| what | goal | measured | reached |", "|---|---|---|---|"]
     on_gpu = goals is H200
+    missed = []
     for goal in goals:
         found = goal.find(results)
+        if goal.why_not and any(value < goal.least for _, value in found):
+            missed.append(f"- {goal.text}: {goal.why_not}")
         measured = ", ".join(f"{goal.number(value)} ({label})" for label, value in found)
         reached = _reached([value >= goal.least for _, value in found])
         missing = "not measured (no GPU)" if on_gpu else "not measured"
         lines.append(f"| {goal.text} | ≥ {goal.number(goal.least)} | {measured or missing} | {reached} |")
-    return [f"### {title}", "\n".join(lines)]
+    notes = ["Why not:", "\n".join(missed)] if missed else []
+    return [f"### {title}", "\n".join(lines), *notes]
 
 
 def _reached(each: Sequence[bool]) -> str:
