@@ -12,6 +12,7 @@ from pipelines.results import Result
 if TYPE_CHECKING:
     from PIL import Image
 
+WARM_UP_STEPS = 2
 DIFFERENCE_GAIN = 4  # differences are shown so many times as bright
 COLUMNS = ("method", "seconds", "times faster", "steps/s", "peak MiB", "GFLOP", "times fewer FLOPs", "error", "PSNR dB")
 
@@ -79,7 +80,10 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"warm_up": "2 steps of each method, in no number", "rows": [row.to_dict() for row in self.rows]}
+        return {
+            "warm_up": f"{WARM_UP_STEPS} steps of each method, in no number",
+            "rows": [row.to_dict() for row in self.rows],
+        }
 
 
 def compare_results(results: Sequence[Result]) -> Comparison:

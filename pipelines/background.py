@@ -1,0 +1,71 @@
+"""Work in a thread that tells how far it is and can be stopped; a model that one thread at a time draws with."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from pipelines.models import Model
+from pipelines.results import Progress
+
+T = TypeVar("T")
+Tell = Callable[[Progress], None]
+
+
+def run_in_thread(
+    work: Callable[[Tell, threading.Event], T], when_out_of_memory: Callable[[], None]
+) -> Generator[Any, None, None]:
+    """Yield what `work(tell, stop)` tells, and then what it returns; its exception is raised here.
+
+    When the generator is closed `stop` is set and the thread is waited for. Where memory runs out
+    `when_out_of_memory` is called, what nobody holds is given back, and a MemoryError says what to do.
+    """
+    from pipelines.memory import REMEDY, free_memory, is_out_of_memory
+
+    events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def run() -> None:
+        try:
+            events.put(("result", work(lambda progress: events.put(("progress", progress)), stop)))
+            return
+        except BaseException as error:  # to be raised where it can be handled
+            failure = MemoryError(f"out of memory: {REMEDY}") if is_out_of_memory(error) else error
+        # The error that was caught is gone by here, and with it the frames that held the tensors of the failed step.
+        if isinstance(failure, MemoryError):
+            when_out_of_memory()
+            free_memory()
+        events.put(("error", failure))
+
+    thread = threading.Thread(target=run, name="attngen-engine", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = events.get()
+            if kind == "error":
+                raise value
+            yield value
+            if kind == "result":
+                return
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextmanager
+def held(model: Model, tell: Tell, stop: threading.Event) -> Iterator[None]:
+    """The model's lock, while others draw waited for in a way that can be stopped."""
+    from pipelines.calls import Stopped
+
+    if not model.lock.acquire(blocking=False):
+        tell(Progress("waiting for another picture"))
+        while not model.lock.acquire(timeout=0.1):
+            if stop.is_set():
+                raise Stopped
+    try:
+        yield
+    finally:
+        model.lock.release()

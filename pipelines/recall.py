@@ -1,0 +1,151 @@
+"""Settings out of a PNG: ours, those of the other programs here, and the `parameters` text that other tools write.
+
+A file comes from a stranger: it is parsed, known entries are taken, and all of them are checked like any other input.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.cli import UserError, public_name
+from pipelines.images import MAX_SETTINGS_CHARACTERS, PARAMETERS_CHUNK, model_hash, read_settings, versions
+from pipelines.methods import MEDIATORS, METHODS, UNCHANGED
+from pipelines.models import ModelStore, shipped_models
+from pipelines.settings import Limits, Settings
+
+MAX_BYTES = 64 * 2**20
+# Packages whose version decides a picture.
+DECISIVE = ("attngen", "torch", "diffusers")
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """What a file says.
+
+    Attributes:
+        settings: checked; enough to draw the picture again.
+        notes: why the new picture may differ from the old one; empty where nothing speaks for that.
+    """
+
+    settings: Settings
+    notes: list[str] = field(default_factory=list)
+
+
+def recall(path: str | Path, models: ModelStore, limits: Limits | None = None) -> Recalled:
+    """Read the settings in a PNG.
+
+    Args:
+        path: the file.
+        models: those that can be drawn with.
+        limits: the most that is drawn.
+
+    Raises:
+        UserError: if there are none in it, or they cannot be used, with the reason.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"the file cannot be read: {error.strerror}") from error
+    if size > MAX_BYTES:
+        raise UserError(f"the file has {size:,} bytes, more than the {MAX_BYTES:,} that are read")
+    try:
+        data = read_settings(path)
+    except ValueError as error:
+        data = _foreign(path)
+        if data is None:
+            raise UserError(f"this file cannot be recalled: {str(error).replace(f'{path} ', 'it ')}") from error
+    notes: list[str] = []
+    given = _settings_of(data, notes)
+    given["model"] = _model_of(data, models, notes)
+    _compare_versions(data, notes)
+    return Recalled(Settings.from_dict(given).checked(limits or Limits()), notes)
+
+
+def _settings_of(data: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """The entries that `Settings` has, from files of all programs."""
+    names = ("prompt", "negative_prompt", "sampler", "steps", "guidance_scale", "seed", "images")
+    given = {name: data[name] for name in names if data.get(name) is not None}
+    prompts = data.get("prompts") or data.get("labels")
+    if isinstance(prompts, list) and len(prompts) > 1:
+        notes.append("The file is a sheet of several prompts; only the first is restored")
+        first = given.get("prompt") if isinstance(given.get("prompt"), str) else ""
+        given["prompt"] = prompts[0] if "prompts" in data else str(first).split(", ")[0]
+    given["method"], given["options"] = _method_of(data, notes)
+    size = data.get("size")
+    if isinstance(size, str) and (found := re.fullmatch(r"(\d{1,6})x(\d{1,6})", size)):
+        given["width"], given["height"] = int(found[1]), int(found[2])
+    return given
+
+
+def _method_of(data: Mapping[str, Any], notes: list[str]) -> tuple[Any, Any]:
+    method, options = data.get("method"), data.get("options")
+    if isinstance(method, str) and method in METHODS:
+        return method, options if isinstance(options, Mapping) else {}
+    if data.get("mediators") is not None:
+        return MEDIATORS, {"mediators": data["mediators"]}
+    if method is not None:
+        notes.append(f"The method {str(method)[:60]!r} is not in the file; the attention is left unchanged")
+    return UNCHANGED, {}
+
+
+def _model_of(data: Mapping[str, Any], models: ModelStore, notes: list[str]) -> str:
+    """The model of that name here; where there is none the first one, and a note."""
+    name, wanted = data.get("model"), data.get("model_hash")
+    name = name if isinstance(name, str) and len(name) <= 1024 else ""
+    known = {public_name(known): known for known in models.names}
+    found = known.get(name)
+    if found is None:
+        found = next(iter(models.names), "")
+        notes.append(f"The model {name[:100]!r} is not among those loaded here; choose it and draw again")
+        return found
+    here = model_hash(shipped_models().get(found, Path(found)))
+    if wanted and here and wanted != here:
+        notes.append(f"The file was drawn with other weights of {name} ({str(wanted)[:20]}, here {here})")
+    return found
+
+
+def _compare_versions(data: Mapping[str, Any], notes: list[str]) -> None:
+    old, now = data.get("versions"), versions()
+    if not isinstance(old, Mapping):
+        return
+    other = [f"{name} {str(old[name])[:20]}" for name in DECISIVE if name in old and old[name] != now[name]]
+    if other:
+        notes.append(f"The file was drawn with {', '.join(other)}; the new picture may differ a little")
+
+
+def _foreign(path: Path) -> dict[str, Any] | None:
+    """What the `parameters` text of another program says, or None."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            text = image.info.get(PARAMETERS_CHUNK)
+    except Exception:  # a crafted file raises many kinds, not all of them OSError
+        return None
+    if not isinstance(text, str) or len(text) > MAX_SETTINGS_CHARACTERS:
+        return None
+    return parse_parameters(text)
+
+
+def parse_parameters(text: str) -> dict[str, Any] | None:
+    """Prompt, negative prompt, steps, guidance, seed and size from a `parameters` text; None if it is none."""
+    head, _, last = text.strip().rpartition("\n")
+    pairs = dict(re.findall(r"([A-Z][\w ]{0,40}): ([^,\n]{1,200})(?:,|$)", last))
+    if not {"Steps", "Seed"} <= set(pairs):
+        return None
+    prompt, _, negative = head.partition("\nNegative prompt: ")
+    found: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative, "model": pairs.get("Model", "")}
+    try:
+        found["steps"], found["seed"] = int(pairs["Steps"]), int(pairs["Seed"])
+        if "CFG scale" in pairs:
+            found["guidance_scale"] = float(pairs["CFG scale"])
+    except ValueError:
+        return None
+    if "Size" in pairs:
+        found["size"] = pairs["Size"]
+    return found
