@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -15,6 +16,7 @@ from attngen.hosts import hooks
 from attngen.hosts.describe import default_size, describe_model, left_alone
 from attngen.hosts.families import denoisers_of
 from attngen.hosts.install import attention_modules, install, patchable_layers, refused_layers, uninstall
+from attngen.hosts.owners import check_owner, note_owner
 from attngen.kernels.dispatch import AUTO, check_kernel
 from attngen.learned import SUFFIX, LearnedLayers
 from attngen.methods import AttentionMethod, SoftmaxAttention
@@ -39,7 +41,8 @@ def apply(
 
     A model that is patched already gets the new plan instead of the old one. Cross-attention, and layers whose
     processor is not a plain one, stay as they are; `handle.report()` lists them with the reason. The patch belongs to
-    the model: pipelines that share a model share its patch.
+    the model: pipelines that share a model share its patch, and only the one it was applied through, or the bare model,
+    may be given another.
 
     Args:
         target: a pipeline (its UNet, transformer and ControlNets are patched) or a bare model.
@@ -58,8 +61,8 @@ def apply(
 
     Raises:
         ValueError: before anything is changed, for an unknown method or kernel, a bad plan file, a plan whose patterns
-            match no layer, learned layers that do not fit, or a target without a self-attention layer that can be
-            patched.
+            match no layer, learned layers that do not fit, a target without a self-attention layer that can be patched,
+            or a pipeline that shares a model with another one through which it is patched.
     """
     learned = _learned(method)
     plan = _resolve(method) if learned is None else learned.plan
@@ -72,12 +75,13 @@ def apply(
     models = denoisers_of(target)
     if learned is not None:
         models = learned.models_of(models)
+    check_owner(target, models)
     for name, model in models.items():
         _check_patchable(model, name or type(model).__name__)
     _check_patterns(plan, models.values())
     cores = {} if learned is None else _cores(learned, models)
     patch = AttentionPatch(models, plan, seed, switch, kernel, cores)
-    patch._install()
+    patch._install(target)
     return patch
 
 
@@ -111,6 +115,10 @@ class AttentionPatch:
         self._cores = cores or {}
         self._models, self._seed, self._switch, self._kernel = models, seed, switch, kernel
         self._id = uuid.uuid4().hex
+        self._owner: weakref.ref[Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_owner": None}  # a copy's models are in no pipeline yet
 
     def __enter__(self) -> AttentionPatch:
         return self
@@ -135,11 +143,17 @@ class AttentionPatch:
                 uninstall(model)
 
     def reapply(self) -> None:
-        """Put the patch back where another tool replaced its processors; theirs become the ones to restore."""
+        """Put the patch back where another tool replaced its processors; theirs become the ones to restore.
+
+        Raises:
+            ValueError: if no layer can be patched by now, or another pipeline has patched a model that it shares.
+        """
+        owner = None if self._owner is None else self._owner()
+        check_owner(owner, self._models)
         for name, model in self._models.items():
             uninstall(model)
             _check_patchable(model, name or type(model).__name__)
-        self._install()
+        self._install(owner)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -192,7 +206,8 @@ class AttentionPatch:
         hook = hooks.root_hook(model)
         return hook is not None and hook.patch_id == self._id
 
-    def _install(self) -> None:
+    def _install(self, target: Any) -> None:
+        self._owner = note_owner(target, self._models)
         for name, model in self._models.items():
             install(model, self.plan, self._id, self._seed, self._switch, self._kernel, self._cores.get(name))
 
