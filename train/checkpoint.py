@@ -87,6 +87,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
         raise ValueError(f"{path} is not a checkpoint: it has no {_MARKER}")
     try:
         state = json.loads((path / _MARKER).read_text())
+        if not isinstance(state, dict):
+            raise ValueError(f"{_MARKER} is no JSON object")
         tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
     except Exception as error:  # safetensors raises its own class, JSON another
         raise ValueError(f"{path} is damaged: {error}") from error
