@@ -118,7 +118,7 @@ def _images(batch: int, **extra: Any) -> dict[str, Any]:
 
 
 def _masked(batch: int) -> dict[str, Any]:
-    return {"image": picture(), "mask_image": mask(), "strength": 0.8}
+    return {**_images(batch), "mask_image": [mask()] * batch, "strength": 0.8}
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,11 @@ class Kind:
 
     def __call__(self, pipe: Any, batch: int = 1, seed: int = 0, dtype: torch.dtype | None = None, **kwargs) -> Tensor:
         """Pictures (batch, height, width, 3) in two steps, every one from a generator of its own."""
+        images = self.call(pipe, batch, seed, dtype, **kwargs).images
+        return images if isinstance(images, Tensor) else torch.from_numpy(numpy.asarray(images))
+
+    def call(self, pipe: Any, batch: int = 1, seed: int = 0, dtype: torch.dtype | None = None, **kwargs) -> Any:
+        """What the pipeline itself returns."""
         arguments = {**self.arguments(batch), "num_inference_steps": 2, "output_type": "np"}
         if self.sized:
             arguments |= {"height": 32, "width": 32}
@@ -173,8 +178,7 @@ class Kind:
         arguments["generator"] = [torch.Generator().manual_seed(seed + i) for i in range(batch)]
         if dtype is not None:
             arguments = {k: v.to(dtype) if k.endswith("_embeds") else v for k, v in arguments.items()}
-        images = pipe(**{**arguments, **kwargs}).images
-        return images if isinstance(images, Tensor) else torch.from_numpy(numpy.asarray(images))
+        return pipe(**{**arguments, **kwargs})
 
     def steps(self, note: Callable[[], Any]) -> dict[str, Any]:
         """Arguments by which `note` is called at the end of every step."""

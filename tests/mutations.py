@@ -1,0 +1,361 @@
+"""The faults of `python -m tests.mutation`: what is broken, how, and which tests must notice."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """One fault.
+
+    Attributes:
+        file: of the repository.
+        old: text that stands in it once.
+        new: what stands there instead.
+        tests: pytest's names of the tests that should notice.
+    """
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+_FUNCTIONAL = "tests/test_functional.py::"
+_PATCH = "tests/test_patch.py::"
+_PROMISE = "tests/promises/"
+_REFERENCE = "attngen/kernels/reference.py"
+_AGENT = "attngen/methods/agent.py"
+_MATCHING = "attngen/methods/matching.py"
+_LINEAR = "attngen/methods/linear.py"
+_HOOKS = "attngen/hosts/hooks.py"
+_INSTALL = "attngen/hosts/install.py"
+_SINGLE = "attngen/hosts/single.py"
+_JOINT = "attngen/hosts/joint.py"
+_FLUX = "attngen/hosts/flux.py"
+_SIT = "attngen/models/sit.py"
+_PIPELINE = "attngen/models/sit_pipeline.py"
+_INTERPOLANT = "attngen/schedulers/interpolant.py"
+
+_GOLDEN_AGENTS = (f"{_FUNCTIONAL}test_golden_agentsd_attention", f"{_FUNCTIONAL}test_agent_attention_equals_oracle")
+_ORACLE_AGENTS = (f"{_FUNCTIONAL}test_agent_attention_equals_oracle",)
+_ORACLE_LINEAR = (f"{_FUNCTIONAL}test_linear_attention_equals_oracle",)
+_MERGING = (f"{_FUNCTIONAL}test_golden_agentsd_merge", f"{_FUNCTIONAL}test_match_tokens_equals_oracle")
+_APPLY = (f"{_PATCH}test_apply_and_remove",)
+_SWITCH = (f"{_PATCH}test_applying_again_and_switching_methods",)
+_UNET = ("tests/hosts/test_unet.py",)
+_TRANSFORMERS = ("tests/hosts/test_transformers.py",)
+_GOLDEN_SIT = ("tests/models/test_sit.py::test_golden_models",)
+_SAMPLING = ("tests/schedulers/test_interpolant.py::test_sampling_equals_the_reference",)
+_GUIDANCE = ("tests/models/test_sit_pipeline.py::test_guidance_of_all_channels_is_the_formula",)
+
+MUTATIONS = {
+    # Formulas
+    "pooling swaps the axes": Mutation(
+        _AGENT,
+        "F.adaptive_avg_pool2d(image, size)",
+        "F.adaptive_avg_pool2d(image, size[::-1])",
+        (f"{_FUNCTIONAL}test_pool_tokens_equals_oracle",),
+    ),
+    "softmax without its scale": Mutation(
+        _REFERENCE, ".transpose(-1, -2) * scale\n", ".transpose(-1, -2)\n", _ORACLE_AGENTS
+    ),
+    "a bias is ignored": Mutation(_REFERENCE, "scores = scores + bias\n", "pass\n", _ORACLE_AGENTS),
+    "scores in half precision": Mutation(
+        _REFERENCE,
+        "wide = torch.promote_types(query.dtype, torch.float32)\n    scores",
+        "wide = query.dtype\n    scores",
+        (f"{_FUNCTIONAL}test_agent_attention_at_large_scores",),
+    ),
+    "one scale for both softmaxes": Mutation(
+        _AGENT, "AgentScales(scale, scale**broadcast_exponent, shortcut)", "AgentScales(scale, scale, shortcut)", _UNET
+    ),
+    "no shortcut": Mutation(
+        _AGENT,
+        "scales = scales_for(head_dim, self.broadcast_exponent, self.shortcut)",
+        "scales = scales_for(head_dim, self.broadcast_exponent, 0.0)",
+        _UNET,
+    ),
+    "agents twice as many": Mutation(
+        _AGENT,
+        "agents, tokens = math.prod(self._cells(grid)), math.prod(grid)\n",
+        "agents, tokens = math.prod(self._cells(grid)) // 4, math.prod(grid)\n",
+        ("tests/test_report.py", *_UNET),
+    ),
+    "elu without one": Mutation(_LINEAR, "return F.elu(x) + 1\n", "return F.elu(x)\n", _ORACLE_LINEAR),
+    "focused by another power": Mutation(_LINEAR, ")) ** factor", ")) ** (factor - 1)", _ORACLE_LINEAR),
+    "merging sums instead of averages": Mutation(_MATCHING, 'reduce="mean")', 'reduce="sum")', _MERGING),
+    "the least alike merge": Mutation(_MATCHING, "descending=True", "descending=False", _MERGING),
+    "rows and columns of a cell": Mutation(
+        _MATCHING,
+        "+ draws // stride[1]\n",
+        "+ draws // stride[0]\n",
+        (f"{_FUNCTIONAL}test_random_targets_equal_tomesd",),
+    ),
+    "merged tokens lose digits": Mutation(
+        _MATCHING,
+        "wide = torch.promote_types(x.dtype, torch.float32)\n        targets",
+        "wide = x.dtype\n        targets",
+        (f"{_FUNCTIONAL}test_thousands_of_tokens_merge_into_one",),
+    ),
+    "one token too many merges": Mutation(
+        _MATCHING, "int(tokens * ratio))", "int(tokens * ratio) + 1)", (f"{_FUNCTIONAL}test_match_counts",)
+    ),
+    "the wrong keys are kept": Mutation(
+        "attngen/methods/downsample.py",
+        'mode="nearest-exact"',
+        'mode="nearest"',
+        (f"{_FUNCTIONAL}test_downsample_tokens_equals_oracle",),
+    ),
+    # The patch
+    "a hook stays": Mutation(
+        _HOOKS,
+        "for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, Hook)]:",
+        "for key in [k for k, hook in module._forward_pre_hooks.items() if isinstance(hook, RootHook)]:",
+        _APPLY,
+    ),
+    "an attribute stays": Mutation(_INSTALL, "        delattr(layer, SPEC)\n", "", _APPLY),
+    "the processor is made anew": Mutation(
+        _INSTALL,
+        "            layer.set_processor(original)\n",
+        "            layer.set_processor(type(original)())\n",
+        _APPLY,
+    ),
+    "learned weights stay": Mutation(
+        _INSTALL, "        drop_core(layer)\n", "", ("tests/test_learned.py::test_nothing_of_it_shows_or_stays",)
+    ),
+    "a second patch wraps the first": Mutation(
+        _INSTALL,
+        "    uninstall(model)\n    layers = patchable_layers(model)",
+        "    layers = patchable_layers(model)",
+        _SWITCH,
+    ),
+    "an old handle removes the new patch": Mutation(
+        "attngen/patch.py", "return hook is not None and hook.patch_id == self._id", "return hook is not None", _SWITCH
+    ),
+    "no removal at the end of with": Mutation(
+        "attngen/patch.py",
+        "    ) -> None:\n        self.remove()\n",
+        "    ) -> None:\n        pass\n",
+        (f"{_PATCH}test_undone_after_an_exception_in_any_call",),
+    ),
+    "a pause that stays": Mutation(
+        "attngen/patch.py",
+        "                hook.paused = value\n",
+        "                pass\n",
+        ("tests/test_learned.py::test_paused_is_exact_and_reapply_brings_the_same_weights_back",),
+    ),
+    "patterns that match nothing": Mutation(
+        "attngen/patch.py",
+        "    _check_patterns(plan, models.values())\n",
+        "",
+        (f"{_PATCH}test_a_pattern_that_matches_no_layer_is_not_silent",),
+    ),
+    "another pipeline's patch is replaced": Mutation(
+        "attngen/patch.py",
+        "    check_owner(target, models)\n",
+        "",
+        (f"{_PROMISE}test_sharing.py::test_a_second_patch_through_another_pipeline_is_refused",),
+    ),
+    "cross-attention is patched": Mutation(
+        _INSTALL,
+        'if getattr(attn, "is_cross_attention", False):',
+        "if False:",
+        (f"{_PATCH}test_every_layer_is_reached",),
+    ),
+    "custom processors are replaced": Mutation(
+        _INSTALL,
+        "elif processor not in _PLAIN and not isinstance(attn.processor, hooks.PROCESSORS):",
+        "elif False:",
+        ("tests/hosts/test_integrations.py::test_a_custom_processor_is_left_alone",),
+    ),
+    "an attention mask is ignored": Mutation(
+        _SINGLE,
+        "encoder_hidden_states is None and attention_mask is None and hidden_states.ndim == 3",
+        "encoder_hidden_states is None and hidden_states.ndim == 3",
+        (*_UNET, *_TRANSFORMERS),
+    ),
+    "the residual is forgotten": Mutation(
+        _SINGLE, "hidden_states = hidden_states + residual\n", "pass\n", (*_UNET, *_TRANSFORMERS)
+    ),
+    "the scale of the output is forgotten": Mutation(
+        _SINGLE,
+        'return hidden_states / getattr(attn, "rescale_output_factor", 1.0)',
+        "return hidden_states",
+        (*_UNET, *_TRANSFORMERS),
+    ),
+    "similarity of the wrong tokens": Mutation(
+        _SINGLE, "metric = hidden_states if info.metric is None else info.metric", "metric = hidden_states", _UNET
+    ),
+    "the norm of the keys is forgotten": Mutation(
+        _JOINT, 'to_heads(attn, key, "norm_k")', "split_heads(key, attn.heads)", _TRANSFORMERS
+    ),
+    "text queries see the image alone": Mutation(
+        _JOINT,
+        "keys, values = with_context(image[1], image[2], context)",
+        "keys, values = image[1], image[2]",
+        _TRANSFORMERS,
+    ),
+    "agents are not rotated": Mutation(
+        _JOINT, "agents = None if agents is None else rotate(agents, agent_positions)", "pass", _TRANSFORMERS
+    ),
+    "rotation the other way": Mutation(
+        _FLUX, "torch.stack([-imaginary, real], dim=-1)", "torch.stack([imaginary, -real], dim=-1)", _TRANSFORMERS
+    ),
+    "text and image change places": Mutation(
+        _FLUX,
+        "return torch.cat([mixed_text, restored], dim=1)",
+        "return torch.cat([restored, mixed_text], dim=1)",
+        _TRANSFORMERS,
+    ),
+    "height and width change places": Mutation(
+        "attngen/hosts/families.py",
+        "return int(height) // side, int(width) // side",
+        "return int(width) // side, int(height) // side",
+        _TRANSFORMERS,
+    ),
+    "the clock runs backwards": Mutation(
+        "attngen/hosts/families.py",
+        "return _clamped(1.0 - timestep)",
+        "return _clamped(timestep)",
+        (f"{_PATCH}test_stages_by_time",),
+    ),
+    "stages end too early": Mutation(
+        "attngen/schedule.py",
+        "sum(time <= start for start in starts)",
+        "sum(time < start for start in starts)",
+        ("tests/test_schedule.py",),
+    ),
+    "the level falls again": Mutation(
+        "attngen/schedule.py",
+        "            self.level += 1\n",
+        "            self.level = 1\n            break\n",
+        ("tests/test_schedule.py",),
+    ),
+    "draws depend on the time alone": Mutation(
+        _HOOKS,
+        'f"{self.seed} {times[0] if times else 0.0!r}"',
+        'f"{times[0] if times else 0.0!r}"',
+        (f"{_PATCH}test_random_merging_depends_on_seed_and_time_alone",),
+    ),
+    "draws of the global generator": Mutation(
+        _HOOKS,
+        "(grid[0] * grid[1],), generator=generator)",
+        "(grid[0] * grid[1],))",
+        (f"{_PATCH}test_the_global_random_state_is_neither_read_nor_changed",),
+    ),
+    "the caller's dictionary is changed": Mutation(
+        _HOOKS,
+        "return self.channel.put(args, kwargs, {**(given or {}), CHANNEL_KEY: info})",
+        "given = {} if given is None else given\n"
+        "        given[CHANNEL_KEY] = info\n"
+        "        return self.channel.put(args, kwargs, given)",
+        (f"{_PATCH}test_the_callers_arguments_are_not_changed",),
+    ),
+    "nothing is said of replaced processors": Mutation(
+        _HOOKS,
+        "if name is not None and self._told_about != name:",
+        "if False:",
+        ("tests/hosts/test_integrations.py::test_slicing_is_noticed_and_mended",),
+    ),
+    "stages of a batch are mixed": Mutation(
+        _HOOKS,
+        "        if len(stages) > 1:\n",
+        "        if False:\n",
+        (f"{_PATCH}test_mixed_stages_in_a_batch_are_refused",),
+    ),
+    # Models, samplers, pipelines
+    "shift and scale change places": Mutation(
+        _SIT,
+        "shift_attn, scale_attn, gate_attn, shift_ff,",
+        "scale_attn, shift_attn, gate_attn, shift_ff,",
+        _GOLDEN_SIT,
+    ),
+    "rows and columns of the position": Mutation(
+        _SIT, "return torch.cat([column, row], dim=-1)", "return torch.cat([row, column], dim=-1)", _GOLDEN_SIT
+    ),
+    "patches are put back transposed": Mutation(
+        _SIT, "image.permute(0, 5, 1, 3, 2, 4)", "image.permute(0, 5, 1, 4, 2, 3)", _GOLDEN_SIT
+    ),
+    "labels are dropped for the wrong class": Mutation(
+        _SIT,
+        "class_labels = class_labels.masked_fill(drop_labels, null)",
+        "class_labels = class_labels.masked_fill(drop_labels, 0)",
+        ("tests/models/test_sit.py::test_label_dropout_in_training_and_gradient_of_the_null_class",),
+    ),
+    "guidance of one time more": Mutation(
+        _PIPELINE,
+        "unconditional + self.guidance_scale * (conditional - unconditional)",
+        "conditional + self.guidance_scale * (conditional - unconditional)",
+        _GUIDANCE,
+    ),
+    "the null class last": Mutation(_PIPELINE, "torch.cat([null, labels])", "torch.cat([labels, null])", _GUIDANCE),
+    "the sign of flow matching": Mutation(
+        _PIPELINE,
+        "output = -output  #",
+        "pass  #",
+        ("tests/models/test_sit_pipeline.py::test_flow_matching_euler_is_the_euler_ode",),
+    ),
+    "the noise of the SDE is too small": Mutation(
+        _INTERPOLANT, "torch.sqrt(2 * dt * diffusion)", "torch.sqrt(dt * diffusion)", _SAMPLING
+    ),
+    "the last step keeps the drift": Mutation(
+        _INTERPOLANT,
+        'return _Call(t, "euler", size, velocity, data)',
+        'return _Call(t, "euler", size, drift, data)',
+        _SAMPLING,
+    ),
+    # Files
+    "plans of any version": Mutation(
+        "attngen/plan.py",
+        'if data.get("version") != VERSION or isinstance(data["version"], bool):',
+        "if False:",
+        ("tests/test_plan.py::test_bad_files_name_themselves_and_the_value",),
+    ),
+    "a plan is written in place": Mutation(
+        "attngen/plan.py",
+        '    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")\n',
+        "    handle, temporary = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), str(path)\n",
+        (f"{_PROMISE}test_files.py::test_files_are_written_whole_and_readable_by_all",),
+    ),
+    "files that only their owner reads": Mutation(
+        "attngen/plan.py",
+        "        os.chmod(temporary, 0o644)\n",
+        "",
+        (f"{_PROMISE}test_files.py::test_files_are_written_whole_and_readable_by_all",),
+    ),
+    "pickles without a flag": Mutation(
+        "attngen/models/convert.py",
+        "    if not allow_pickle:\n",
+        "    if False:\n",
+        ("tests/models/test_sit.py::test_checkpoints_from_files",),
+    ),
+    "pickles of anything": Mutation(
+        "attngen/models/convert.py",
+        "weights_only=True)",
+        "weights_only=False)",
+        (
+            f"{_PROMISE}test_files.py::test_pickles_are_never_run",
+            f"{_PROMISE}test_files.py::test_no_code_runs_what_it_reads",
+        ),
+    ),
+    "a checkpoint without its mark": Mutation(
+        "train/checkpoint.py",
+        "if _NAME.fullmatch(path.name) and (path / _MARKER).is_file())",
+        "if _NAME.fullmatch(path.name))",
+        ("tests/train/test_sit_training.py::test_checkpoints_are_whole_or_absent",),
+    ),
+    "a black picture is written": Mutation(
+        _PIPELINE,
+        "if not torch.isfinite(latents).all():",
+        "if False:",
+        ("tests/models/test_sit_pipeline.py::test_nan_is_no_picture",),
+    ),
+    "a picture of a broken VAE is written": Mutation(
+        _PIPELINE,
+        "if not torch.isfinite(pixels).all():",
+        "if False:",
+        ("tests/models/test_sit_pipeline.py::test_nan_from_the_vae_is_no_picture",),
+    ),
+}
+"""Name of the fault -> what it is."""
