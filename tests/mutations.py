@@ -37,7 +37,7 @@ _SIT = "attngen/models/sit.py"
 _PIPELINE = "attngen/models/sit_pipeline.py"
 _INTERPOLANT = "attngen/schedulers/interpolant.py"
 
-_GOLDEN_AGENTS = (f"{_FUNCTIONAL}test_golden_agentsd_attention", f"{_FUNCTIONAL}test_agent_attention_equals_oracle")
+_PATHS = ("tests/kernels/test_dispatch.py",)
 _ORACLE_AGENTS = (f"{_FUNCTIONAL}test_agent_attention_equals_oracle",)
 _ORACLE_LINEAR = (f"{_FUNCTIONAL}test_linear_attention_equals_oracle",)
 _MERGING = (f"{_FUNCTIONAL}test_golden_agentsd_merge", f"{_FUNCTIONAL}test_match_tokens_equals_oracle")
@@ -58,14 +58,23 @@ MUTATIONS = {
         (f"{_FUNCTIONAL}test_pool_tokens_equals_oracle",),
     ),
     "softmax without its scale": Mutation(
-        _REFERENCE, ".transpose(-1, -2) * scale\n", ".transpose(-1, -2)\n", _ORACLE_AGENTS
+        "attngen/kernels/sdpa.py",
+        "attn_mask=_mask(aggregation_bias, agents, key), scale=scale",
+        "attn_mask=_mask(aggregation_bias, agents, key)",
+        _ORACLE_AGENTS,
     ),
-    "a bias is ignored": Mutation(_REFERENCE, "scores = scores + bias\n", "pass\n", _ORACLE_AGENTS),
+    "a bias is ignored": Mutation(
+        "attngen/kernels/sdpa.py", "attn_mask=_mask(broadcast_bias, query, agents), ", "", _ORACLE_AGENTS
+    ),
+    "the reference without its scale": Mutation(
+        _REFERENCE, ".transpose(-1, -2) * scale\n", ".transpose(-1, -2)\n", _PATHS
+    ),
+    "the reference ignores a bias": Mutation(_REFERENCE, "scores = scores + bias\n", "pass\n", _PATHS),
     "scores in half precision": Mutation(
         _REFERENCE,
         "wide = torch.promote_types(query.dtype, torch.float32)\n    scores",
         "wide = query.dtype\n    scores",
-        (f"{_FUNCTIONAL}test_agent_attention_at_large_scores",),
+        _PATHS,
     ),
     "one scale for both softmaxes": Mutation(
         _AGENT, "AgentScales(scale, scale**broadcast_exponent, shortcut)", "AgentScales(scale, scale, shortcut)", _UNET
