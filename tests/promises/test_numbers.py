@@ -190,6 +190,23 @@ def test_a_patched_model_at_16384_tokens_and_scores_of_a_million(method, dtype):
     assert torch.isfinite(wide).all() and narrow.dtype == dtype and torch.isfinite(narrow).all()
 
 
+@pytest.mark.parametrize("kernel", ["reference", "sdpa", "matmul"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_path_at_scores_of_a_million(kernel, dtype):
+    """Whole numbers, which every type holds exactly; their products are beyond float16."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, agents = (torch.randint(-125, 126, (1, 2, n, 64), generator=generator) for n in (40, 50, 4))
+    query[:, :, 0], agents[:, :, 0], key[:, :, 0] = 125, 125, 125
+    assert (agents @ key.mT).max() == 1_000_000
+    value = normal(1, 2, 50, 8).to(dtype)
+    query, key, agents = (x.to(dtype) for x in (query, key, agents))
+    got = F.agent_attention(query, key, value, agents, kernel=kernel)
+    assert torch.isfinite(got).all()
+    if (kernel, dtype) != ("matmul", torch.bfloat16):  # it rounds its scores: here to thousands
+        want = oracles.agent_attention(query, key, value, agents)
+        assert (got - want).abs().max() <= 1e-2 * want.abs().max()
+
+
 # NaN is no picture: of the programs in `tests/pipelines`; here the pipeline of ours, and ours alone checks
 
 
