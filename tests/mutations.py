@@ -273,6 +273,12 @@ MUTATIONS = {
         "        if False:\n",
         (f"{_PATCH}test_mixed_stages_in_a_batch_are_refused",),
     ),
+    "a hook keeps the latents": Mutation(
+        _HOOKS,
+        "        self.last_seen = size\n",
+        "        self.last_seen = size\n        self.kept = inspect.currentframe().f_back.f_locals['sample']\n",
+        (f"{_PROMISE}test_machines.py::test_out_of_memory_in_a_step",),
+    ),
     # Models, samplers, pipelines
     "shift and scale change places": Mutation(
         _SIT,
