@@ -12,7 +12,7 @@ from attngen.hosts.registry import register
 from attngen.learned import LearnedLayers
 from attngen.methods import AgentAttention, DownsampledKV, LinearAttention, SoftmaxAttention, TokenMerging
 from attngen.methods.learned import LearnedLinear, LearnedMediators
-from attngen.models import SiTPipeline, SiTTransformer2DModel
+from attngen.models import SiTPipeline, SiTTransformer2DModel, UNetClassPipeline
 from attngen.patch import AttentionPatch, apply, remove
 from attngen.plan import Plan, Stage
 from attngen.presets import METHODS
@@ -46,6 +46,7 @@ __all__ = [
     "SoftmaxAttention",
     "Stage",
     "TokenMerging",
+    "UNetClassPipeline",
     "apply",
     "functional",
     "remove",

@@ -55,8 +55,8 @@ def _batches(pipe: SiTPipeline, config: TrainingConfig, labels: Tensor, count: i
             part,
             num_inference_steps=calls_to_steps(pipe, config.sample_steps),
             guidance_scale=1.0,
-            num_mediators=count,
             generator=[generator_for(config.seed, "evaluate", start + i) for i in range(len(part))],
             output_type="pt",
+            **({} if count is None else {"num_mediators": count}),
         )
         yield called.images.float().cpu() * 2 - 1

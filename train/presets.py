@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 # As in `train.objectives`, which imports torch; a program's --help should not wait for that.
+ARCHITECTURES = ("sit", "unet")
 OBJECTIVES = ("velocity", "epsilon", "score", "dit")
 TIME_SAMPLINGS = ("uniform", "logit-normal")
 WEIGHTINGS = ("velocity", "likelihood")
+# Groups of a UNet's group norms.
+NORM_GROUPS = 8
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,11 @@ class TrainingConfig:
         balance: 0 draws every picture equally often, 1 every class, 0.5 is between (a class by the root of its size).
         max_broken: share of unreadable pictures above which the run fails.
         workers: threads that read pictures; they do not change what is read.
+        architecture: "sit" (also DiT's network), or "unet": diffusers' `UNet2DConditionModel`, see `train.unet`.
+        block_channels: of a UNet, channels by resolution, each half the one before; attention in all but the last.
         patch_size: side of a token, in pixels or latents.
-        num_layers: blocks.
-        num_attention_heads: heads.
+        num_layers: blocks; of a UNet, layers in a block.
+        num_attention_heads: heads; a UNet has as many as `attention_head_dim` goes into its channels.
         attention_head_dim: size of a head.
         attention: "softmax", "mediator" or "linear".
         feature_map: of linear attention.
@@ -80,6 +85,8 @@ class TrainingConfig:
     balance: float = 0.0
     max_broken: float = 0.01
     workers: int = 2
+    architecture: str = "sit"
+    block_channels: tuple[int, ...] = ()
     patch_size: int = 4
     num_layers: int = 8
     num_attention_heads: int = 5
@@ -127,9 +134,11 @@ class TrainingConfig:
         self._check_choices()
         self._check_numbers()
         self._check_mediators()
+        self._check_unet()
 
     def _check_choices(self) -> None:
         choices = {
+            "architecture": ARCHITECTURES,
             "attention": ("softmax", "mediator", "linear"),
             "feature_map": ("elu", "relu", "focused"),
             "convolution": ("values", "input"),
@@ -187,6 +196,24 @@ class TrainingConfig:
             if self.mediator_starts[0] != 1 or not falling or self.mediator_starts[-1] <= 0:
                 raise ValueError(f"mediator_starts must fall from 1 and stay above 0, got {self.mediator_starts}")
 
+    def _check_unet(self) -> None:
+        if self.architecture != "unet":
+            if self.block_channels:
+                raise ValueError(f"block_channels={self.block_channels} are for the architecture 'unet'")
+            return
+        only = {"attention": "softmax", "objective": "velocity", "path": "linear", "patch_size": 1, "init_from": ""}
+        for name, value in only.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not for a UNet; leave it at {value!r}")
+        if len(self.block_channels) < 2:
+            raise ValueError(f"a UNet needs block_channels for two resolutions or more, got {self.block_channels}")
+        for channels in self.block_channels:
+            if channels < 1 or channels % self.attention_head_dim or channels % NORM_GROUPS:
+                raise ValueError(
+                    f"block_channels must be multiples of attention_head_dim ({self.attention_head_dim}) and of"
+                    f" {NORM_GROUPS}, got {channels}"
+                )
+
     def check_tokens(self, sample_size: int) -> None:
         """What can be checked only with the data open.
 
@@ -198,6 +225,12 @@ class TrainingConfig:
         """
         if sample_size % self.patch_size:
             raise ValueError(f"patches of {self.patch_size} do not divide samples of {sample_size} x {sample_size}")
+        factor = 2 ** max(0, len(self.block_channels) - 1)
+        if sample_size % factor:
+            raise ValueError(
+                f"{len(self.block_channels)} block_channels halve samples {len(self.block_channels) - 1} times, and"
+                f" {sample_size} is no multiple of {factor}"
+            )
         tokens = (sample_size // self.patch_size) ** 2
         for count in self.mediator_counts if self.attention == "mediator" else ():
             if count > tokens:
@@ -231,6 +264,50 @@ _EMOJI: dict[str, TrainingConfig] = {
         sample_every=0,
         save_every=10,
         sample_steps=4,
+    ),
+    # The shipped UNet, with attention at 32 x 32 and 16 x 16.
+    "emoji-unet": TrainingConfig(
+        classes=("face", "heart", "clock", "flag"),
+        augment=0.3,
+        balance=0.5,
+        architecture="unet",
+        block_channels=(32, 64, 96),
+        patch_size=1,
+        num_layers=1,
+        attention="softmax",
+        mediator_counts=(),
+        learning_rate=2e-3,
+        warmup_steps=50,
+        cooldown=0.3,
+        ema_decay=0.995,
+        batch_size=16,
+        steps=1200,
+        sample_every=300,
+        save_every=100,
+        sample_steps=25,
+        log_every=10,
+    ),
+    # What `train.experiment` compares kinds of attention with: 256 tokens, minutes on one CPU core.
+    "emoji-experiment": TrainingConfig(
+        classes=("face", "heart", "clock", "flag"),
+        augment=0.3,
+        balance=0.5,
+        patch_size=2,
+        num_layers=3,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        attention="softmax",
+        mediator_counts=(),
+        warmup_steps=20,
+        ema_decay=0.98,
+        batch_size=16,
+        steps=200,
+        sample_every=0,
+        save_every=50,
+        sample_steps=4,
+        guidance_scale=1.0,
+        log_every=5,
+        fd_pictures=1024,
     ),
     # For one GPU: 64 x 64 pixels, all classes, 256 tokens, 12 million weights.
     "emoji-64": TrainingConfig(

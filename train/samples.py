@@ -20,6 +20,7 @@ from train.seeds import generator_for
 if TYPE_CHECKING:
     from attngen.models.sit import SiTTransformer2DModel
     from attngen.models.sit_pipeline import SiTPipeline
+    from attngen.models.unet_pipeline import UNetClassPipeline
 
 PICTURES_PER_GROUP = 2
 BATCH_SIZE = 32
@@ -53,7 +54,7 @@ def sample_grid(
     shown = {label: name for label, name in data.id2label.items() if label in list(data.id2label)[:MOST_ROWS]}
     pipe = pipeline_of(model, objective, data)
     counts = config.mediator_counts if config.attention == "mediator" else ()
-    columns = [_draw(pipe, config, count, list(shown)) for count in counts or (None,)]
+    columns = [_draw(pipe, config, count, list(shown), data.channels) for count in counts or (None,)]
     rows = [[image for group in columns for image in group[label]] for label in shown]
     path = out / "samples" / f"step-{step:08d}.png"
     sheet = grid(
@@ -70,9 +71,13 @@ def sample_grid(
 def pipeline_of(model: SiTTransformer2DModel, objective: Objective, data: Data) -> SiTPipeline:
     """The pipeline that draws from a model in training, without a progress bar."""
     from attngen.models.sit_pipeline import SiTPipeline
+    from train.unet import ClassUNet
 
-    vae = _autoencoder(data, model.device)
-    pipe = SiTPipeline(model, objective.sampling_scheduler(), vae=vae, id2label=dict(data.id2label))
+    if isinstance(model, ClassUNet):
+        pipe = model.pipeline(dict(data.id2label))
+    else:
+        vae = _autoencoder(data, model.device)
+        pipe = SiTPipeline(model, objective.sampling_scheduler(), vae=vae, id2label=dict(data.id2label))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -97,20 +102,21 @@ def calls_to_steps(pipe: SiTPipeline, calls: int) -> int:
 
 
 def _draw(
-    pipe: SiTPipeline, config: TrainingConfig, count: int | None, labels: list[int]
+    pipe: SiTPipeline | UNetClassPipeline, config: TrainingConfig, count: int | None, labels: list[int], channels: int
 ) -> dict[int, list[Image.Image]]:
     """PICTURES_PER_GROUP pictures of each class with `count` mediators."""
     wanted = [(label, number) for label in labels for number in range(PICTURES_PER_GROUP)]
     pictures: dict[int, list[Image.Image]] = {label: [] for label in labels}
+    shown = getattr(pipe, "vae", None) is not None or channels == 3
     for start in range(0, len(wanted), BATCH_SIZE):
         part = wanted[start : start + BATCH_SIZE]
         called: Any = pipe(
             [label for label, _ in part],
             num_inference_steps=calls_to_steps(pipe, config.sample_steps),
             guidance_scale=config.guidance_scale,
-            num_mediators=count,
             generator=[generator_for(config.seed, "sample", label, number) for label, number in part],
-            output_type="pil" if pipe.vae is not None or pipe.transformer.config["in_channels"] == 3 else "pt",
+            output_type="pil" if shown else "pt",
+            **({} if count is None else {"num_mediators": count}),
         )
         for (label, _), image in zip(part, called.images, strict=True):
             pictures[label].append(image if isinstance(image, Image.Image) else _undecoded(image))

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from train.data import Data
     from train.objectives import Objective
     from train.run import Run
+    from train.unet import ClassUNet
 
 # What may change when a run goes on: nothing that decides what its weights are made of.
 FREE = (
@@ -273,12 +274,16 @@ class _StopOnSignal:
         self.requested = True
 
 
-def build_model(config: TrainingConfig, data: Data, objective: Objective) -> SiTTransformer2DModel:
+def build_model(config: TrainingConfig, data: Data, objective: Objective) -> SiTTransformer2DModel | ClassUNet:
     """The network of a configuration, with weights drawn from its seed and the global RNG left alone."""
     import torch
 
     from attngen.models import SiTTransformer2DModel
 
+    if config.architecture == "unet":
+        from train.unet import build_unet
+
+        return build_unet(config, data)
     needed = objective.model_config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -300,14 +305,14 @@ def build_model(config: TrainingConfig, data: Data, objective: Objective) -> SiT
 
 
 def build_optimizers(
-    model: SiTTransformer2DModel, config: TrainingConfig, fused: bool = False
+    model: SiTTransformer2DModel | ClassUNet, config: TrainingConfig, fused: bool = False
 ) -> list[torch.optim.Optimizer]:
     """AdamW, or Muon for the matrices inside the blocks and AdamW for all else."""
     import torch
 
     matrices, rest = [], []
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim == 2 and name.startswith("transformer_blocks.") and config.optimizer == "muon"
+        is_matrix = parameter.ndim == 2 and ".transformer_blocks." in f".{name}" and config.optimizer == "muon"
         (matrices if is_matrix else rest).append(parameter)
     decay = config.weight_decay
     optimizers: list[torch.optim.Optimizer] = [
@@ -332,7 +337,7 @@ def _trackers(names: Sequence[str] | None) -> list[Any]:
     return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
 
 
-def _example(model: SiTTransformer2DModel, data: Data) -> dict[str, Any]:
+def _example(model: SiTTransformer2DModel | ClassUNet, data: Data) -> dict[str, Any]:
     import torch
 
     shape = (1, data.channels, data.sample_size, data.sample_size)
@@ -340,7 +345,11 @@ def _example(model: SiTTransformer2DModel, data: Data) -> dict[str, Any]:
 
 
 def _meter(
-    model: SiTTransformer2DModel, config: TrainingConfig, data: Data, objective: Objective, accelerator: Accelerator
+    model: SiTTransformer2DModel | ClassUNet,
+    config: TrainingConfig,
+    data: Data,
+    objective: Objective,
+    accelerator: Accelerator,
 ) -> Any:
     import torch
 

@@ -7,25 +7,38 @@ schedulers, a DiT (`predicts_variance=True`) with diffusers' discrete ones (DDPM
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import math
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from attngen.methods._checks import Grid
+from attngen.models.class_pipeline import (
+    ClassPipeline,
+    Generators,
+    Label,
+    check_callback_inputs,
+    check_flow_scheduler,
+    check_generator,
+    check_guidance_scale,
+    check_steps,
+    is_number,
+    is_whole,
+    names_by_number,
+    run_callback,
+    set_even_timesteps,
+    takes,
+    whole_number,
+)
 from attngen.models.sit import SiTTransformer2DModel, _token_grid
 from attngen.schedulers.interpolant import InterpolantScheduler
 
@@ -41,9 +54,6 @@ DIT_GUIDANCE_CHANNELS = 3
 DIT_STEPS = 1000
 LEARNED_VARIANCES = ("learned", "learned_range")
 
-Label = int | str
-Generators = torch.Generator | list[torch.Generator]
-
 
 class _Call(NamedTuple):
     """One evaluation of the network."""
@@ -54,7 +64,7 @@ class _Call(NamedTuple):
     ends_step: bool  # False for the first half of a two-call step
 
 
-class SiTPipeline(DiffusionPipeline):
+class SiTPipeline(ClassPipeline):
     """Class-conditional pictures from SiT or DiT.
 
     Args:
@@ -75,7 +85,6 @@ class SiTPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
-    _callback_tensor_inputs = ["latents"]
 
     transformer: SiTTransformer2DModel
     scheduler: Any
@@ -90,16 +99,11 @@ class SiTPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        # JSON, where the names are saved, turns the numbers into strings.
-        names = None if id2label is None else {int(number): name for number, name in id2label.items()}
-        self.register_to_config(id2label=names)
-        self.id2label = names
+        self.id2label = names_by_number(id2label)
+        self.register_to_config(id2label=self.id2label)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self._guidance_scale = 1.0
         self._guidance_interval: tuple[float, float] | None = None
-        self._num_timesteps = 0
         self._current_timestep: float | None = None
-        self._interrupt = False
 
     # What a callback reads and sets
 
@@ -112,67 +116,14 @@ class SiTPipeline(DiffusionPipeline):
         return getattr(vae, "spatial_compression_ratio", None) or 2 ** (len(vae.config.block_out_channels) - 1)
 
     @property
-    def guidance_scale(self) -> float:
-        """Of the running call; read in every step, so a callback may set `_guidance_scale`."""
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether the guidance scale asks for guidance."""
-        return self._guidance_scale > 1
-
-    @property
-    def num_timesteps(self) -> int:
-        """Network calls of the running call (with guidance each of them on twice the batch)."""
-        return self._num_timesteps
-
-    @property
     def current_timestep(self) -> float | None:
         """On diffusers' clock, 1000 is noise and 0 is data, which is what its attention caches ask for."""
         return self._current_timestep
 
     @property
-    def interrupt(self) -> bool:
-        """Set `_interrupt` in a callback to leave out the rest of the steps."""
-        return self._interrupt
-
-    # Labels
-
-    def get_label_ids(self, labels: Any) -> list[int]:
-        """Class numbers of names and numbers.
-
-        Args:
-            labels: a number, a name, a tensor of numbers, or a list of these. A name may be the whole label or one of
-                its comma-separated parts, in any case.
-
-        Raises:
-            ValueError: for a name or number that is no class, or a name of several classes.
-        """
-        found = [self._label_id(label) for label in _flatten(labels)]
-        if not found:
-            raise ValueError("class_labels is empty, so there is nothing to draw; give at least one class")
-        return found
-
-    def _label_id(self, label: Any) -> int:
-        number = self._number_of(label) if isinstance(label, str) else _whole_number("class_labels", label)
-        count = self.transformer.config["num_classes"]
-        if not 0 <= number < count:
-            raise ValueError(f"class label {number} is out of range; the model's {count} classes are 0 to {count - 1}")
-        return number
-
-    def _number_of(self, name: str) -> int:
-        if not self.id2label:
-            raise ValueError(f"the pipeline has no names of classes, so {name!r} is unknown; give class numbers")
-        wanted = _fold(name)
-        whole = {number for number, label in self.id2label.items() if _fold(label) == wanted}
-        parts = {n for n, label in self.id2label.items() if wanted in (_fold(part) for part in label.split(","))}
-        found = sorted(whole or parts)
-        if len(found) > 1:
-            choices = ", ".join(f"{number} ({self.id2label[number]})" for number in found)
-            raise ValueError(f"{name!r} names several classes: {choices}; give the number")
-        if not found:
-            raise ValueError(f"unknown class {name!r}; {_nearest(wanted, self.id2label)}")
-        return found[0]
+    def num_classes(self) -> int:
+        """Classes that can be drawn."""
+        return self.transformer.config["num_classes"]
 
     # Checks, all before any work
 
@@ -188,36 +139,30 @@ class SiTPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] | None,
     ) -> None:
         """Raise ValueError, with the way out, for what `__call__` cannot use."""
-        if _whole_number("num_inference_steps", num_inference_steps) < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        check_steps(num_inference_steps)
         self._check_guidance(guidance_scale, guidance_channels, guidance_interval)
         self._check_size("height", height)
         self._check_size("width", width)
         self._check_output(output_type)
         self._check_scheduler()
-        unknown = set(callback_on_step_end_tensor_inputs or ()) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs may name {self._callback_tensor_inputs}, got {sorted(unknown)}"
-            )
+        check_callback_inputs(self, callback_on_step_end_tensor_inputs)
 
     def _check_guidance(self, scale: float, channels: int | None, interval: tuple[float, float] | None) -> None:
-        if not _is_number(scale) or not math.isfinite(scale) or scale < 0:
-            raise ValueError(f"guidance_scale must be a finite number of at least 0 (1 is none), got {scale!r}")
+        check_guidance_scale(scale)
         available = self.transformer.config["in_channels"]
-        if channels is not None and not 1 <= _whole_number("guidance_channels", channels) <= available:
+        if channels is not None and not 1 <= whole_number("guidance_channels", channels) <= available:
             raise ValueError(f"guidance_channels must be 1 to {available}, or None for all, got {channels}")
         if scale > 1 and self.transformer.config["class_dropout_prob"] == 0:
             logger.warning("guidance needs a null class, and the model was trained without one (class_dropout_prob=0)")
         if interval is None:
             return
-        pair = isinstance(interval, (tuple, list)) and len(interval) == 2 and all(_is_number(t) for t in interval)
+        pair = isinstance(interval, (tuple, list)) and len(interval) == 2 and all(is_number(t) for t in interval)
         if not pair or not 0 <= interval[0] <= interval[1] <= 1:
             raise ValueError(f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {interval!r}")
 
     def _check_size(self, name: str, size: int | None) -> None:
         unit = self.transformer.config["patch_size"] * self.vae_scale_factor
-        if size is None or (_whole_number(name, size) >= unit and size % unit == 0):
+        if size is None or (whole_number(name, size) >= unit and size % unit == 0):
             return
         below = max(unit, size // unit * unit)
         nearest = f"{below} or {below + unit}" if size >= unit else f"{below}"
@@ -248,18 +193,7 @@ class SiTPipeline(DiffusionPipeline):
             return self._check_discrete_scheduler()
         if isinstance(self.scheduler, InterpolantScheduler):
             return
-        config = self.scheduler.config
-        flows = config.get("use_flow_sigmas", False) and config.get("prediction_type") == "flow_prediction"
-        if not (_is_flow_match(self.scheduler) or flows):
-            raise ValueError(
-                f"{type(self.scheduler).__name__} does not fit SiT; use InterpolantScheduler, or a flow-matching"
-                " scheduler such as FlowMatchEulerDiscreteScheduler"
-            )
-        if config.get("use_dynamic_shifting", False):
-            raise ValueError(
-                f"use_dynamic_shifting of {type(self.scheduler).__name__} is not for SiT; make the scheduler with"
-                " use_dynamic_shifting=False"
-            )
+        check_flow_scheduler(self.scheduler, "SiT", "InterpolantScheduler, or ")
 
     def _check_discrete_scheduler(self) -> None:
         name, config = type(self.scheduler).__name__, self.scheduler.config
@@ -303,12 +237,12 @@ class SiTPipeline(DiffusionPipeline):
             return None
         if isinstance(wanted, (tuple, list)):
             fits = len(wanted) == 2 and all(
-                _is_whole(x) and 1 <= x <= most for x, most in zip(wanted, grid, strict=True)
+                is_whole(x) and 1 <= x <= most for x, most in zip(wanted, grid, strict=True)
             )
             if not fits:
                 raise ValueError(f"num_mediators as (rows, columns) must fit {tokens}, got {tuple(wanted)}")
             return int(wanted[0]), int(wanted[1])
-        if not _is_whole(wanted) or not 1 <= wanted <= math.prod(grid):
+        if not is_whole(wanted) or not 1 <= wanted <= math.prod(grid):
             raise ValueError(f"num_mediators must be 1 to {math.prod(grid)}, {tokens}, got {wanted!r}")
         return int(wanted)
 
@@ -348,13 +282,7 @@ class SiTPipeline(DiffusionPipeline):
 
     def _set_timesteps(self, num_inference_steps: int, device: torch.device) -> list[_Call]:
         """Lay out the scheduler's timesteps and translate them to SiT's clock."""
-        grid = {}
-        if _is_flow_match(self.scheduler) and _takes(self.scheduler.set_timesteps, "sigmas"):
-            # diffusers' own grid ends at 1/1000 and jumps to 0; SiT's is even.
-            grid = {"sigmas": np.linspace(1, 0, num_inference_steps + 1)[:-1]}
-        self.scheduler.set_timesteps(num_inference_steps, device=device, **grid)
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(0)
+        set_even_timesteps(self.scheduler, num_inference_steps, device)
         steps = self.scheduler.timesteps.tolist()
         times = steps
         if not isinstance(self.scheduler, InterpolantScheduler):
@@ -528,7 +456,7 @@ class SiTPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs,
         )
         numbers = self.get_label_ids(class_labels)
-        _check_generator(generator, len(numbers))
+        check_generator(generator, len(numbers))
         shape = self._latent_shape(len(numbers), height, width, latents)
         grid = _token_grid(shape[2], shape[3], self.transformer.config["patch_size"])
 
@@ -541,7 +469,7 @@ class SiTPipeline(DiffusionPipeline):
         sample = self.prepare_latents(shape, device, generator, latents)
         if self._is_dit:
             sample = sample * self.scheduler.init_noise_sigma
-        noise_source: dict[str, Any] = {"generator": generator} if _takes(self.scheduler.step, "generator") else {}
+        noise_source: dict[str, Any] = {"generator": generator} if takes(self.scheduler.step, "generator") else {}
         observe = getattr(num_mediators, "observe", None)
 
         try:
@@ -558,7 +486,7 @@ class SiTPipeline(DiffusionPipeline):
                     timestep = self.scheduler.timesteps[call.index]
                     sample = self.scheduler.step(output, timestep, sample, **noise_source, return_dict=False)[0]
                     if callback_on_step_end is not None:
-                        sample = _run_callback(
+                        sample = run_callback(
                             callback_on_step_end,
                             self,
                             call.index,
@@ -577,75 +505,10 @@ class SiTPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
-def _run_callback(
-    callback: Callable[..., Any],
-    pipe: SiTPipeline,
-    index: int,
-    timestep: Tensor,
-    latents: Tensor,
-    wanted: Sequence[str] | None,
-) -> Tensor:
-    """Call a `callback_on_step_end`; the latents to go on with."""
-    returned = callback(pipe, index, timestep, {"latents": latents} if "latents" in (wanted or ()) else {})
-    return (returned or {}).get("latents", latents).to(latents)
-
-
-def _check_generator(generator: Any, batch_size: int) -> None:
-    if isinstance(generator, (list, tuple)):
-        if len(generator) != batch_size:
-            raise ValueError(f"{batch_size} pictures need {batch_size} generators, got a list of {len(generator)}")
-    elif generator is not None and not isinstance(generator, torch.Generator):
-        raise ValueError(f"generator must be a torch.Generator or a list of them, got {type(generator).__name__}")
-
-
-def _flatten(labels: Any) -> list[Any]:
-    """Numbers and names out of nested lists, tensors and arrays."""
-    if isinstance(labels, (Tensor, np.ndarray)):
-        return labels.reshape(-1).tolist()
-    if isinstance(labels, Iterable) and not isinstance(labels, (str, Mapping)):
-        return [label for item in labels for label in _flatten(item)]
-    return [labels]
-
-
-def _fold(name: str) -> str:
-    return name.strip().casefold()
-
-
-def _nearest(wanted: str, id2label: Mapping[int, str]) -> str:
-    """Names like the wanted one, for a message; all of them where they are few."""
-    names = [label.split(",")[0].strip() for label in id2label.values()]
-    every_name = {_fold(part): part.strip() for label in id2label.values() for part in label.split(",")}
-    near = [every_name[name] for name in difflib.get_close_matches(wanted, every_name, n=3)]
-    if len(names) <= 20:
-        return ("nearest: " + ", ".join(near) + "; " if near else "") + "known: " + ", ".join(names)
-    return f"nearest: {', '.join(near)}" if near else f"known are {len(names)} classes, such as {', '.join(names[:5])}"
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-
-
-def _whole_number(name: str, value: Any) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
-
-
-def _is_flow_match(scheduler: Any) -> bool:
-    return type(scheduler).__name__.startswith("FlowMatch")
-
-
 def _uses_variance(scheduler: Any) -> bool:
     """Whether the scheduler can draw with a predicted variance, as DDPM does."""
     variance = getattr(scheduler, "_get_variance", None)
-    return variance is not None and _takes(variance, "predicted_variance")
+    return variance is not None and takes(variance, "predicted_variance")
 
 
 def _has_dit_noise(scheduler: Any) -> bool:
@@ -653,7 +516,3 @@ def _has_dit_noise(scheduler: Any) -> bool:
     betas = torch.linspace(1e-4, 0.02, DIT_STEPS, dtype=torch.float64)
     levels = torch.as_tensor(scheduler.alphas_cumprod).double().cpu()
     return torch.allclose(levels, (1 - betas).cumprod(0), rtol=1e-3, atol=0)
-
-
-def _takes(function: Callable[..., Any], name: str) -> bool:
-    return name in inspect.signature(function).parameters
