@@ -64,12 +64,12 @@ def preload() -> None:
     assert not any(name.split(".")[0] == "attngen" for name in sys.modules)
 
 
-def run_tests(folder: Path, tests: Sequence[str], timeout: float) -> tuple[int | None, str]:
+def run_tests(folder: Path, mutation: Mutation, timeout: float) -> tuple[int | None, str]:
     """Run tests of a copy of the repository in a fork: pytest's exit status, None if they took too long, and output."""
     log = folder / "pytest.log"
     child = os.fork()
     if child == 0:
-        os._exit(_in_the_fork(folder, tests, log))
+        os._exit(_in_the_fork(folder, mutation, log))
     deadline = time.monotonic() + timeout
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -82,7 +82,7 @@ def run_tests(folder: Path, tests: Sequence[str], timeout: float) -> tuple[int |
         time.sleep(0.1)
 
 
-def _in_the_fork(folder: Path, tests: Sequence[str], log: Path) -> int:
+def _in_the_fork(folder: Path, mutation: Mutation, log: Path) -> int:
     import pytest
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -94,7 +94,8 @@ def _in_the_fork(folder: Path, tests: Sequence[str], log: Path) -> int:
     for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
         del sys.modules[name]
     sys.path[:] = [str(folder), *(path for path in sys.path if path not in ("", str(ROOT)))]
-    code = pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", *tests])
+    selected = [*mutation.tests, *(["-k", mutation.only] if mutation.only else [])]
+    code = pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", *selected])
     sys.stdout.flush()
     return int(code)
 
@@ -106,7 +107,7 @@ def attempt(folder: Path, mutation: Mutation, timeout: float) -> tuple[str, str]
     if whole.count(mutation.old) != 1:
         return STALE, f"{mutation.file} has the text {whole.count(mutation.old)} times"
     file.write_text(whole.replace(mutation.old, mutation.new))
-    code, text = run_tests(folder, mutation.tests, timeout)
+    code, text = run_tests(folder, mutation, timeout)
     file.write_text(whole)
     if code is None:
         return SLOW, f"more than {timeout:g} s"

@@ -13,12 +13,14 @@ class Mutation(NamedTuple):
         old: text that stands in it once.
         new: what stands there instead.
         tests: pytest's names of the tests that should notice.
+        only: pytest's -k, where few of their cases can.
     """
 
     file: str
     old: str
     new: str
     tests: tuple[str, ...]
+    only: str = ""
 
 
 _FUNCTIONAL = "tests/test_functional.py::"
@@ -85,11 +87,12 @@ MUTATIONS = {
         "scales = scales_for(head_dim, self.broadcast_exponent, 0.0)",
         _UNET,
     ),
-    "agents twice as many": Mutation(
+    "too many agents": Mutation(
         _AGENT,
         "agents, tokens = math.prod(self._cells(grid)), math.prod(grid)\n",
         "agents, tokens = math.prod(self._cells(grid)) // 4, math.prod(grid)\n",
-        ("tests/test_report.py", *_UNET),
+        _APPLY,
+        only="too-many-agents",
     ),
     "elu without one": Mutation(_LINEAR, "return F.elu(x) + 1\n", "return F.elu(x)\n", _ORACLE_LINEAR),
     "focused by another power": Mutation(_LINEAR, ")) ** factor", ")) ** (factor - 1)", _ORACLE_LINEAR),

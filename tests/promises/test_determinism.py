@@ -23,7 +23,7 @@ from tests.promises.pipelines import KINDS
 
 ROOT = Path(__file__).parents[2]
 PLAN = Plan((Stage(1.0, {"*": TokenMerging(0.5, random=True)}), Stage(0.5, {"*": AgentAttention(num_agents=4)})))
-QUICK = ("sd-inpaint", "sdxl", "sd3", "flux", "pixart-sigma", "dit", "sit")
+QUICK = ("sd-inpaint", "sd3", "flux", "pixart-sigma", "sit")
 KIND_NAMES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in KINDS if name not in QUICK)]
 
 

@@ -95,7 +95,7 @@ def test_out_of_memory_in_a_step(kind, method, request):
     want = KINDS[kind](pipe)
     total, kept_patched = allocations(lambda: KINDS[kind](pipe))
     assert total > 100 and kept_patched <= kept
-    number = 30 if "slow" in request.config.option.markexpr else 6
+    number = 30 if "slow" in request.config.option.markexpr else 5
     for at in sorted(random.Random(0).sample(range(1, total), number)):
         assert fail_at(lambda: KINDS[kind](pipe), at) <= kept, f"operation {at} of {total}"
         assert at % 3 or torch.equal(KINDS[kind](pipe), want), at
@@ -222,9 +222,10 @@ def test_the_draw_program_without_a_network(tmp_path):
     """The README's first command where there is no network at all, and no variable says so."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode:
         pytest.skip("a namespace without a network needs root")
-    command = ["unshare", "-n", sys.executable, "-m", "pipelines.class2image", "face", "--out", str(tmp_path / "x.png")]
+    command = ["unshare", "-n", sys.executable, "-m", "pipelines.class2image", "face", "--steps", "4"]
+    command += ["--out", str(tmp_path / "x.png")]
     environment = {k: v for k, v in os.environ.items() if "OFFLINE" not in k}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "x.png").exists()
 

@@ -47,7 +47,7 @@ def make(name: str) -> tuple[Any, Callable[..., Tensor]]:
     return model, HOSTS[name]
 
 
-HEAVY = ("sdxl", "controlnet", "sd35")  # their kinds of layers are in the others
+HEAVY = ("sdxl", "controlnet", "sd35", "dit", "dit-of-ours")  # their kinds of layers are in the others
 
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name in HEAVY else name for name in NAMES])

@@ -15,7 +15,7 @@ from attngen import AttnGenWarning
 from tests.promises.pipelines import AGENTS, KINDS, Kind, denoisers
 
 METHODS = {"softmax": "softmax", "agents": AGENTS}
-QUICK = (("sd", "softmax"), ("sd3", "agents"), ("flux", "softmax"), ("pixart-sigma", "softmax"), ("sit", "agents"))
+QUICK = (("sd", "softmax"), ("sd3", "agents"), ("sit", "agents"))
 CASES = [
     pytest.param(kind, method, marks=() if (kind, method) in QUICK else pytest.mark.slow)
     for kind in KINDS
