@@ -233,7 +233,7 @@ def class_sizes(classes: tuple[str, ...], split: str) -> Tensor:
     return torch.bincount(EmojiDataset(split, 8, classes).labels, minlength=len(classes))
 
 
-def frechet_distance(a: Statistics, b: Statistics) -> float:
+def frechet_distance(a: Statistics, b: Statistics, warn: bool = True) -> float:
     """The squared Fréchet distance of the Gaussians with these means and covariances.
 
     `|m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1^1/2 S2 S1^1/2)^1/2`. The last trace is the sum of the singular values of
@@ -243,6 +243,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     Args:
         a: one set.
         b: the other.
+        warn: of few pictures.
 
     Returns:
         The distance, 0 for equal statistics.
@@ -252,7 +253,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     """
     check_comparable(a, b)
     few = min(a.num_pictures, b.num_pictures)
-    if few < 2 * len(a.mean):
+    if warn and few < 2 * len(a.mean):
         warnings.warn(
             f"{few} pictures are fewer than twice the {len(a.mean)} features; the distance is mostly that of chance",
             stacklevel=2,
@@ -404,7 +405,7 @@ def fd_emoji(
     drawn = statistics_of(watch(pictures), extractor)
     reference = reference_statistics(watch.side, names, split, extractor)
     if labels is not None:
-        _warn_of_mix(labels, drawn.num_pictures, names, split)
+        warn_of_mix(labels, drawn.num_pictures, names, split)
     if not watch.has_dark:
         warnings.warn("no picture has a value below 0: are they in [0, 1] rather than [-1, 1]?", stacklevel=2)
     enough = max(ENOUGH_PICTURES, 2 * len(drawn.mean))
@@ -450,7 +451,18 @@ class _Watch:
             yield batch
 
 
-def _warn_of_mix(labels: Tensor, num_pictures: int, classes: Sequence[str], split: str) -> None:
+def warn_of_mix(labels: Tensor, num_pictures: int, classes: Sequence[str], split: str) -> None:
+    """Warn of labels in other frequencies than the reference's.
+
+    Args:
+        labels: (num_pictures,) integers.
+        num_pictures: number of pictures drawn.
+        classes: class names in the order of the labels.
+        split: part of the emoji that is the reference.
+
+    Raises:
+        ValueError: if there are more or fewer labels than pictures, or one has no class.
+    """
     if labels.shape != (num_pictures,):
         raise ValueError(f"labels are {tuple(labels.shape)} for {num_pictures} pictures; expected one a picture")
     labels = labels.detach().cpu().long()
