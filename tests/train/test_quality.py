@@ -1,0 +1,126 @@
+"""The quality table: rows, resumed measurements, what is refused, and the page made of the results."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from attngen import AgentAttention, InterpolantScheduler, Plan, SiTPipeline, SiTTransformer2DModel, Stage
+from train import quality, quality_cost, quality_rows, quality_table
+
+pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning", "ignore::UserWarning")
+
+
+def save_model(folder, attention):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SiTTransformer2DModel(
+            sample_size=16,
+            patch_size=2,
+            in_channels=3,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_classes=2,
+            learn_sigma=False,
+            attention=attention,
+            num_mediators=4,
+        )
+        for weights in model.parameters():  # adaLN-zero's own weights would hide what attention does
+            torch.nn.init.normal_(weights, std=0.2)
+    scheduler = InterpolantScheduler(sampler="ode", solver="euler")
+    SiTPipeline(model, scheduler, id2label={0: "face", 1: "heart"}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {name: save_model(folder / name, name) for name in ("softmax", "mediator")}
+
+
+def run(model, tmp_path, *more):
+    argv = ["--model", str(model), "--name", "tiny", "--pictures", "6", "--seeds", "2", "--steps", "2", "--rounds", "1"]
+    return quality.main([*argv, "--out", str(tmp_path / "sets"), "--results", str(tmp_path / "results"), *more])
+
+
+def results(tmp_path):
+    return json.loads((tmp_path / "results" / "tiny.json").read_text())
+
+
+def test_rows_are_measured_once_and_make_a_page(models, tmp_path, capsys):
+    plan = tmp_path / "plan.json"
+    Plan.of(AgentAttention(num_agents=4)).save(plan)
+    assert run(models["softmax"], tmp_path, "--rows", "softmax", "agent-16") == 0
+    first = results(tmp_path)
+    exact, agents = first["rows"]
+    assert exact["values"][0] != exact["values"][1] and exact["values"] != agents["values"]
+    assert exact["attention_gflop"] == exact["attention_exact"] == agents["attention_exact"]
+    assert agents["attention_gflop"] < exact["attention_gflop"] and agents["gflop"] < exact["gflop"]
+    difference = exact["gflop"] - agents["gflop"]
+    assert difference == pytest.approx(
+        exact["attention_gflop"] - agents["attention_gflop"], rel=0.05
+    )  # pooling is in one alone
+
+    rows = ["--plan", f"mine={plan}", "--rows", "softmax", "mine"]
+    assert run(models["softmax"], tmp_path, *rows) == 0
+    again = results(tmp_path)
+    assert [row["row"] for row in again["rows"]] == ["softmax", "mine", "agent-16"]
+    assert again["rows"][0] == exact and again["rows"][2] == agents
+
+    page = tmp_path / "docs" / "quality.md"
+    assert quality.main(["--table", "--results", str(tmp_path / "results"), "--page", str(page)]) == 0
+    text = page.read_text()
+    assert f"| `agent-16` | {agents['mean']:.3f} ± {agents['spread']:.3f} |" in text
+    assert "![Quality against operations](images/quality-tiny.png)" in text
+    assert (page.parent / "images" / "quality-tiny.png").stat().st_size > 5000
+
+
+def test_another_measurement_of_the_same_name_is_refused(models, tmp_path, capsys):
+    assert run(models["softmax"], tmp_path, "--rows", "softmax") == 0
+    assert run(models["softmax"], tmp_path, "--rows", "softmax", "--steps", "3") == 2
+    assert "was measured with steps = 2, not 3" in capsys.readouterr().err
+
+
+def test_a_model_with_mediators_is_drawn_with_numbers_of_them(models, tmp_path, capsys):
+    assert run(models["mediator"], tmp_path, "--rows", "mediators-4", "by-time-1-4-16", "by-change-4-9-16") == 0
+    four, by_time, _ = results(tmp_path)["rows"]
+    assert four["attention_gflop"] is None and four["gflop"] != by_time["gflop"]
+    assert run(models["mediator"], tmp_path, "--plan", f"mine={tmp_path / 'plan.json'}") == 2
+    assert "takes no plan" in capsys.readouterr().err
+
+
+def test_a_method_that_changes_nothing_is_left_out_with_the_reason(models, tmp_path, capsys):
+    sampler = quality.load_sampler(quality.parse_arguments(["--model", str(models["softmax"]), "--steps", "2"]))
+    options = quality.parse_arguments(["--model", str(models["softmax"]), "--rounds", "1"])
+    exact = quality_rows.Row("softmax")
+    nothing = quality_rows.Row("nothing", Plan((Stage(1.0, {"no.such.layer": AgentAttention(num_agents=4)}),)))
+    found = quality_cost.costs(sampler, [exact, nothing], options, exact)
+    assert list(found) == ["softmax"] and "nothing is left out: the patterns" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "give --model, or --table"),
+        (["--model", "m", "--plan", "plan.json"], "is not NAME=FILE"),
+        (["--model", "m", "--pictures", "1"], "at least 2"),
+    ],
+)
+def test_wrong_arguments(argv, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        quality.parse_arguments(argv)
+    assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_unknown_rows_and_damaged_results(models, tmp_path, capsys):
+    assert run(models["softmax"], tmp_path, "--rows", "agents-99") == 2
+    assert "there is no row 'agents-99'" in capsys.readouterr().err
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "tiny.json").write_text("{")
+    assert run(models["softmax"], tmp_path) == 2
+    assert "cannot be read as results" in capsys.readouterr().err
+    with pytest.raises(quality_table.UserError, match="cannot be read"):
+        quality_table.read(tmp_path / "results" / "tiny.json")

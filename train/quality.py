@@ -1,0 +1,291 @@
+"""What each attention method costs in quality: the same pictures by each, their distance to the data, time and FLOPs.
+
+    python -m train.quality --model attngen/assets/emoji --pictures 1024 --name sit
+    python -m train.quality --model runs/mine/pipeline --plan calibrated=plan.json --name mine
+    python -m train.quality --table
+
+The first row is what the others are compared with. Every row draws the same pictures, each from a seed of its own, with
+`train.sample`; a set that is there is not drawn again, so a run that was stopped goes on. Models of the emoji are
+measured by FD-emoji, any other against --reference by FID (see `train.fid`). The results are JSON, and --table makes
+docs/quality.md and its plots of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines import cli
+
+if TYPE_CHECKING:
+    from train.quality_rows import Row
+
+PROGRAM = "train.quality"
+RESULTS = Path("docs/quality")
+EXAMPLES = """
+examples:
+  python -m train.quality --model attngen/assets/emoji --name sit --pictures 10000
+  python -m train.quality --model stable-diffusion-v1-5/stable-diffusion-v1-5 --name sd15 --pictures 2000 --seeds 1 \\
+      --steps 50 --height 512 --width 512 --class-names imagenet.txt --reference imagenet-512/ --scheduler PNDMScheduler
+"""
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = cli.Parser(PROGRAM, "Measure what each attention method costs in quality.", EXAMPLES)
+    add = parser.add_argument
+    add("--table", action="store_true", help="write docs/quality.md and its plots from the results, and stop")
+    add("--results", type=Path, default=RESULTS, help=f"folder of the results (default {RESULTS})")
+    add("--page", type=Path, default=Path("docs/quality.md"), help="what --table writes (default docs/quality.md)")
+    add("--model", help="pipeline folder, training run or hub id")
+    add("--name", help="of the results, NAME.json (default: the model's)")
+    add("--out", type=Path, default=Path("runs/quality"), help="folder of the pictures (default runs/quality)")
+    add("--rows", nargs="+", metavar="ROW", help="only these rows; the first is what the others are compared with")
+    add("--plan", action="append", default=[], type=_named_plan, metavar="NAME=FILE", help="a further row: a plan file")
+    add("--pictures", type=cli.whole_number(2), default=1024, help="of each set (default 1024)")
+    add("--seeds", type=cli.whole_number(1), default=3, help="sets a row, of different noise (default 3)")
+    add("--steps", type=cli.whole_number(1), default=25, help="sampling steps (default 25)")
+    add("--guidance-scale", type=cli.scale_number, help="(default: none for classes, else the model's own)")
+    add("--scheduler", metavar="CLASS", help="a scheduler of diffusers (default: the model's)")
+    add("--height", type=cli.whole_number(1), help="in pixels (default: as the model was trained)")
+    add("--width", type=cli.whole_number(1), help="in pixels (default: as the model was trained)")
+    add("--class-names", type=Path, metavar="FILE", help="for a model of texts: a class a line")
+    add("--reference", type=Path, help="for other models than those of the emoji: pictures or statistics")
+    add("--inception-weights", type=Path, metavar="FILE", help="for --reference where there is no network")
+    add("--rounds", type=cli.whole_number(1), default=5, help="of the timing (default 5)")
+    add("--device", help="cpu, cuda, cuda:1 … (default: a GPU where there is one)")
+    options = parser.parse_args(argv)
+    if not options.table and not options.model:
+        parser.error("give --model, or --table")
+    return options
+
+
+def _named_plan(text: str) -> tuple[str, Path]:
+    name, _, file = text.partition("=")
+    if not name or not file:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE")
+    return name, Path(file)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_arguments(argv)
+    if options.table:
+        from train.quality_table import write_page
+
+        return cli.run(PROGRAM, lambda: write_page(options.results, options.page))
+    return cli.run(PROGRAM, lambda: measure(options))
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Draw and measure every row that is not in the results yet.
+
+    Raises:
+        UserError: for options that cannot be used.
+    """
+    from tqdm import tqdm
+
+    from pipelines.images import write_file
+    from train.quality_cost import costs
+    from train.quality_rows import rows_of
+
+    sampler = load_sampler(options)
+    try:
+        rows = choose_rows(rows_of(sampler.pipe, options.plan), options.rows)
+    except (ValueError, OSError) as error:
+        raise cli.UserError(str(error)) from error
+    name = options.name or Path(options.model).name.lower()
+    path = options.results / f"{name}.json"
+    settings = describe(options, sampler)
+    done = read_results(path, settings)
+    missing = [row for row in rows if row.name not in done]
+    cost = costs(sampler, missing, options, baseline=rows[0]) if missing else {}
+    for row in tqdm(missing, desc="rows", disable=None):
+        if row.name not in cost:
+            continue  # the method changes nothing here, as was said
+        sets = [measure_set(options, sampler, row, name, seed) for seed in range(options.seeds)]
+        done[row.name] = {"row": row.name, "kind": row.kind, **_means(sets), **cost[row.name]}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ordered = [done[row.name] for row in rows if row.name in done]
+        others = [record for key, record in done.items() if key not in {row.name for row in rows}]
+        write_file(path, json.dumps({**settings, "rows": [*ordered, *others]}, indent=1).encode())
+    for record in done.values():
+        print(f"{record['row']}: {record['metric']} {record['mean']:.3f} ± {record['spread']:.3f}")
+
+
+def choose_rows(rows: Sequence[Row], wanted: Sequence[str] | None) -> list[Row]:
+    """The rows of these names, in the order given.
+
+    Raises:
+        ValueError: for a name that is none.
+    """
+    by_name = {row.name: row for row in rows}
+    for name in wanted or ():
+        if name not in by_name:
+            raise ValueError(f"there is no row {name!r} for this model; known: {', '.join(by_name)}")
+    return [by_name[name] for name in wanted] if wanted else list(rows)
+
+
+def sample_arguments(options: argparse.Namespace) -> list[str]:
+    """What all sets have in common, as arguments of `train.sample`."""
+    given: dict[str, Any] = {
+        "--model": options.model,
+        "--num": options.pictures,
+        "--steps": options.steps,
+        "--guidance-scale": options.guidance_scale,
+        "--scheduler": options.scheduler,
+        "--height": options.height,
+        "--width": options.width,
+        "--class-names": options.class_names,
+        "--device": options.device,
+        "--labels": None if options.class_names else "data" if options.reference is None else "balanced",
+    }
+    return [str(part) for flag, value in given.items() if value is not None for part in (flag, value)]
+
+
+def load_sampler(options: argparse.Namespace) -> Any:
+    """The model as `train.sample` draws with it, its attention unchanged."""
+    from train.sample import parse_arguments as parse_sampling
+    from train.sample_model import Sampler
+
+    parsed = parse_sampling([*sample_arguments(options), "--out", str(options.out)])
+    sampler = Sampler(parsed, cli.prepare_device(argparse.Namespace(device=options.device, threads=1)))
+    if options.reference is None and not sampler.draws_classes:
+        raise cli.UserError(f"{sampler.name} draws texts, which FD-emoji cannot measure; give --reference")
+    return sampler
+
+
+def describe(options: argparse.Namespace, sampler: Any) -> dict[str, Any]:
+    """What decides the numbers: JSON values."""
+    import torch
+
+    from pipelines.images import versions
+
+    return {
+        "program": PROGRAM,
+        "model": sampler.name,
+        "model_hash": sampler.hash,
+        "pipeline": type(sampler.pipe).__name__,
+        "classes": list(sampler.id2label.values()),
+        "pictures": options.pictures,
+        "seeds": options.seeds,
+        "steps": options.steps,
+        "guidance_scale": options.guidance_scale,
+        "scheduler": type(sampler.pipe.scheduler).__name__,
+        "reference": None if options.reference is None else options.reference.name,
+        "device": torch.cuda.get_device_name() if sampler.pipe.device.type == "cuda" else "cpu",
+        "versions": versions(),
+        "command": command(options),
+    }
+
+
+def command(options: argparse.Namespace) -> str:
+    """The command that gives these results, without folders of this machine."""
+    given = {
+        "--model": cli.public_name(options.model),
+        "--name": options.name,
+        "--pictures": options.pictures,
+        "--seeds": options.seeds,
+        "--steps": options.steps,
+        "--guidance-scale": options.guidance_scale,
+        "--scheduler": options.scheduler,
+        "--height": options.height,
+        "--width": options.width,
+    }
+    parts = [f"{flag} {value}" for flag, value in given.items() if value is not None]
+    parts += [f"--plan {name}={path.name}" for name, path in options.plan]
+    return " ".join(["python -m train.quality", *parts])
+
+
+def read_results(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rows that are measured already, by name.
+
+    Raises:
+        UserError: if the file cannot be read or holds results of another measurement.
+    """
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        rows = {record["row"]: record for record in found["rows"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise cli.UserError(f"{path} cannot be read as results of this program: {error!r}") from error
+    for name, value in settings.items():
+        if name not in ("command", "versions", "device") and found.get(name) != value:
+            raise cli.UserError(
+                f"{path} was measured with {name} = {found.get(name)!r}, not {value!r}; choose another --name"
+            )
+    return rows
+
+
+def measure_set(options: argparse.Namespace, sampler: Any, row: Row, name: str, seed: int) -> dict[str, Any]:
+    """Draw one set where it is not there yet, and its distance.
+
+    Raises:
+        UserError: if drawing was stopped or failed.
+    """
+    from train import sample
+
+    folder = options.out / name / row.name / f"seed-{seed}"
+    argv = [*sample_arguments(options), "--seed", str(seed), "--out", str(folder)]
+    if row.plan is not None:
+        plan_file = folder.parent / "plan.json"
+        plan_file.parent.mkdir(parents=True, exist_ok=True)
+        row.plan.save(plan_file)
+        argv += ["--method", str(plan_file)]
+    if row.mediators is not None:
+        argv += ["--mediators", row.mediators]
+    done = sample.sample(sample.parse_arguments(argv))
+    if done["missing"]:
+        raise cli.UserError(f"{folder} lacks {done['missing']} pictures; the same command goes on")
+    if options.reference is not None:
+        return fid_of(folder, options)
+    return fd_of(folder, list(sampler.id2label.values()))
+
+
+def fd_of(folder: Path, classes: Sequence[str]) -> dict[str, Any]:
+    """FD-emoji of a set in the data's frequencies."""
+    import warnings
+
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from train.frechet import fd_emoji
+
+    pictures = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("pictures/**/*.png"))]
+    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*pictures are fewer than")  # the table names the number and floor
+        found = fd_emoji(stacked, classes)
+    return {"metric": found["name"], "value": found["value"], "floor": found["floor"]}
+
+
+def fid_of(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """FID of a set against the reference, as `train.fid` measures it."""
+    from train.fid import measure as measure_fid
+    from train.fid import parse_arguments as parse_fid
+
+    argv = [str(folder), str(options.reference), "--metrics", "fid", "--extractor", "inception"]
+    if options.inception_weights is not None:
+        argv += ["--inception-weights", str(options.inception_weights)]
+    found = measure_fid(parse_fid(argv))
+    return {"metric": "FID", "value": found["metrics"]["FID"], "floor": None}
+
+
+def _means(sets: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    values = [found["value"] for found in sets]
+    return {
+        "metric": sets[0]["metric"],
+        "values": [round(value, 5) for value in values],
+        "mean": statistics.fmean(values),
+        "spread": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "floor": sets[0]["floor"],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
