@@ -290,6 +290,24 @@ def test_two_processes_equal_one(tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
+@pytest.mark.slow
+def test_two_sharded_processes_stopped_and_resumed_equal_one(tmp_path):
+    """FSDP2 over gloo, see `sharded_sit`; one process goes on from the sharded run's checkpoint."""
+    common = ["--preset", "emoji-tiny", "--sample-every", "0", "--steps", "3", "--trackers", "none", "--cpu"]
+    common += ["--optimizer", "adamw", "--sample-steps", "1"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29714"]
+    paths = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*launcher, str(Path(__file__).with_name("sharded_sit.py")), *common, "--out", str(tmp_path / "two")]
+    for more in (["--max-minutes", "0"], ["--resume"]):
+        subprocess.run([*command, *more], cwd=ROOT, check=True, env={**os.environ, **paths}, timeout=300)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert sit.main([*common, "--out", str(tmp_path / "one")]) == 0
+    for name, value in weights(tmp_path / "one")["model"].items():
+        torch.testing.assert_close(weights(tmp_path / "two")["model"][name], value, atol=2e-3, rtol=0)
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").open()] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
 @pytest.mark.parametrize(
     "options",
     [
