@@ -265,15 +265,22 @@ def fd_of(folder: Path, classes: Sequence[str]) -> dict[str, Any]:
 
 
 def fid_of(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """FID of a set against the reference, as `train.fid` measures it."""
-    from train.fid import measure as measure_fid
-    from train.fid import parse_arguments as parse_fid
+    """FID of a set against the reference, whose pictures are cropped to the same size."""
+    from train import fid
 
-    argv = [str(folder), str(options.reference), "--metrics", "fid", "--extractor", "inception"]
+    argv = [str(folder), str(options.reference), "--metrics", "fid"]
+    if options.height is not None and options.height == options.width:
+        argv += ["--image-size", str(options.height)]
     if options.inception_weights is not None:
         argv += ["--inception-weights", str(options.inception_weights)]
-    found = measure_fid(parse_fid(argv))
-    return {"metric": "FID", "value": found["metrics"]["FID"], "floor": None}
+    if options.device is not None:
+        argv += ["--device", options.device]
+    try:
+        found = fid.fid(fid.parse_arguments(argv))
+    except (ValueError, ImportError) as error:
+        raise cli.UserError(str(error)) from error
+    ((metric, value),) = found["values"].items()
+    return {"metric": metric, "value": value, "floor": None}
 
 
 def _means(sets: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -101,6 +101,24 @@ def test_a_method_that_changes_nothing_is_left_out_with_the_reason(models, tmp_p
     assert list(found) == ["softmax"] and "nothing is left out: the patterns" in capsys.readouterr().err
 
 
+def test_other_models_are_measured_by_fid_against_a_reference(models, tmp_path, monkeypatch):
+    """The way to FID: what is measured against what; the numbers themselves are tested with train.fid."""
+    from train import fid
+
+    asked = []
+
+    def measured(options):
+        asked.append(options)
+        return {"values": {"FID": 12.5}}
+
+    monkeypatch.setattr(fid, "fid", measured)
+    assert run(models["softmax"], tmp_path, "--rows", "softmax", "--reference", str(tmp_path / "photos")) == 0
+    (row,) = results(tmp_path)["rows"]
+    assert row["metric"] == "FID" and row["values"] == [12.5, 12.5] and row["floor"] is None
+    assert [options.metrics for options in asked] == [("fid",)] * 2
+    assert asked[0].reference == str(tmp_path / "photos") and asked[0].generated.endswith("tiny/softmax/seed-0")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
