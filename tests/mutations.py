@@ -46,7 +46,6 @@ _MERGING = (f"{_FUNCTIONAL}test_golden_agentsd_merge", f"{_FUNCTIONAL}test_match
 _APPLY = (f"{_PATCH}test_apply_and_remove",)
 _SWITCH = (f"{_PATCH}test_applying_again_and_switching_methods",)
 _UNET = ("tests/hosts/test_unet.py",)
-_TRANSFORMERS = ("tests/hosts/test_transformers.py",)
 _GOLDEN_SIT = ("tests/models/test_sit.py::test_golden_models",)
 _SAMPLING = ("tests/schedulers/test_interpolant.py::test_sampling_equals_the_reference",)
 _GUIDANCE = ("tests/models/test_sit_pipeline.py::test_guidance_of_all_channels_is_the_formula",)
@@ -185,46 +184,67 @@ MUTATIONS = {
         _SINGLE,
         "encoder_hidden_states is None and attention_mask is None and hidden_states.ndim == 3",
         "encoder_hidden_states is None and hidden_states.ndim == 3",
-        (*_UNET, *_TRANSFORMERS),
+        (f"{_PROMISE}test_patching.py::test_a_mask_of_attention_is_obeyed_in_a_call_of_the_model",),
+    ),
+    "the norm before a layer is forgotten": Mutation(
+        _SINGLE,
+        "hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)\n",
+        "pass\n",
+        (f"{_PROMISE}test_patching.py::test_what_a_layer_does_around_its_attention_stays",),
     ),
     "the residual is forgotten": Mutation(
-        _SINGLE, "hidden_states = hidden_states + residual\n", "pass\n", (*_UNET, *_TRANSFORMERS)
+        _SINGLE,
+        "hidden_states = hidden_states + residual\n",
+        "pass\n",
+        (f"{_PROMISE}test_patching.py::test_what_a_layer_does_around_its_attention_stays",),
     ),
     "the scale of the output is forgotten": Mutation(
         _SINGLE,
         'return hidden_states / getattr(attn, "rescale_output_factor", 1.0)',
         "return hidden_states",
-        (*_UNET, *_TRANSFORMERS),
+        (f"{_PROMISE}test_patching.py::test_what_a_layer_does_around_its_attention_stays",),
     ),
     "similarity of the wrong tokens": Mutation(
-        _SINGLE, "metric = hidden_states if info.metric is None else info.metric", "metric = hidden_states", _UNET
+        _SINGLE,
+        "metric = hidden_states if info.metric is None else info.metric",
+        "metric = hidden_states",
+        ("tests/hosts/test_unet.py::test_tome_gives_the_numbers_of_tomesd",),
     ),
     "the norm of the keys is forgotten": Mutation(
-        _JOINT, 'to_heads(attn, key, "norm_k")', "split_heads(key, attn.heads)", _TRANSFORMERS
+        _JOINT,
+        'to_heads(attn, key, "norm_k")',
+        "split_heads(key, attn.heads)",
+        ("tests/hosts/test_transformers.py::test_sd3_layers_by_definition",),
     ),
     "text queries see the image alone": Mutation(
         _JOINT,
         "keys, values = with_context(image[1], image[2], context)",
         "keys, values = image[1], image[2]",
-        _TRANSFORMERS,
+        ("tests/hosts/test_transformers.py::test_text_queries_stay_exact",),
     ),
     "agents are not rotated": Mutation(
-        _JOINT, "agents = None if agents is None else rotate(agents, agent_positions)", "pass", _TRANSFORMERS
+        _JOINT,
+        "agents = None if agents is None else rotate(agents, agent_positions)",
+        "pass",
+        ("tests/hosts/test_transformers.py::test_flux_layers_by_definition",),
     ),
     "rotation the other way": Mutation(
-        _FLUX, "torch.stack([-imaginary, real], dim=-1)", "torch.stack([imaginary, -real], dim=-1)", _TRANSFORMERS
+        _FLUX,
+        "torch.stack([-imaginary, real], dim=-1)",
+        "torch.stack([imaginary, -real], dim=-1)",
+        ("tests/hosts/test_transformers.py::test_flux_layers_by_definition",),
     ),
     "text and image change places": Mutation(
         _FLUX,
         "return torch.cat([mixed_text, restored], dim=1)",
         "return torch.cat([restored, mixed_text], dim=1)",
-        _TRANSFORMERS,
+        ("tests/hosts/test_transformers.py::test_flux_layers_by_definition",),
     ),
     "height and width change places": Mutation(
         "attngen/hosts/families.py",
         "return int(height) // side, int(width) // side",
         "return int(width) // side, int(height) // side",
-        _TRANSFORMERS,
+        ("tests/hosts/test_transformers.py::test_every_layer_gets_the_grid",),
     ),
     "the clock runs backwards": Mutation(
         "attngen/hosts/families.py",

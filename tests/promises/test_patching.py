@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import diffusers
 import pytest
 import torch
 
+import attngen
+from attngen.step import StepInfo
+from tests.hosts.models import fresh, normal, self_attention
 from tests.promises.matrix import ACTIONS, Case
 from tests.promises.pipelines import KINDS, METHODS
 
@@ -44,6 +48,34 @@ def test_a_share_of_the_matrix(kind, method, action, tmp_path):
 def test_the_whole_matrix(kind, action, tmp_path):
     for method in METHODS if action != "compiled_before_and_after" else COMPILED:
         ACTIONS[action](Case(kind, method, tmp_path / method))
+
+
+def test_what_a_layer_does_around_its_attention_stays():
+    """Norm, residual and scale of the output, where our processor runs for the sake of an attention backend."""
+    model = fresh("sd15")
+    layer = next(iter(self_attention(model).values()))
+    width = layer.to_q.in_features
+    layer.group_norm = torch.nn.GroupNorm(2, width)
+    layer.group_norm.weight.copy_(normal(width, seed=1))
+    layer.residual_connection, layer.rescale_output_factor = True, 2.0
+    x = normal(2, 256, width)
+    stock = layer(x)
+    attngen.apply(model, METHODS["agents"])
+    with diffusers.attention_backend("_native_math"):
+        got = layer(x)
+    assert (got - stock).abs().max() <= 1e-5
+
+
+def test_a_mask_of_attention_is_obeyed_in_a_call_of_the_model():
+    """No method knows masks, so a layer that is given one is exact, although its method could run."""
+    model = fresh("sd15")
+    layer = next(iter(self_attention(model).values()))
+    x, mask = normal(2, 256, layer.to_q.in_features), 3 * normal(2, 256, 256, seed=1)
+    stock, unmasked = layer(x, attention_mask=mask), layer(x)
+    attngen.apply(model, METHODS["agents"])
+    info = StepInfo("0", (16, 16))
+    assert not torch.equal(layer(x, attngen=info), unmasked)
+    assert torch.equal(layer(x, attention_mask=mask, attngen=info), stock)
 
 
 def test_the_share_reaches_every_class_method_and_action():
