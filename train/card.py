@@ -194,7 +194,7 @@ def _unet(facts: dict[str, Any]) -> dict[str, str]:
         "matrices": "attention blocks' matrices",
         "logged": f"{facts['loss_window']} lines of the log",
         "can": """\
-It was trained for less than an hour, so that attention can be swapped in a network that draws something: faces are round and
+It was trained for about an hour on a shared core, so that attention can be swapped in a network that draws: faces are round and
 yellow with marks for eyes and mouth, hearts are hearts, clocks are discs, flags are waving and of no country. Fine detail is
 missing. Guidance of about 2 helps.
 
