@@ -41,7 +41,9 @@ def test_nothing_that_runs_or_unpickles_data(path):
         assert name not in ("eval", "exec", "compile", "pickle.load", "pickle.loads", "yaml.load", "os.system"), name
         if name == "torch.load":
             assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
-        assert name != "torch.save" and not name.startswith(("pickle.", "marshal."))
+        assert not name.startswith(("pickle.", "marshal."))
+        # One call writes a file in memory, for torch-fidelity, which reads its weights from nothing else.
+        assert name != "torch.save" or name_of(path) == "train/fid_extractors.py"
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=name_of)
