@@ -64,7 +64,9 @@ def run(program: str, body: Callable[[], None]) -> int:
     except (FloatingPointError, OSError) as error:
         return _complain(program, str(error), EXIT_FAILURE)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "out of memory" not in str(error):
+        from pipelines.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise  # a fault of ours, which a traceback helps to find
         return _complain(program, "out of memory; draw smaller or fewer pictures", EXIT_FAILURE)
     return 0
@@ -114,9 +116,10 @@ def png_path(text: str) -> Path:
     return path
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that every picture-making program has."""
-    parser.add_argument("--images", type=whole_number(1), default=1, metavar="N", help="pictures of each (default 1)")
+def add_common_arguments(parser: argparse.ArgumentParser, images: int = 1) -> None:
+    """The arguments that every picture-making program has; `images` is the default number of pictures."""
+    about = f"pictures of each (default {images})"
+    parser.add_argument("--images", type=whole_number(1), default=images, metavar="N", help=about)
     parser.add_argument("--seed", type=whole_number(0), default=0, help="picture k has seed + k (default 0)")
     parser.add_argument("--height", type=whole_number(1), help="in pixels (default: as the model was trained)")
     parser.add_argument("--width", type=whole_number(1), help="in pixels (default: as the model was trained)")

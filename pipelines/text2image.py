@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "pipelines.text2image"
 UNCHANGED = "none"
+OFFLOADS = ("none", "model", "sequential")
 EXAMPLES = """
 examples:
   python -m pipelines.text2image "a lighthouse" --model stabilityai/stable-diffusion-xl-base-1.0 --dtype float16
@@ -37,18 +38,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(PROGRAM, "Draw pictures of texts with a diffusers model.", EXAMPLES)
     add = parser.add_argument
     add("prompts", nargs="+", metavar="PROMPT", help="what to draw")
-    add("--model", required=True, help="hub id, folder, or .safetensors file")
-    add("--config", help="for a single file: folder or hub id of a pipeline of its kind (default: from the hub)")
-    add("--revision", help="branch, tag or commit on the hub")
-    add("--variant", help="weights' variant, such as fp16")
-    add("--allow-pickle", action="store_true", help="read weights that are not safetensors")
+    add_model_arguments(parser)
     add("--negative-prompt", metavar="TEXT", help="what not to draw")
     add("--steps", type=cli.whole_number(1), help="sampling steps (default: the pipeline's)")
     add("--guidance-scale", type=cli.scale_number, metavar="S", help="(default: the pipeline's)")
     add("--method", default="agent", metavar="NAME", help="a name in attngen.METHODS, a plan file, or none")
     add("--compare", action="store_true", help="draw with unchanged attention too, and say how long each took")
     add("--report", action="store_true", help="print what became of each layer")
-    add("--offload", choices=["none", "model", "sequential"], default="none", help="keep idle parts in main memory")
     cli.add_common_arguments(parser)
     options = parser.parse_args(argv)
     if options.method == UNCHANGED and (options.compare or options.report):
@@ -56,6 +52,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if (options.height is None) != (options.width is None):
         parser.error("--height and --width go together: many pipelines ignore one alone")
     return options
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which text-to-image model, and where it lies."""
+    add = parser.add_argument
+    add("--model", required=True, help="hub id, folder, or .safetensors file")
+    add("--config", help="for a single file: folder or hub id of a pipeline of its kind (default: from the hub)")
+    add("--revision", help="branch, tag or commit on the hub")
+    add("--variant", help="weights' variant, such as fp16")
+    add("--allow-pickle", action="store_true", help="read weights that are not safetensors")
+    add("--offload", choices=OFFLOADS, default="none", help="keep idle parts in main memory")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,6 +139,13 @@ def load_pipeline(options: argparse.Namespace, device: torch.device) -> Any:
         OSError: if it cannot be loaded.
         UserError: if it does not draw texts, or `--offload` is not for this device.
     """
+    pipe = read_pipeline(options, device)
+    place(pipe, options.offload, device)
+    return pipe
+
+
+def read_pipeline(options: argparse.Namespace, device: torch.device) -> Any:
+    """The pipeline in main memory, in the format for the device. Raises as `load_pipeline`."""
     if options.offload != "none" and device.type == "cpu":
         raise cli.UserError("--offload needs a GPU to draw on; leave it out")
     dtype = cli.choose_dtype(options.dtype, device)
@@ -141,13 +155,17 @@ def load_pipeline(options: argparse.Namespace, device: torch.device) -> Any:
     if "prompt" not in inspect.signature(pipe.__call__).parameters:
         raise cli.UserError(f"{options.model} is a {type(pipe).__name__}, which does not draw texts")
     cli.show_progress(pipe)
-    if options.offload == "model":
+    return pipe
+
+
+def place(pipe: Any, offload: str, device: torch.device) -> None:
+    """Put a pipeline on its device, or have its parts come there when they are needed."""
+    if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
-    elif options.offload == "sequential":
+    elif offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
     else:
         pipe.to(device)
-    return pipe
 
 
 def _quieten_transformers() -> None:
