@@ -46,7 +46,7 @@ def enlarge(image: Image.Image, scale: int) -> Image.Image:
 
 def grid(
     rows: Sequence[Sequence[Image.Image]],
-    row_labels: Sequence[str] = (),
+    row_labels: Sequence[str | Sequence[str]] = (),
     groups: Sequence[tuple[str, int]] = (),
     scale: int = 1,
 ) -> Image.Image:
@@ -54,7 +54,7 @@ def grid(
 
     Args:
         rows: pictures; rows may differ in length.
-        row_labels: a text left of each row, or none.
+        row_labels: a text left of each row, or several lines; or none.
         groups: (text, number of columns) from left to right: the text stands above its columns, with a wider gap
             between groups. None for no texts.
         scale: how many times to enlarge each picture.
@@ -75,8 +75,9 @@ def grid(
     height = max(image.height for row in pictures for image in row)
     font_size = max(10, min(24, height // 6))
     font = ImageFont.load_default(size=font_size)
-    labels = [_shorten(text, font, max(3 * width, 240)) for text in row_labels]
-    left = max((_text_width(text, font) for text in labels), default=0)
+    most = max(3 * width, 240)
+    labels = [[_shorten(line, font, most) for line in ([x] if isinstance(x, str) else x)] for x in row_labels]
+    left = max((_text_width(line, font) for lines in labels for line in lines), default=0)
     left += 2 * PADDING if labels else GAP
     top = font_size + 2 * PADDING if groups else GAP
 
@@ -94,7 +95,8 @@ def grid(
     for i, row in enumerate(pictures):
         y = top + i * (height + GAP)
         if labels:
-            draw.text((left - PADDING, y + height / 2), labels[i], INK, font, anchor="rm")
+            spot = left - PADDING, y + height / 2
+            draw.multiline_text(spot, "\n".join(labels[i]), INK, font, anchor="rm", align="right")
         for x, image in zip(xs, row, strict=False):
             sheet.paste(image.convert("RGB"), (x, y))
     return sheet
@@ -118,6 +120,7 @@ def _shorten(text: str, font: Any, width: float) -> str:
     text = " ".join(text.split())
     if _text_width(text, font) <= width:
         return text
+    text = text[: int(width)]  # no letter is narrower than a pixel
     while text and _text_width(text + "…", font) > width:
         text = text[:-1]
     return text.rstrip() + "…"

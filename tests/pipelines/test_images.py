@@ -86,6 +86,18 @@ def test_a_long_label_is_cut():
     assert sheet.width < 320
 
 
+def test_a_label_of_several_lines_stands_under_each_other():
+    one = grid([[square("#ffdddd", 64)]], row_labels=[["fox"]])
+    two = grid([[square("#ffdddd", 64)]], row_labels=[["fox", "1.2 s"]])
+    assert one.tobytes() == grid([[square("#ffdddd", 64)]], row_labels=["fox"]).tobytes()
+    assert dark(two)[3] - dark(two)[1] > 1.5 * (dark(one)[3] - dark(one)[1]) and two.height == one.height
+
+
+def dark(image):
+    """Bounding box of what is printed."""
+    return image.convert("L").point(lambda value: 255 if value < 60 else 0).getbbox()
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
