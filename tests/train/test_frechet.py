@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from train import frechet
+from train import frechet, rank_extractor
 from train.emoji import EmojiDataset
 from train.features import FeatureExtractor, default_extractor, register_with_torch_fidelity
 from train.frechet import (
@@ -475,6 +475,7 @@ def wrong_mix(data: EmojiDataset, strength: float) -> torch.Tensor:
         (blurred, (1, 2, 4, 8), 5.0),
         (upside_down, (0.1, 0.25, 0.5, 1.0), 1.0),
         (wrong_mix, (0.2, 0.4, 0.7, 1.0), 10.0),
+        (rank_extractor.of_wrong_classes, (0.1, 0.25, 0.5, 1.0), 5.0),
     ],
 )
 def test_damage_raises_both_distances_with_its_strength(data, reference, damage, strengths, least):
@@ -547,3 +548,21 @@ def test_without_torch_fidelity_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(ImportError, match="pip install torch-fidelity"):
         register_with_torch_fidelity()
+
+
+def test_steps_of_a_run_are_ranked_by_its_log(tmp_path, monkeypatch, capsys):
+    """Lines of other things are passed over; a distance that rises is told by the exit code."""
+    monkeypatch.setattr(rank_extractor, "rank_damage", lambda: {"noise": {"0": 0.0, "8": 1.0}})
+    log = tmp_path / "log.jsonl"
+    log.write_text(
+        '{"step": 1, "FD-emoji[x]": 9.0, "floor": 0.1}\n{"step": 2, "loss": 1}\n{"step": 3, "FD-emoji[x]": 4.0}'
+    )
+    assert rank_extractor.rank_steps(tmp_path) == {"FD-emoji[x]": {"1": 9.0, "3": 4.0}}
+    assert rank_extractor.main(["--run", str(tmp_path), "--json", str(tmp_path / "r.json")]) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["noise"] == {"0": 0.0, "8": 1.0}
+    log.write_text(log.read_text() + '\n{"step": 5, "FD-emoji[x]": 6.0}')
+    assert rank_extractor.main(["--run", str(tmp_path)]) == 1
+    assert "does not fall throughout" in capsys.readouterr().out
+    log.write_text('{"step": 1, "FD-emoji[x]": 9.0}')
+    assert rank_extractor.main(["--run", str(tmp_path)]) == 2
+    assert "fewer than two distances" in capsys.readouterr().err
