@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint import write_file, write_json
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.card", description=(__doc__ or "").splitlines()[0])
@@ -23,6 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--commands", nargs="+", required=True, help="the commands that made the run, in order")
     parser.add_argument("--pictures", type=int, default=130, help="pictures drawn to look for copies")
     options = parser.parse_args(argv)
+
+    from train.checkpoint import write_file, write_json  # after --help has been answered
+
     facts = {**training_facts(options.run), **copying_facts(options.pipeline, options.run, options.pictures)}
     facts["commands"] = options.commands
     write_json(options.pipeline / "training.json", facts)
