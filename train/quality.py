@@ -133,7 +133,7 @@ def sample_arguments(options: argparse.Namespace) -> list[str]:
     """What all sets have in common, as arguments of `train.sample`."""
     given: dict[str, Any] = {
         "--model": options.model,
-        "--num": options.pictures,
+        "--num-pictures": options.pictures,
         "--steps": options.steps,
         "--guidance-scale": options.guidance_scale,
         "--scheduler": options.scheduler,
