@@ -69,6 +69,8 @@ class Plan:
         max_levels: only layers at the model's finest attention resolutions take part, this many of them; None for all.
             1 is what token-merging tools call a maximal downsampling of 1, but counted from the finest level that has
             attention, so it also means something for SDXL.
+        measurements: what `attngen.calibrate` found the plan by, an `attngen.calibration.Measurements`; None for a plan
+            that was written or read. No part of what the plan is.
 
     Raises:
         ValueError: for stages that do not fall from 1, or sizes below 0 and 1.
@@ -77,6 +79,7 @@ class Plan:
     stages: tuple[Stage, ...]
     min_tokens: int = 0
     max_levels: int | None = None
+    measurements: Any = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.stages, (tuple, list)):
@@ -151,8 +154,13 @@ class Plan:
         return cls.from_dict(data)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON; an older file of that name stays whole until the new one is."""
+        """Write the plan as JSON; an older file of that name stays whole until the new one is.
+
+        Measurements go into a second file, "plan.measurements.json" beside "plan.json".
+        """
         write_file(Path(path), (self.to_json() + "\n").encode())
+        if self.measurements is not None:
+            self.measurements.save(Path(path).with_suffix(".measurements.json"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

@@ -71,4 +71,5 @@ def absorbed_attention(attn: Any, hidden_states: Tensor, method: AttentionMethod
         scale=scales.scale,
         broadcast_scale=scales.broadcast_scale,
         shortcut=scales.shortcut,
+        gain=scales.gain,
     )

@@ -52,6 +52,7 @@ def absorbed_agent_attention(
     aggregation_bias: Tensor | None = None,
     broadcast_bias: Tensor | None = None,
     shortcut: float = 0.0,
+    gain: float = 1.0,
     value_branch: Callable[[Tensor], Tensor] | None = None,
     input_branch: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
@@ -59,7 +60,7 @@ def absorbed_agent_attention(
 
     With Q = X W_qᵀ + b_q, K and V alike, and P = agents W_qᵀ + b_q, by head:
 
-        O = softmax(Q Pᵀ · s₂ + B₂) · softmax(P Kᵀ · s₁ + B₁) · V + shortcut · V + value_branch(V)
+        O = gain · softmax(Q Pᵀ · s₂ + B₂) · softmax(P Kᵀ · s₁ + B₁) · V + shortcut · V + value_branch(V)
         result = O W_oᵀ + b_o + input_branch(X) (W_o W_v)ᵀ
 
     Equations 3 to 6 of arXiv 2312.08874 and 4 to 6 of arXiv 2408.05710 (whose agents are pooled queries: pooled `x` has
@@ -82,6 +83,7 @@ def absorbed_agent_attention(
         aggregation_bias: B₁, broadcastable to (B, H, M, N).
         broadcast_bias: B₂, broadcastable to (B, H, N, M).
         shortcut: share of the values added to the output.
+        gain: factor of what comes through the agents.
         value_branch: maps the values (B, N, H · E) to what is added to O. Values and output are then projected for all
             tokens; queries and keys are not.
         input_branch: maps `x` to (B, N, C), which passes W_v (without b_v, so that zero adds nothing) and W_o. With a
@@ -134,6 +136,7 @@ def absorbed_agent_attention(
             aggregation_bias=aggregation_bias,
             broadcast_bias=None if broadcast_bias is None else broadcast_bias.transpose(-1, -2),
             constant_share=shortcut if values is None else 0.0,
+            gain=gain,
         )
         output = _WeighRows.apply(weights, rows, constant, num_heads)
         output = output if projected is None else projected + output
@@ -321,6 +324,7 @@ def _mix(
     aggregation_bias: Tensor | None,
     broadcast_bias: Tensor | None,
     constant_share: float,
+    gain: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Tokens' weights W₂ᵀ (B, H · M, N), the rows A W_oᵀ (B, H · M, C') they weigh, and what every token gets.
 
@@ -351,6 +355,8 @@ def _mix(
         if constant_share != 0:
             shared = constant_share * (out.weight.to(wide) @ value_bias)
             constant = shared if constant is None else constant + shared
+    if gain != 1:
+        gathered = gathered * gain
     rows = _by_picture(_wide_bmm(gathered, out_weight), batch).flatten(1, 2)
     return weights, rows, constant
 

@@ -136,13 +136,15 @@ def agent_attention(
     broadcast_bias: Tensor | None = None,
     shortcut: float = 0.0,
     convolution: Convolution | None = None,
+    gain: float = 1.0,
+    correction: str | None = None,
     kernel: str = AUTO,
 ) -> Tensor:
     """`reference.agent_attention` by the fastest path, or by `kernel` wherever that one runs."""
     biases = (aggregation_bias, broadcast_bias)
-    choice = choose_agent_kernel(query, key, value, agents, biases, kernel)
+    choice = choose_agent_kernel(query, key, value, agents, biases, kernel, correction)
     path = _AGENT_PATHS[choice.kernel]
-    return path(query, key, value, agents, scale, broadcast_scale, *biases, shortcut, convolution)
+    return path(query, key, value, agents, scale, broadcast_scale, *biases, shortcut, convolution, gain, correction)
 
 
 def choose_agent_kernel(
@@ -152,6 +154,7 @@ def choose_agent_kernel(
     agents: Tensor,
     biases: Sequence[Tensor | None] = (None, None),
     kernel: str = AUTO,
+    correction: str | None = None,
 ) -> Choice:
     """The path that `agent_attention` takes for these tensors."""
     tensors = [query, key, value, agents, *(bias for bias in biases if bias is not None)]
@@ -165,7 +168,7 @@ def choose_agent_kernel(
         _records(tensors),
         len(tensors) > 4,
     )
-    return choose_for_agents(problem, kernel, lambda: triton_agent.why_not(query, key, value, agents))
+    return choose_for_agents(problem, kernel, lambda: triton_agent.why_not(query, key, value, agents, correction))
 
 
 def choose_for_agents(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attngen.kernels.reference import Convolution, add_branches
+from attngen.kernels.reference import Convolution, add_branches, between
 
 
 def agent_attention(
@@ -19,6 +19,8 @@ def agent_attention(
     broadcast_bias: Tensor | None = None,
     shortcut: float = 0.0,
     convolution: Convolution | None = None,
+    gain: float = 1.0,
+    correction: str | None = None,
 ) -> Tensor:
     """`reference.agent_attention` with scores rounded to the dtype of the inputs, as the published code has it.
 
@@ -29,6 +31,7 @@ def agent_attention(
     if dtype == torch.float16:
         query, key, agents, value = query.float(), key.float(), agents.float(), value.float()
     aggregated = _softmax_attention(agents * scale, key, value, aggregation_bias)
+    aggregated = between(aggregated, agents, broadcast_scale, gain, correction)
     output = _softmax_attention(query, agents * broadcast_scale, aggregated, broadcast_bias)
     return add_branches(output, value, shortcut, convolution).to(dtype)
 

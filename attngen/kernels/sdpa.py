@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from attngen.kernels.reference import Convolution, add_branches
+from attngen.kernels.reference import Convolution, add_branches, between
 
 
 def agent_attention(
@@ -19,11 +19,14 @@ def agent_attention(
     broadcast_bias: Tensor | None = None,
     shortcut: float = 0.0,
     convolution: Convolution | None = None,
+    gain: float = 1.0,
+    correction: str | None = None,
 ) -> Tensor:
     """The same numbers as `reference.agent_attention`; neither softmax is stored. Shapes as in `attngen.functional`."""
     aggregated = F.scaled_dot_product_attention(
         agents, key, value, attn_mask=_mask(aggregation_bias, agents, key), scale=scale
     )
+    aggregated = between(aggregated, agents, broadcast_scale, gain, correction)
     output = F.scaled_dot_product_attention(
         query, agents, aggregated, attn_mask=_mask(broadcast_bias, query, agents), scale=broadcast_scale
     )

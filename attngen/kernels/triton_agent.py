@@ -21,8 +21,10 @@ MAX_HEAD_DIM = 256
 MAX_AGENTS = 256
 
 
-def why_not(query: Tensor, key: Tensor, value: Tensor, agents: Tensor) -> str | None:
+def why_not(query: Tensor, key: Tensor, value: Tensor, agents: Tensor, correction: str | None = None) -> str | None:
     """Why these tensors cannot take the kernels (device, dtype, a size), or None if they can. Shapes as below."""
+    if correction is not None:
+        return f"the kernels have no {correction} correction"
     reason = common.why_no_kernels((query, key, value, agents))
     if reason is not None:
         return reason
@@ -47,6 +49,8 @@ def agent_attention(
     broadcast_bias: Tensor | None = None,
     shortcut: float = 0.0,
     convolution: Convolution | None = None,
+    gain: float = 1.0,
+    correction: str | None = None,
 ) -> Tensor:
     """The same function as `reference.agent_attention`, with sums in float32. First derivatives only.
 
@@ -63,6 +67,8 @@ def agent_attention(
         broadcast_bias: broadcastable to (B, H, N, M).
         shortcut: share of the values added to the output; needs N = L if not zero.
         convolution: of the values, added to the output; needs N = L.
+        gain: factor of what comes through the agents.
+        correction: None; the kernels have none.
 
     Returns:
         (B, H, N, E), a view of a contiguous (B, N, H, E), so that joining the heads costs nothing.
@@ -71,13 +77,13 @@ def agent_attention(
         ValueError: where `why_not` has a reason, or a branch of the values does not fit the queries.
     """
     query, key, value, agents = _cast_like_autocast(query, key, value, agents)
-    _check(query, key, value, agents, shortcut, convolution)
+    _check(query, key, value, agents, shortcut, convolution, correction)
     biases = (aggregation_bias, broadcast_bias)
     weight, weight_bias, grid = convolution or (None, None, (0, 0))
     inputs = (query, key, value, agents, *biases, weight, weight_bias)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     output, _, _ = _forward(
-        query, key, value, agents, scale, broadcast_scale, *biases, shortcut, weight, weight_bias, *grid, keep
+        query, key, value, agents, scale, broadcast_scale, *biases, shortcut, weight, weight_bias, *grid, keep, gain
     )
     return output.transpose(1, 2)
 
@@ -91,9 +97,15 @@ def _cast_like_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _check(
-    query: Tensor, key: Tensor, value: Tensor, agents: Tensor, shortcut: float, convolution: Convolution | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    agents: Tensor,
+    shortcut: float,
+    convolution: Convolution | None,
+    correction: str | None,
 ) -> None:
-    reason = why_not(query, key, value, agents)
+    reason = why_not(query, key, value, agents, correction)
     if reason is not None:
         raise ValueError(f"the Triton kernels cannot run here: {reason}; use kernel='sdpa'")
     num_queries, num_values = query.shape[2], value.shape[2]
@@ -128,6 +140,7 @@ def _forward(
     height: int,
     width: int,
     keep: bool,
+    gain: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(B, N, H, E) and, where `keep`, what gradients need: aggregated values (B, H, M, E) and log-sums (B, H, M)."""
     from attngen.kernels import triton_agent_launch
@@ -147,6 +160,7 @@ def _forward(
             weight_bias,
             (height, width),
             keep,
+            gain,
         )
 
 
@@ -166,6 +180,7 @@ def _(
     height: int,
     width: int,
     keep: bool,
+    gain: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, num_queries, _ = query.shape
     aggregated = (batch, heads, agents.shape[2], value.shape[3]) if keep else (0,)
@@ -194,6 +209,7 @@ def _backward(
     needs_aggregation: bool,
     needs_aggregation_bias: bool,
     needs_broadcast_bias: bool,
+    gain: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value (heads after tokens), agents and both biases; empty where not needed.
 
@@ -218,6 +234,7 @@ def _backward(
             weight,
             (height, width),
             (needs_aggregation, needs_aggregation_bias, needs_broadcast_bias),
+            gain,
         )
 
 
@@ -241,6 +258,7 @@ def _(
     needs_aggregation: bool,
     needs_aggregation_bias: bool,
     needs_broadcast_bias: bool,
+    gain: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def heads_last(tensor: Tensor, needed: bool) -> Tensor:
         batch, heads, tokens, width = tensor.shape
@@ -267,8 +285,8 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     query, key, value, agents, *scales, aggregation_bias, broadcast_bias, shortcut, weight, weight_bias = inputs[:11]
-    height, width, keep = inputs[11:]
-    ctx.scales, ctx.shortcut, ctx.grid, ctx.keep = scales, shortcut, (height, width), keep
+    height, width, keep, gain = inputs[11:]
+    ctx.scales, ctx.shortcut, ctx.grid, ctx.keep, ctx.gain = scales, shortcut, (height, width), keep, gain
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         query, key, value, agents, *output[1:], aggregation_bias, broadcast_bias, weight, weight_bias
@@ -277,7 +295,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 14
+        return (None,) * 15
     if not ctx.keep:
         raise RuntimeError("attngen::agent_attention was called with keep=False, which has no gradient")
     *tensors, aggregation_bias, broadcast_bias, weight, weight_bias = ctx.saved_tensors
@@ -294,6 +312,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Te
         any(needs[1:4]) or needs[6],
         needs[6],
         needs[7],
+        ctx.gain,
     )
     query, key, value = (x.transpose(1, 2) if need else None for x, need in zip(gradients[:3], needs[:3], strict=True))
     agents = gradients[3] if needs[3] else None
@@ -301,7 +320,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Te
     second_bias = gradients[5].transpose(2, 3).reshape(broadcast_bias.shape) if needs[7] else None
     filters, offsets = _convolution_gradients(grad, tensors[2], weight, weight_bias, ctx.grid, (needs[9], needs[10]))
     scales = (None, None)
-    return (query, key, value, agents, *scales, first_bias, second_bias, None, filters, offsets, None, None, None)
+    return (query, key, value, agents, *scales, first_bias, second_bias, None, filters, offsets, *(None,) * 4)
 
 
 def _convolution_gradients(

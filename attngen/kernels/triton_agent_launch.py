@@ -30,8 +30,9 @@ def forward(
     weight_bias: Tensor | None,
     grid: tuple[int, int],
     keep: bool,
+    gain: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (B, N, H, E); where `keep`, also A (B, H, M, E) in float32 and the aggregation's log-sums (B, H, M)."""
+    """Output (B, N, H, E); where `keep`, also gain · A (B, H, M, E), float32, and log-sums (B, H, M)."""
     query, key, value, agents = (common.row_strided(x) for x in (query, key, value, agents))
     weight, weight_bias = (None if x is None else x.contiguous() for x in (weight, weight_bias))
     (batch, heads, num_queries, _), num_agents = query.shape, agents.shape[2]
@@ -39,6 +40,8 @@ def forward(
     single = num_agents <= tiles.block_m
     combine = keep or not single
     aggregated, lse, splits = _aggregate(query, key, value, agents, scale, aggregation_bias, combine)
+    if gain != 1:
+        aggregated *= gain  # each split's part; they are added up later
     align = common.alignment(query, agents, value)
     output = common.empty((batch, num_queries, heads, value.shape[-1]), query.dtype, query.device)
     common.launch(
@@ -183,6 +186,7 @@ def backward(
     weight: Tensor | None,
     grid: tuple[int, int],
     needs: tuple[bool, bool, bool],
+    gain: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value (B, tokens, H, ...), agents (B, H, M, D) and both biases.
 
@@ -212,7 +216,8 @@ def backward(
         key_grad = common.empty((batch, num_keys, heads, width), key.dtype, key.device)
         value_grad = common.empty((batch, num_keys, heads, value_width), value.dtype, value.device)
         means = (aggregated_grad * aggregated).sum(-1)
-        sums = (aggregated_grad, lse, means)
+        # The means do not change, for what one factor gains the other has lost.
+        sums = (aggregated_grad if gain == 1 else aggregated_grad * gain, lse, means)
         state.through_aggregation(
             (key_grad, value_grad, agents_parts),
             sums,

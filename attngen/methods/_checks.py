@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -71,3 +72,10 @@ def check_fraction(name: str, value: float, below_one: bool = True) -> None:
         or (below_one and value == 1)
     ):
         raise ValueError(f"{name} must be in [0, 1{')' if below_one else ']'}, got {value!r}")
+
+
+def check_choice(name: str, value: object, known: Sequence[str | None]) -> None:
+    """Raise ValueError unless `value` is one of the `known`, listing them."""
+    # By type first: what compares strangely, like a tensor, is not among them either.
+    if not (value is None or isinstance(value, str)) or value not in known:
+        raise ValueError(f"unknown {name} {value!r}; known: {', '.join(map(str, known))}")

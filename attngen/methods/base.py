@@ -37,11 +37,15 @@ class AgentScales(NamedTuple):
         scale: of the aggregation.
         broadcast_scale: of the broadcast.
         shortcut: share of the values added.
+        gain: factor of what comes through the agents.
+        correction: what stands between the softmaxes, see `attngen.functional.agent_attention`.
     """
 
     scale: float
     broadcast_scale: float
     shortcut: float
+    gain: float = 1.0
+    correction: str | None = None
 
 
 @dataclass(frozen=True)

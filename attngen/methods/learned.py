@@ -154,6 +154,7 @@ class MediatorCore(LearnedCore):
                 nn.init.zeros_(parameter)
         if start == "agent":
             scales = AgentAttention().agent_scales(self.sizes.head_dim)
+            assert scales is not None
             nn.init.constant_(self.log_broadcast, math.log(scales.broadcast_scale / scales.scale))
             with torch.no_grad():
                 self.mixer.dwc.weight[:, :, 1, 1] = scales.shortcut

@@ -7,7 +7,6 @@ Papers: Token Merging for Fast Stable Diffusion, Bolya and Hoffman 2023, arXiv 2
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,203 +15,12 @@ from torch import Tensor
 
 from attngen.kernels import dispatch
 from attngen.kernels.dispatch import Choice
-from attngen.methods._checks import Grid, check_count, check_fraction, check_number, check_tokens
+from attngen.methods._checks import Grid, check_count, check_fraction, check_number
 from attngen.methods.agent import agent_flops, scales_for, through_agents
 from attngen.methods.base import Attention, AttentionMethod, LayerShape, Selection, with_context
+from attngen.methods.matching import TokenMatching, cells_of, match_drawn_tokens, match_tokens, merged_count
 
-# Similarities held at once, in numbers a picture: 2^26 float32 values are 256 MiB.
-_MAX_SCORES = 2**26
-
-
-@dataclass(frozen=True, eq=False)
-class TokenMatching:
-    """Which tokens merge into which: the result of `match_tokens`.
-
-    The merged sequence holds the sources that stay, by falling similarity, then every destination, averaged with the
-    sources assigned to it.
-
-    Attributes:
-        source: (N - G,) positions of the tokens that may merge, G destinations.
-        destination: (G,) positions of the tokens merged into, one of each cell.
-        order: (B, N - G) sources from the most to the least similar to their nearest destination.
-        nearest: (B, N - G) each source's most similar destination.
-        num_merged: sources merged for the features.
-        num_agent_merged: sources merged for the agents, or None where agents would not pay.
-    """
-
-    source: Tensor
-    destination: Tensor
-    order: Tensor
-    nearest: Tensor
-    num_merged: int
-    num_agent_merged: int | None
-
-    @property
-    def agents(self) -> Callable[[Tensor], Tensor] | None:
-        """Function (B, N, C) -> (B, M, C) that merges tokens to agents, or None where 2 · M >= merged tokens."""
-        count = self.num_agent_merged
-        return None if count is None else lambda x: self._merge(x, count)
-
-    def merge(self, x: Tensor) -> Tensor:
-        """Average matching tokens: (B, N, C) -> (B, N - num_merged, C), summed in float32; `x` itself if none merge.
-
-        Raises:
-            ValueError: if `x` does not have the matched batch and number of tokens.
-        """
-        return self._merge(x, self.num_merged)
-
-    def unmerge(self, x: Tensor) -> Tensor:
-        """Copy merged tokens back to where they came from: (B, N - num_merged, C) -> (B, N, C).
-
-        Raises:
-            ValueError: if `x` does not have the matched batch or the merged number of tokens.
-        """
-        num_tokens, count = len(self.source) + len(self.destination), self.num_merged
-        self._check(x, num_tokens - count)
-        if count == 0:
-            return x
-        positions = torch.cat(
-            [
-                self.source[self.order[:, count:]],
-                self.destination.expand(len(x), -1),
-                self.source[self.order[:, :count]],
-            ],
-            dim=1,
-        )
-        merged_rows = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
-        rows = torch.cat([merged_rows, len(self.source) - count + self._targets(count)], dim=1)
-        row_of_position = torch.empty_like(rows).scatter(1, positions, rows)
-        return x.gather(1, _rows(row_of_position, x))
-
-    def positions(self, count: int | None = None) -> Tensor:
-        """(B, N - count): the token that each merged row stands for; a destination stands for those merged into it."""
-        count = self.num_merged if count is None else count
-        if count == 0:
-            num_tokens = len(self.source) + len(self.destination)
-            return torch.arange(num_tokens, device=self.source.device).expand(len(self.order), -1)
-        kept = self.source[self.order[:, count:]]
-        return torch.cat([kept, self.destination.expand(len(kept), -1)], dim=1)
-
-    def _targets(self, count: int) -> Tensor:
-        """(B, count): the destination of each of the `count` most similar sources."""
-        return self.nearest.gather(1, self.order[:, :count])
-
-    def _merge(self, x: Tensor, count: int) -> Tensor:
-        self._check(x, len(self.source) + len(self.destination))
-        if count == 0:
-            return x
-        sources, destinations = x[:, self.source], x[:, self.destination]
-        kept = sources.gather(1, _rows(self.order[:, count:], x))
-        merging = sources.gather(1, _rows(self.order[:, :count], x))
-        # Thousands of tokens may meet in one: half precision would overflow or lose them before the division.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        targets = _rows(self._targets(count), x)
-        averaged = destinations.to(wide).scatter_reduce(1, targets, merging.to(wide), reduce="mean")
-        return torch.cat([kept, averaged.to(x.dtype)], dim=1)
-
-    def _check(self, x: Tensor, num_tokens: int) -> None:
-        if x.ndim != 3 or x.shape[:2] != (len(self.order), num_tokens):
-            raise ValueError(
-                f"expected tokens of shape ({len(self.order)}, {num_tokens}, channels), got {tuple(x.shape)}"
-            )
-
-
-def _rows(index: Tensor, x: Tensor) -> Tensor:
-    """(B, K) positions as an index for gathering whole rows of `x` (B, N, C)."""
-    return index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-
-
-def match_tokens(
-    x: Tensor,
-    grid: Grid,
-    stride: Grid,
-    ratio: float,
-    agent_ratio: float | None = None,
-    generator: torch.Generator | None = None,
-) -> TokenMatching:
-    """Match each token to the most similar of a regular subset, one of each cell (section 3.2, arXiv 2303.17604).
-
-    Args:
-        x: (B, N, C), what similarity (cosine) is measured on, row-major.
-        grid: (height, width), N = height · width. Tokens beyond the last whole cell are never destinations.
-        stride: (rows, columns) of a cell.
-        ratio: share of all tokens to merge away; at most those that are not destinations.
-        agent_ratio: share merged away to make agents, or None for no agents.
-        generator: draws each cell's destination; None takes the top-left token.
-
-    Raises:
-        ValueError: if the tokens do not fill the grid, a cell is larger than it, or a ratio is not in [0, 1).
-    """
-    check_tokens(x, grid)
-    rows, columns = _cells(grid, stride)
-    draws = None
-    if generator is not None:
-        size = (rows, columns, 1)
-        draws = torch.randint(stride[0] * stride[1], size, generator=generator, device=generator.device)
-        draws = draws.to(x.device).flatten()
-    return match_drawn_tokens(x, grid, stride, ratio, agent_ratio, draws)
-
-
-def match_drawn_tokens(
-    x: Tensor, grid: Grid, stride: Grid, ratio: float, agent_ratio: float | None, draws: Tensor | None
-) -> TokenMatching:
-    """`match_tokens` with the draws given: (cells,) whole numbers below rows · columns of a cell, or None."""
-    check_fraction("ratio", ratio)
-    rows, columns = _cells(grid, stride)
-    source, destination = _split(grid, stride, draws, x.device)
-    num_merged = merged_count(grid, stride, ratio)
-    num_agent_merged = None
-    if agent_ratio is not None:
-        check_fraction("agent_ratio", agent_ratio)
-        num_agent_merged = merged_count(grid, stride, agent_ratio)
-        if 2 * (x.shape[1] - num_agent_merged) >= x.shape[1] - num_merged:
-            num_agent_merged = None
-    similarity, nearest = _nearest(x, source, destination)
-    order = similarity.argsort(dim=-1, descending=True)
-    return TokenMatching(source, destination, order, nearest, num_merged, num_agent_merged)
-
-
-def merged_count(grid: Grid, stride: Grid, ratio: float) -> int:
-    """Tokens that a ratio merges away: at most all that are not destinations."""
-    tokens = math.prod(grid)
-    return min(tokens - math.prod(_cells(grid, stride)), int(tokens * ratio))
-
-
-def _cells(grid: Grid, stride: Grid) -> Grid:
-    if min(stride) < 1 or stride[0] > grid[0] or stride[1] > grid[1]:
-        raise ValueError(f"cells of {stride[0]} x {stride[1]} do not fit a grid of {grid[0]} x {grid[1]}")
-    return grid[0] // stride[0], grid[1] // stride[1]
-
-
-def _split(grid: Grid, stride: Grid, draws: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Positions of the sources and of the destinations."""
-    rows, columns = _cells(grid, stride)
-    if draws is None:
-        draws = torch.zeros(rows * columns, dtype=torch.long, device=device)
-    draws = draws.to(device).view(rows, columns)
-    row = torch.arange(rows, device=device)[:, None] * stride[0] + draws // stride[1]
-    column = torch.arange(columns, device=device)[None, :] * stride[1] + draws % stride[1]
-    chosen = (row * grid[1] + column).flatten()
-    flags = torch.zeros(math.prod(grid), dtype=torch.long, device=device).index_fill(0, chosen, -1)
-    # Sorting the flags lists the destinations, then the sources, without a data-dependent size. The published code
-    # leaves the order among equals to the sort; the same call gives the same rows. Attention does not see the order.
-    positions = flags.argsort()
-    return positions[rows * columns :], positions[: rows * columns]
-
-
-def _nearest(x: Tensor, source: Tensor, destination: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine similarity and index of each source's most similar destination: both (B, N - G)."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    # A zero token has no direction; as it stands it is equally far from all.
-    unit = (wide / norm.where(norm > 0, 1)).to(x.dtype)
-    sources, destinations = unit[:, source], unit[:, destination].transpose(-1, -2)
-    chunk = max(1, _MAX_SCORES // destinations.shape[-1])
-    best = [(part @ destinations).max(dim=-1) for part in sources.split(chunk, dim=1)]
-    if not best:
-        empty = x.new_zeros(len(x), 0)
-        return empty, empty.long()
-    return torch.cat([b.values for b in best], dim=1), torch.cat([b.indices for b in best], dim=1)
+__all__ = ["TokenMatching", "TokenMerging", "match_tokens"]
 
 
 @dataclass(frozen=True)
@@ -265,7 +73,7 @@ class TokenMerging(AttentionMethod):
 
     def select(self, x: Tensor, metric: Tensor, grid: Grid, draws: Tensor | None) -> Selection:
         if draws is not None:
-            cells = math.prod(_cells(grid, self.cell))
+            cells = math.prod(cells_of(grid, self.cell))
             draws = draws[:cells] % (self.stride * self.stride)
         with torch.no_grad():
             matching = match_drawn_tokens(metric, grid, self.cell, self.ratio, self.agent_ratio, draws)
@@ -309,7 +117,7 @@ class TokenMerging(AttentionMethod):
         return math.prod(grid) - merged_count(grid, self.cell, self.ratio)
 
     def flops(self, shape: LayerShape) -> int:
-        destinations = math.prod(_cells(shape.grid, self.cell))
+        destinations = math.prod(cells_of(shape.grid, self.cell))
         matching = 2 * (shape.tokens - destinations) * destinations * shape.channels
         tokens, agents = shape.tokens - merged_count(shape.grid, self.cell, self.ratio), self.num_agents_at(shape.grid)
         projections = shape.projection_flops(tokens, tokens)

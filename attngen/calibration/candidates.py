@@ -1,0 +1,87 @@
+"""Which methods are tried, and as what: each agent method in several sharpnesses, to be fitted; all others as given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from attngen.methods import AgentAttention, AttentionMethod, DownsampledKV, SoftmaxAttention, TokenMerging
+from attngen.methods.learned import LearnedMethod
+
+DEFAULT_CANDIDATES: tuple[AttentionMethod, ...] = (
+    *(AgentAttention(num_agents=count) for count in (1, 4, 16, 64, 256)),
+    *(AgentAttention(num_agents=count, correction="nystrom") for count in (16, 64, 256)),
+    *(AgentAttention(num_agents=count, agents="strided", correction="nystrom") for count in (16, 64, 256)),
+    DownsampledKV(factor=2),
+    DownsampledKV(factor=4),
+    TokenMerging(ratio=0.5, stride=2),
+)
+"""Those that won somewhere; see docs/calibration.md."""
+
+EXPONENTS = (0.0, 0.15, 0.3, 0.5, 0.75, 1.0)
+"""Sharpnesses of the broadcast that are tried."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One computation of a layer beside the exact one.
+
+    Attributes:
+        method: what is run.
+        candidate: index of the candidate it belongs to, or -1.
+        fitted: whether the output with gain 1 and no shortcut is wanted, from which any other follows.
+    """
+
+    method: AttentionMethod
+    candidate: int
+    fitted: bool = False
+
+
+WITHOUT = AgentAttention(num_agents=1, gain=0.0, shortcut=0.0)
+"""What a layer gives with nothing through its agents: bias and residual."""
+
+VALUES = replace(WITHOUT, shortcut=1.0)
+"""The same and the values, projected."""
+
+
+def probes_of(candidates: Sequence[AttentionMethod]) -> list[Probe]:
+    """What has to be computed to judge the candidates; the first two are `WITHOUT` and `VALUES`."""
+    probes = [Probe(WITHOUT, -1), Probe(VALUES, -1)]
+    for i, candidate in enumerate(candidates):
+        if not isinstance(candidate, AgentAttention):
+            probes.append(Probe(candidate, i))
+            continue
+        plain = replace(candidate, gain=1.0, shortcut=0.0)
+        exponents = dict.fromkeys((*EXPONENTS, candidate.broadcast_exponent))
+        probes += [Probe(replace(plain, broadcast_exponent=exponent), i, fitted=True) for exponent in exponents]
+        # Never compared, but what it costs: a shortcut may need a projection more.
+        probes.append(Probe(replace(candidate, shortcut=candidate.shortcut or 0.075), i))
+    return probes
+
+
+def check_candidates(candidates: Any) -> tuple[AttentionMethod, ...]:
+    """The candidates as a tuple without repeats; None gives the default ones.
+
+    Raises:
+        ValueError: for none at all, or one that is no method, is exact, needs weights, or draws at random.
+    """
+    if candidates is None:
+        return DEFAULT_CANDIDATES
+    if isinstance(candidates, (str, AttentionMethod)) or not isinstance(candidates, Iterable):
+        raise ValueError(f"candidates must be a sequence of attention methods, got {candidates!r}")
+    found = tuple(dict.fromkeys(_check_candidate(candidate) for candidate in candidates))
+    wanted = tuple(candidate for candidate in found if not isinstance(candidate, SoftmaxAttention))
+    if not wanted:
+        raise ValueError("there is no candidate beside exact attention; leave candidates out for the usual ones")
+    return wanted
+
+
+def _check_candidate(candidate: Any) -> AttentionMethod:
+    if not isinstance(candidate, AttentionMethod):
+        raise ValueError(f"a candidate is an attention method such as AgentAttention(num_agents=64), got {candidate!r}")
+    if isinstance(candidate, LearnedMethod):
+        raise ValueError(f"{candidate.kind} needs weights and cannot be a candidate")
+    if getattr(candidate, "random", False):
+        raise ValueError(f"{candidate!r} draws at random; give random=False")
+    return candidate

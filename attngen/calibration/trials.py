@@ -1,0 +1,142 @@
+"""From sums to trials: what each candidate, fitted, costs and spoils in each layer and stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from attngen.calibration.candidates import Probe
+from attngen.calibration.choose import Choice
+from attngen.calibration.measurements import Trial
+from attngen.calibration.record import Recorder, Sums
+from attngen.hosts.describe import describe_model
+from attngen.hosts.hooks import root_hook
+from attngen.methods import AgentAttention, AttentionMethod, SoftmaxAttention
+from attngen.schedule import stage_at
+
+Place = tuple[str, int]
+"""A layer's name and the index of a stage."""
+
+
+@dataclass
+class Layers:
+    """All that was recorded, by layer.
+
+    Attributes:
+        tokens: of each layer that is patchable, in the order of the model.
+        probes: what was run.
+        active: probes that are not exact in a layer.
+        operations: of each layer by probe, -1 is exact; of one picture and call.
+        times: seconds of each layer by probe, where they were measured.
+        sums: by layer and stage.
+        calls: of each layer in each stage.
+    """
+
+    tokens: dict[str, int]
+    probes: Sequence[Probe]
+    active: dict[str, set[int]]
+    operations: dict[str, dict[int, float]]
+    times: dict[str, dict[int, float]]
+    sums: dict[Place, Sums]
+    calls: dict[Place, int]
+
+    @classmethod
+    def of(
+        cls,
+        models: Mapping[str, nn.Module],
+        recorder: Recorder,
+        moments: Mapping[str, Sequence[float]],
+        starts: Sequence[float],
+    ) -> Layers:
+        """Collect what a recorder found; models that share names of layers share their methods, as in a plan."""
+        layers = cls({}, recorder.probes, recorder.active, {}, recorder.times, recorder.sums, {})
+        for name, model in models.items():
+            hook = root_hook(model)
+            assert hook is not None
+            if hook.last_seen is None:
+                continue
+            for report in describe_model(model, "", hook.starts, hook.last_seen):
+                layers.tokens[report.name] = report.tokens or 0
+                operations = layers.operations.setdefault(report.name, {})
+                for i, stage in enumerate(report.stages):
+                    operations[i - 1] = operations.get(i - 1, 0.0) + stage.flops
+                for i in range(len(starts)):
+                    number = sum(stage_at(starts, moment) == i for moment in moments[name])
+                    layers.calls[report.name, i] = layers.calls.get((report.name, i), 0) + number
+        return layers
+
+    def influence(self, place: Place) -> float:
+        """Relative error of the prediction by that of the layer; 0 where nothing was to be measured."""
+        sums = self.sums.get(place)
+        return 0.0 if sums is None or math.isnan(sums.influence) else sums.influence
+
+    def choice(self, place: Place, trial: Trial, gain: float) -> Choice:
+        """A trial as the choice of methods sees it, over all calls of its stage."""
+        return Choice(trial.cost * self.calls[place], (gain * self.influence(place) * trial.error) ** 2)
+
+    def costs(self, layer: str, kind: str) -> dict[int, float]:
+        """Cost of one call by probe; -1 is exact."""
+        if kind == "flops":
+            return self.operations[layer]
+        return self.times.get(layer, {})
+
+
+def make_trials(layers: Layers, candidates: Sequence[AttentionMethod], cost: str) -> dict[Place, list[Trial]]:
+    """Trials by layer and stage; the first is exact attention."""
+    return {
+        (layer, stage): _trials_at(layers, (layer, stage), candidates, cost)
+        for layer in layers.tokens
+        for stage in sorted({stage for _, stage in layers.calls})
+    }
+
+
+def _trials_at(layers: Layers, place: Place, candidates: Sequence[AttentionMethod], cost: str) -> list[Trial]:
+    costs, sums = layers.costs(place[0], cost), layers.sums.get(place)
+    trials = [Trial(SoftmaxAttention(), 0.0, costs.get(-1, 0.0))]
+    if sums is None or sums.exact == 0 or math.isnan(sums.influence):
+        return trials
+    for i, candidate in enumerate(candidates):
+        numbers = [n for n, probe in enumerate(layers.probes) if probe.candidate == i and n in layers.active[place[0]]]
+        if not numbers:
+            continue
+        if isinstance(candidate, AgentAttention):
+            trials += _agent_trials(layers, sums, candidate, numbers, costs)
+        elif numbers[0] in sums.squares and math.isfinite(sums.squares[numbers[0]]):
+            trials.append(Trial(candidate, math.sqrt(sums.squares[numbers[0]] / sums.exact), costs[numbers[0]]))
+    return trials
+
+
+def _agent_trials(
+    layers: Layers, sums: Sums, candidate: AgentAttention, numbers: Sequence[int], costs: Mapping[int, float]
+) -> list[Trial]:
+    """The candidate at its best sharpness, with and without a shortcut, which costs something of its own."""
+    fitted = {n: sums.products[n] for n in numbers if n in sums.products}
+    if not fitted:
+        return []
+    own = next(n for n in fitted if _exponent(layers, n) == candidate.broadcast_exponent)
+    given = _relative(fitted[own].square(candidate.gain, candidate.shortcut), sums)
+    trials = []
+    for with_shortcut in (False, True):
+        fits = {n: products.fit(with_shortcut) for n, products in fitted.items()}
+        best = min(fits, key=lambda n: fits[n].square)
+        fit = fits[best]
+        if not math.isfinite(fit.square) or with_shortcut and fit.shortcut == 0:
+            continue
+        # Times are measured once for all sharpnesses, at the first; the last probe has a shortcut.
+        price = costs[numbers[-1] if with_shortcut else numbers[0]]
+        method = replace(candidate, broadcast_exponent=_exponent(layers, best), gain=fit.gain, shortcut=fit.shortcut)
+        trials.append(Trial(method, _relative(fit.square, sums), price, given))
+    return trials
+
+
+def _exponent(layers: Layers, probe: int) -> float:
+    method = layers.probes[probe].method
+    assert isinstance(method, AgentAttention)
+    return method.broadcast_exponent
+
+
+def _relative(square: float, sums: Sums) -> float:
+    return math.sqrt(max(0.0, square) / sums.exact)
