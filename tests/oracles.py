@@ -48,16 +48,24 @@ def agent_attention(
     aggregation_bias: Tensor | None = None,
     broadcast_bias: Tensor | None = None,
     shortcut: float = 0.0,
+    gain: float = 1.0,
+    correction: str | None = None,
 ) -> Tensor:
     """Agents read the values, queries read the agents, and each query keeps a share of its own value.
 
     w_m = sum_l softmax_l(a_m . k_l * scale + aggregation_bias_ml) v_l
-    O_i = sum_m softmax_m(q_i . a_m * broadcast_scale + broadcast_bias_im) w_m + shortcut * v_i
+    O_i = gain * sum_m softmax_m(q_i . a_m * broadcast_scale + broadcast_bias_im) w_m + shortcut * v_i
+
+    With a correction the u_m with sum_n softmax_n(a_m . a_n * broadcast_scale) u_n + 0.03 u_m = 1.03 w_m are broadcast.
     """
     scale = query.shape[3] ** -0.5 if scale is None else scale
     broadcast_scale = scale if broadcast_scale is None else broadcast_scale
     gathered = softmax_attention(agents, key, value, scale, aggregation_bias)
-    out = softmax_attention(query, agents, gathered, broadcast_scale, broadcast_bias)
+    if correction == "nystrom":
+        identity = torch.eye(agents.shape[2], dtype=torch.float64).expand(*agents.shape[:2], -1, -1)
+        mixing = softmax_attention(agents, agents, identity, broadcast_scale)
+        gathered = 1.03 * torch.linalg.inv(mixing + 0.03 * identity) @ gathered
+    out = gain * softmax_attention(query, agents, gathered, broadcast_scale, broadcast_bias)
     return out + shortcut * value.double() if shortcut else out
 
 

@@ -161,6 +161,18 @@ def test_equals_the_projected_layer(positions, shortcut, branches):
                 assert_same(mine, plain, 1e-11)
 
 
+@pytest.mark.parametrize("branches", ["", "value", "input"])
+def test_gain_scales_only_what_comes_through_the_agents(branches):
+    options = {"scale": 0.7, "broadcast_scale": 0.4, "shortcut": 0.3, "gain": 0.6, "branches": branches}
+    case = Case().requires_grad()
+    got, want = case.absorbed(**options), case.plain(**options)
+    assert_same(got, want)
+    for mine, plain in zip(gradients(got, case.tensors()), gradients(want, case.tensors()), strict=True):
+        assert (mine is None) == (plain is None)
+        if mine is not None:
+            assert_same(mine, plain, 1e-11)
+
+
 @pytest.mark.parametrize("grid", [(1, 1), (1, 5), (5, 3), (4, 4)], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("branches", ["", "value", "input"])

@@ -249,6 +249,44 @@ def test_agent_attention_each_bias_alone():
         assert_close(out, oracles.agent_attention(query, key, value, agents, **bias), 2e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_agent_attention_gain_and_correction_equal_oracle(dtype):
+    query, key, value, agents = agent_inputs(dtype, biases=False)
+    for options in ({"gain": 0.6}, {"correction": "nystrom", "broadcast_scale": 0.8, "gain": 1.2, "shortcut": 0.1}):
+        out = F.agent_attention(query, key, value, agents, **options)
+        assert out.dtype == dtype
+        assert_close(out, oracles.agent_attention(query, key, value, agents, **options), 8 * torch.finfo(dtype).eps)
+
+
+def test_a_corrected_agent_gets_what_it_read():
+    """With queries that are the agents, far apart, and keys that are too, the result is exact attention's."""
+    query = 6 * tf.normalize(normal(1, 2, 8, 16, dtype=torch.float64), dim=-1)
+    key, value = normal(1, 2, 30, 16, seed=1, dtype=torch.float64), normal(1, 2, 30, 4, seed=2, dtype=torch.float64)
+    exact = tf.scaled_dot_product_attention(query, key, value)
+    errors = [
+        (F.agent_attention(query, key, value, query, correction=correction) - exact).norm() / exact.norm()
+        for correction in (None, "nystrom")
+    ]
+    assert errors[1] < errors[0] / 3
+
+
+def test_the_correction_bears_equal_agents():
+    query, key, value, agents = agent_inputs(torch.float32, biases=False)
+    out = F.agent_attention(query, key, value, agents[:, :, :1].expand(-1, -1, 5, -1), correction="nystrom")
+    want = F.agent_attention(query, key, value, agents[:, :, :1])
+    assert_close(out, want, 1e-4)
+
+
+def test_agent_attention_refuses_what_a_correction_cannot_do():
+    query, key, value, agents, aggregation_bias, _ = agent_inputs(torch.float32)
+    with pytest.raises(ValueError, match="'pinv'.*nystrom"):
+        F.agent_attention(query, key, value, agents, correction="pinv")
+    with pytest.raises(ValueError, match="biases"):
+        F.agent_attention(query, key, value, agents, aggregation_bias=aggregation_bias, correction="nystrom")
+    with pytest.raises(ValueError, match="cannot run here"):
+        F.agent_attention(query, key, value, agents, correction="nystrom", kernel="triton")
+
+
 def test_agent_attention_infinite_bias_hides_keys():
     query, key, value, agents = agent_inputs(torch.float32, biases=False, n=20, l=11, m=4)
     hidden = torch.zeros(4, 11).masked_fill(torch.arange(11) >= 7, -torch.inf)

@@ -18,12 +18,14 @@ from attngen import (
     Stage,
     TokenMerging,
 )
-from attngen.methods import METHOD_CLASSES
+from attngen.methods import METHOD_CLASSES, method_from_dict
 
 ALL = [
     SoftmaxAttention(),
     AgentAttention(),
     AgentAttention(num_agents=7, broadcast_exponent=1.0, shortcut=0.0),
+    AgentAttention(num_agents=9, gain=0.9, agents="strided", correction="nystrom"),
+    AgentAttention(agents="merged"),
     TokenMerging(),
     TokenMerging(0.25, 4, 0.9, True, 0.5, 0.0),
     DownsampledKV(3),
@@ -44,6 +46,27 @@ def as_dict(**changes):
 
 def stages(*layers):
     return as_dict(stages=[{"start": 1.0, "layers": entry} for entry in layers])
+
+
+def test_options_that_change_nothing_are_not_written():
+    """So that a plan without the newer options is read by versions that do not know them, and an old one by this."""
+    options = {"method": "agent", "num_agents": 64, "broadcast_exponent": 0.3, "shortcut": 0.075}
+    assert AgentAttention(num_agents=64).to_dict() == options
+    assert method_from_dict(options) == AgentAttention(num_agents=64)
+    assert AgentAttention(gain=0.5, correction="nystrom").to_dict().keys() - options.keys() == {"gain", "correction"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gain": float("nan")}, "gain"),
+        ({"agents": "random"}, "'random'.*pooled, strided, merged"),
+        ({"correction": "inverse"}, "'inverse'.*None, nystrom"),
+    ],
+)
+def test_unknown_options_of_agents_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        AgentAttention(**options)
 
 
 @pytest.mark.parametrize("plan", [*METHODS.values(), *map(Plan.of, ALL), WRITTEN, Plan.of(ALL[1], max_levels=2)])
@@ -153,7 +176,7 @@ BAD = {
     "a stage with more": (as_dict(stages=[{"start": 1.0, "layers": {}, "end": 0.0}]), "end"),
     "layers a list": (as_dict(stages=[{"start": 1.0, "layers": []}]), "layers"),
     "unknown method": (stages({"*": {"method": "agnet"}}), "agnet.*known: softmax, agent"),
-    "unknown option": (stages({"*": {"method": "agent", "agents": 4}}), "agents.*num_agents"),
+    "unknown option": (stages({"*": {"method": "agent", "count": 4}}), "count.*num_agents"),
     "a method's name alone": (stages({"*": "agent"}), "agent"),
     "a method without a name": (stages({"*": {"num_agents": 4}}), "num_agents"),
     "bad count": (stages({"*": {"method": "agent", "num_agents": -1}}), "num_agents.*-1"),

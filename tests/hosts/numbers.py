@@ -85,13 +85,14 @@ def wanted(attn, method, x, grid, text=None, tables=None, text_length=0) -> Tens
         joint_value = value if text is None else torch.cat([value, text[2]], 2)
         if agents is None:
             return oracles.softmax_attention(query, joint_key, joint_value)
-        mixed = oracles.agent_attention(query, joint_key, joint_value, agents, broadcast_scale=sharp)
+        options = {"gain": method.gain, "correction": method.correction}
+        mixed = oracles.agent_attention(query, joint_key, joint_value, agents, broadcast_scale=sharp, **options)
         return mixed + method.shortcut * value
 
     if isinstance(method, AgentAttention):
-        size = POOLED[grid, method.num_agents]
-        agents = torch.stack([oracles.pool_tokens(query[:, h], grid, size) for h in range(attn.heads)], 1)
-        agents = rotate(agents, tables, text_length + torch.tensor(centres(grid, size)))
+        agents = _agents(attn, norm_q, method, x, query, grid)
+        if tables is not None:
+            agents = rotate(agents, tables, text_length + torch.tensor(centres(grid, POOLED[grid, method.num_agents])))
         mixed = attend(rotate(query, tables, everywhere), rotate(key, tables, everywhere), value, agents)
     elif isinstance(method, DownsampledKV):
         kept = torch.tensor(centres(grid, tuple(max(1, side // method.factor) for side in grid)))
@@ -105,6 +106,17 @@ def wanted(attn, method, x, grid, text=None, tables=None, text_length=0) -> Tens
     else:
         raise NotImplementedError(method)
     return oracles.join_heads(mixed)
+
+
+def _agents(attn, norm, method: AgentAttention, x, query, grid) -> Tensor:
+    """(B, H, M, D), without positions."""
+    rows, columns = size = POOLED[grid, method.num_agents]
+    if method.agents == "strided":
+        return query[:, :, centres(grid, size)]
+    if method.agents == "merged":
+        cell = (-(-grid[0] // rows), -(-grid[1] // columns))
+        return heads(attn, attn.to_q, norm, oracles.Matching(x, grid, cell, 1.0).merge(x))
+    return torch.stack([oracles.pool_tokens(query[:, h], grid, size) for h in range(attn.heads)], 1)
 
 
 def wanted_merging(attn, method: TokenMerging, x, metric, grid) -> Tensor:

@@ -11,7 +11,8 @@ from tests.hosts.numbers import assert_close, heads, project, recorded, rotate, 
 from tests.hosts.test_unet import Spy, seen  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning")
-METHODS = [AgentAttention(4), AgentAttention(9, 1.0, 0.0), DownsampledKV(2), LinearAttention("elu")]
+MADE = AgentAttention(9, agents="strided", gain=0.7, correction="nystrom")
+METHODS = [AgentAttention(4), AgentAttention(9, 1.0, 0.0), DownsampledKV(2), MADE, LinearAttention("elu")]
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +86,7 @@ def test_the_layers_of_sd35_that_share_a_processor_get_their_own():
     assert block.attn.processor is block.attn2.processor is shared
 
 
-@pytest.mark.parametrize("method", METHODS[:3], ids=repr)
+@pytest.mark.parametrize("method", METHODS[:4], ids=repr)
 @pytest.mark.parametrize("grid", [(8, 8), (4, 12), (12, 4)])
 def test_flux_layers_by_definition(grid, method):
     if grid != (8, 8) and isinstance(method, AgentAttention):

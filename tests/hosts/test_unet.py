@@ -17,6 +17,12 @@ from tests.hosts.numbers import assert_close, project, recorded, wanted, wanted_
 pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning")
 SINGLE = ["sd15", "sd21", "sdxl", "controlnet", "dit", "pixart", "sit"]
 POOLING = [AgentAttention(4), AgentAttention(9, 1.0, 0.0), DownsampledKV(2), DownsampledKV(3)]
+MADE = [
+    AgentAttention(9, gain=0.6),
+    AgentAttention(9, agents="strided"),
+    AgentAttention(9, agents="merged", gain=1.2),
+    AgentAttention(4, agents="strided", correction="nystrom"),
+]
 LINEAR = [LinearAttention(name) for name in ("elu", "relu", "focused")]
 
 
@@ -37,7 +43,7 @@ def layers_at(model, host, tokens):
 
 
 @pytest.mark.parametrize("name", SINGLE)
-@pytest.mark.parametrize("method", POOLING + LINEAR, ids=repr)
+@pytest.mark.parametrize("method", POOLING + MADE + LINEAR, ids=repr)
 def test_a_layer_by_definition(name, method):
     host, model = HOSTS[name], fresh(name)
     names = layers_at(model, host, 64)

@@ -217,6 +217,17 @@ def test_every_path_has_the_same_numbers(kernel, biases):
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kernel", ["auto", "reference", "sdpa", "matmul"])
+@pytest.mark.parametrize("options", [{"gain": 0.7}, {"correction": "nystrom"}, {"gain": 1.3, "correction": "nystrom"}])
+def test_every_path_scales_and_corrects_what_agents_gather(kernel, options):
+    query, key, value = (normal(2, 3, n, d, seed=n + d) for n, d in ((11, 8), (11, 8), (11, 5)))
+    given = {"scale": 0.4, "broadcast_scale": 0.9, "shortcut": 0.3, **options}
+    agents = normal(2, 3, 4, 8, seed=3)
+    got = F.agent_attention(query, key, value, agents, kernel=kernel, **given)
+    want = oracles.agent_attention(query, key, value, agents, **given)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("kernel", ["reference", "sdpa", "matmul"])
 def test_every_path_convolves_the_values(kernel):
     grid, query = (3, 4), normal(2, 2, 12, 4)

@@ -113,6 +113,7 @@ class Case(NamedTuple):
     broadcast_bias: tuple[int, ...] | None = None
     shortcut: float = 0.0
     convolution: tuple[int, int] | None = None
+    gain: float = 1.0
 
 
 def make_inputs(case: Case) -> dict[str, torch.Tensor]:
@@ -141,9 +142,8 @@ def run(function, case: Case, inputs: dict[str, torch.Tensor], dtype: torch.dtyp
     heads = [leaves[name].transpose(1, 2) for name in ("query", "key", "value", "agents")]
     convolution = Convolution(leaves["weight"], leaves["weight_bias"], case.convolution) if case.convolution else None
     # Different factors, so that exchanging them shows.
-    output = function(
-        *heads, 0.3, 0.5, leaves.get("aggregation_bias"), leaves.get("broadcast_bias"), case.shortcut, convolution
-    )
+    biases = leaves.get("aggregation_bias"), leaves.get("broadcast_bias")
+    output = function(*heads, 0.3, 0.5, *biases, case.shortcut, convolution, case.gain)
     generator = torch.Generator().manual_seed(5)
     grad = torch.randn(output.shape, generator=generator, dtype=torch.float64)
     gradients = torch.autograd.grad(output, list(leaves.values()), grad.to(device, dtype))
@@ -186,6 +186,8 @@ CASES = [
     Case(1000, 16, 4, shortcut=0.2),
     Case(40, 128, 16, batch=2),
     Case(35, 20, 5, value_dim=13, heads=3, convolution=(5, 7)),
+    Case(300, 32, 16, heads=2, shortcut=0.2, gain=0.6),
+    Case(12, 16, 4, aggregation_bias=(1, 1, 4, 12), broadcast_bias=(1, 1, 12, 4), convolution=(3, 4), gain=1.7),
 ]
 
 
