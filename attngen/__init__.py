@@ -7,6 +7,7 @@
 from diffusers import ModelMixin, SchedulerMixin
 
 from attngen import functional
+from attngen.calibration import calibrate
 from attngen.hosts.hooks import AttnGenWarning
 from attngen.hosts.registry import register
 from attngen.learned import LearnedLayers
@@ -48,6 +49,7 @@ __all__ = [
     "TokenMerging",
     "UNetClassPipeline",
     "apply",
+    "calibrate",
     "functional",
     "remove",
 ]

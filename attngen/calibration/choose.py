@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
+BORDER = 16
+"""Solutions nearest to the bound from which single changes are tried."""
+
 
 class Choice(NamedTuple):
     """One way to compute a layer in a stage.
@@ -100,14 +103,13 @@ class Chooser:
             if total + added <= square:
                 picks[step.place] = step.pick
                 total += added
-        return self._cheaper(picks, square)
+        within = [found for found in self.path() if self.square(found) <= square]
+        return min((self._cheaper(found, square) for found in [picks, *within[-BORDER:]]), key=self.cost)
 
     def most_exact(self, cost: float) -> Picks | None:
         """The smallest squared error found at a cost of at most `cost`, or None where nothing is so cheap."""
-        for picks in self.path():
-            if self.cost(picks) <= cost:
-                return self._more_exact(picks, cost)
-        return None
+        within = [found for found in self.path() if self.cost(found) <= cost]
+        return min((self._more_exact(found, cost) for found in within[:BORDER]), key=self.square, default=None)
 
     def lowest_cost(self) -> float:
         return sum(min(choice.cost for choice in choices) for choices in self.places.values())

@@ -55,7 +55,7 @@ class ClockHook:
         self.clock, self.place, self.listener = family.clock, slot(model.forward, family.time), listener
 
     @torch.compiler.disable
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = self.place.get(args, kwargs)
         values = timestep.flatten().tolist() if isinstance(timestep, Tensor) else [float(timestep)]
         self.listener(max(self.clock(value) for value in values))

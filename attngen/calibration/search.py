@@ -189,7 +189,7 @@ class _Search:
         chooser, gains = self._chooser([1.0] * len(self.starts)), []
         for stage in range(len(self.starts)):
             self.bar.set_description(f"stage {stage + 1} of {len(self.starts)}")
-            places = {place: choices for place, choices in chooser.places.items() if place[1] == stage}
+            places = {place: chooser.places[place] for place in self.trials if place[1] == stage}
             picks = Chooser(places).cheapest(size * size)
             if chooser.square(picks) == 0:  # nothing is so exact: take what is most exact of what is not exact
                 picks = {place: _least_square(choices) for place, choices in places.items()}

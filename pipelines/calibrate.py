@@ -1,0 +1,169 @@
+"""A plan for a model, found by measuring its layers: python -m pipelines.calibrate --model … --max-error 0.05"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines import cli, text2image
+
+if TYPE_CHECKING:
+    import torch
+
+PROGRAM = "pipelines.calibrate"
+CLASS_PIPELINES = ("SiTPipeline", "UNetClassPipeline")
+EXAMPLES = """
+examples:
+  python -m pipelines.calibrate --model models/sdxl --prompt "a lighthouse" --max-error 0.05 --out plan.json
+  python -m pipelines.calibrate --model attngen/assets/emoji_unet --labels face heart clock flag --speedup 2 \\
+      --cost flops --steps 10 --heat-map map.png
+  python -m pipelines.text2image "a fox" --model models/sdxl --method plan.json
+"""
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = cli.Parser(PROGRAM, "Measure a model's attention layers and choose a method for each.", EXAMPLES)
+    add = parser.add_argument
+    text2image.add_model_arguments(parser)
+    inputs = parser.add_mutually_exclusive_group(required=True)
+    inputs.add_argument("--prompt", nargs="+", metavar="TEXT", help="what to draw while measuring; several are better")
+    inputs.add_argument("--labels", nargs="+", metavar="CLASS", help="the same for a model of classes: names, numbers")
+    bound = parser.add_mutually_exclusive_group(required=True)
+    bound.add_argument("--max-error", type=cli.scale_number, metavar="E", help="most relative error of the result")
+    bound.add_argument("--speedup", type=cli.scale_number, metavar="S", help="how many times cheaper attention becomes")
+    add("--cost", choices=["time", "flops"], default="time", help="what to save: measured or counted (default time)")
+    add("--stages", type=cli.whole_number(1), default=3, metavar="N", help="parts of the way to a picture (default 3)")
+    add("--steps", type=cli.whole_number(1), help="sampling steps (default: the pipeline's)")
+    add("--guidance-scale", type=cli.scale_number, metavar="S", help="(default: the pipeline's)")
+    add("--height", type=cli.whole_number(1), help="in pixels (default: as the model was trained)")
+    add("--width", type=cli.whole_number(1), help="in pixels (default: as the model was trained)")
+    add("--seed", type=cli.whole_number(0), default=0, help="of the noise (default 0)")
+    add("--out", type=json_path, default=Path("plan.json"), help="plan to write (default plan.json)")
+    add("--heat-map", type=cli.png_path, metavar="FILE", help="picture of layers over time to write")
+    add("--device", help="cpu, cuda, cuda:1, mps … (default: a GPU where there is one)")
+    add("--dtype", choices=cli.DTYPES, default="auto", help="number format of the model (default: auto)")
+    add("--threads", type=cli.whole_number(1), help="CPU threads (default: all cores; one for a small network)")
+    add("--json", action="store_true", help="print what was found as JSON")
+    return parser.parse_args(argv)
+
+
+def json_path(text: str) -> Path:
+    """An argument type: a file name that ends in .json."""
+    path = Path(text)
+    if path.suffix.lower() != ".json":
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .json")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder")
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_arguments(argv)
+    return cli.run(PROGRAM, lambda: calibrate(options))
+
+
+def calibrate(options: argparse.Namespace) -> None:
+    """Measure, choose, write and report what the command line asks for."""
+    classes = check_model(options)
+    check_outputs(options)
+    device = cli.prepare_device(options)
+    pipe = load_class_pipeline(options, device) if classes else text2image.load_pipeline(options, device)
+    arguments = call_arguments(pipe, options)
+    plan = find_plan(pipe, options, arguments)
+    plan.save(options.out)
+    if options.heat_map:
+        plan.measurements.plot(options.heat_map)
+    report(options, plan.measurements)
+
+
+# Before any work
+
+
+def check_model(options: argparse.Namespace) -> bool:
+    """Whether the model draws classes; UserError for one that cannot be there, or inputs of the other kind."""
+    folder = Path(options.model)
+    classes = folder.is_dir() and cli.read_index(folder).get("_class_name") in CLASS_PIPELINES
+    if classes and options.prompt:
+        raise cli.UserError(f"{options.model} draws classes, not texts: give --labels instead of --prompt")
+    if not classes:
+        if options.labels:
+            raise cli.UserError(f"{options.model} is no folder of a pipeline of classes: give --prompt, not --labels")
+        text2image.check_model(options)
+        text2image.check_packages()
+    return classes
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """Raise UserError where the heat map cannot be drawn; make the folders of what is to be written."""
+    import importlib.util
+
+    if options.heat_map and importlib.util.find_spec("matplotlib") is None:
+        raise cli.UserError("--heat-map needs matplotlib: install it with pip install 'attngen[plot]'")
+    for path in filter(None, (options.out, options.heat_map)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
+# The pipeline and its arguments
+
+
+def load_class_pipeline(options: argparse.Namespace, device: torch.device) -> Any:
+    """A pipeline of classes, on its device."""
+    import attngen
+
+    kind = getattr(attngen, cli.read_index(Path(options.model))["_class_name"])
+    dtype = cli.choose_dtype(options.dtype, device)
+    pipe = cli.load(options.model, lambda: kind.from_pretrained(options.model, dtype=dtype))
+    if options.threads is None and device.type == "cpu":
+        cli.limit_threads(getattr(pipe, "transformer", None) or pipe.unet)
+    return pipe.to(device)
+
+
+def call_arguments(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """What the pipeline is called with; what is not given is left to it."""
+    given = {
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance_scale,
+        "height": options.height,
+        "width": options.width,
+    }
+    arguments = {name: value for name, value in given.items() if value is not None}
+    if options.prompt:
+        return {"prompt": options.prompt, **arguments}
+    return {"class_labels": [int(label) if label.isdigit() else label for label in options.labels], **arguments}
+
+
+def find_plan(pipe: Any, options: argparse.Namespace, arguments: dict[str, Any]) -> Any:
+    """The plan; UserError for what cannot be used, or a bound that cannot be kept."""
+    from attngen.calibration import calibrate
+
+    try:
+        return calibrate(
+            pipe,
+            max_error=options.max_error,
+            speedup=options.speedup,
+            num_stages=options.stages,
+            seed=options.seed,
+            cost=options.cost,
+            **arguments,
+        )
+    except ValueError as error:
+        raise cli.UserError(str(error)) from error
+
+
+def report(options: argparse.Namespace, measurements: Any) -> None:
+    """Print what was found and where it is."""
+    if not options.json:
+        print(measurements)
+        print(options.out)
+        return
+    found = {name: getattr(measurements, name) for name in ("error", "predicted_error", "speedup", "cost", "bound")}
+    files = {"file": str(options.out), "heat_map": str(options.heat_map) if options.heat_map else None}
+    print(json.dumps({**files, **found}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
