@@ -167,7 +167,10 @@ def _calibrate(
     tell: Tell,
     stop: threading.Event,
 ) -> Plan:
-    import attngen
+    try:
+        from attngen.calibration import calibrate
+    except ImportError as error:
+        raise cli.UserError(f"this attngen cannot calibrate: {error}") from error
     from pipelines.calls import CallWatch, watched
 
     if "plan" in model.refused:
@@ -184,7 +187,7 @@ def _calibrate(
     bound = {"max_error": max_error} if speedup is None else {"speedup": speedup}
     try:
         with watched(model.pipe, watch):
-            return attngen.calibrate(  # pyright: ignore[reportAttributeAccessIssue]
+            return calibrate(
                 model.pipe, **bound, num_stages=num_stages, seed=settings.seed, **call_arguments(model, settings)
             )
     except ValueError as error:

@@ -134,6 +134,38 @@ class Use(NamedTuple):
         ]
         return " ".join([info.name if info.name != UNCHANGED else "unchanged", *filter(None, told)])
 
+    @property
+    def text(self) -> str:
+        """The text that `parse_use` reads; only options that are not the default."""
+        defaults = {option.name: option.default for option in find_method(self.method).options}
+        options = [f"{name}={_plain(value)}" for name, value in self.options.items() if value != defaults.get(name)]
+        return " ".join([self.method, *options])
+
+
+def parse_use(typed: str) -> Use:
+    """A checked use of a text: a method's name and its options, such as "agent agents=64 min_tokens=256".
+
+    The first option may go without its name: "agent 64", "mediators 1:4,0.5:16".
+
+    Raises:
+        UserError: for an unknown method or option, or a bad value.
+    """
+    name, *words = typed.split()[:32] or [""]
+    known = find_method(name).options
+    options: dict[str, Any] = {}
+    for i, word in enumerate(words):
+        key, sign, value = word.partition("=")
+        if not sign and i == 0 and known:
+            key, value = known[0].name, word
+        elif not sign:
+            raise UserError(
+                f"{typed[:60]!r}: write options as name=value, such as {name} {known[0].name}=…"
+                if known
+                else f"method {name!r} has no options, got {word[:60]!r}"
+            )
+        options[key] = value
+    return Use(name, options).checked()
+
 
 def find_method(name: Any) -> MethodInfo:
     """The method of that name.

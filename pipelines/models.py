@@ -112,6 +112,7 @@ class ModelStore:
         dtype: see `pipelines.cli.choose_dtype`.
         threads: CPU threads; None for one with a small network and all cores otherwise.
         allowed: names of models; None for any hub id, folder or file.
+        first: names to offer before the others.
         offload: "none", "model" or "sequential", see text2image.
         allow_pickle: whether to read weights that are not safetensors.
         keep: number of loaded models to keep.
@@ -123,6 +124,7 @@ class ModelStore:
         dtype: str = "auto",
         threads: int | None = None,
         allowed: Sequence[str] | None = None,
+        first: Sequence[str] = (),
         offload: str = "none",
         allow_pickle: bool = False,
         keep: int = 3,
@@ -138,16 +140,16 @@ class ModelStore:
             variant=None,
         )
         self.allowed = None if allowed is None else list(allowed)
-        self.keep = keep
+        self.first, self.keep = list(first), keep
         self._models: OrderedDict[str, Model] = OrderedDict()
         self._lock = threading.Lock()  # one model is loaded at a time
 
     @property
     def names(self) -> list[str]:
-        """Models to offer: those allowed, or those that ship and those loaded."""
+        """Models to offer: those allowed, or the first ones, those that ship and those loaded."""
         if self.allowed is not None:
             return list(self.allowed)
-        return list(dict.fromkeys([*shipped_models(), *self._models]))
+        return list(dict.fromkeys([*self.first, *shipped_models(), *self._models]))
 
     def get(self, name: str) -> Model:
         """The model, loaded if need be.

@@ -1,0 +1,227 @@
+"""The page: python app.py, then open http://127.0.0.1:7860
+
+Draw, compare attention methods, recall pictures, calibrate. The page holds no model code; `pipelines.engine` does.
+"""
+
+# ruff: noqa: TID251  (a program, like those in pipelines)
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines import cli
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+    from pipelines.engine import Engine
+
+PROGRAM = "app"
+PORT = 7860
+MAX_QUEUE = 16
+MAX_UPLOAD = "20mb"
+PASSWORD = "ATTNGEN_PASSWORD"
+MIN_PASSWORD = 8
+SPACE_SECONDS = 120  # of GPU that a Space is asked for
+EXAMPLES = """
+examples:
+  python app.py
+  python app.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --open
+  ATTNGEN_PASSWORD=… python app.py --host 0.0.0.0 --user me
+"""
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = cli.Parser(PROGRAM, "Serve the page that draws and compares.", EXAMPLES)
+    parser.prog = "python app.py"
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to serve on; other than this machine's own needs a password")
+    add("--port", type=cli.whole_number(0), default=PORT, help=f"(default {PORT}; 0 for any free one)")
+    add("--user", help=f"name to log in with; the password is read from {PASSWORD} in the environment")
+    add("--name", action="append", default=[], metavar="HOST", help="name people call this machine by; repeatable")
+    add("--model", action="append", default=[], help="hub id, folder or file to start with; repeatable")
+    add("--any-model", action="store_true", help="let those who log in load any model (always so on this machine)")
+    add("--out", type=Path, default=Path("outputs/page"), help="folder for pictures (default outputs/page)")
+    add("--device", help="cpu, cuda, cuda:1, mps … (default: a GPU where there is one)")
+    add("--dtype", choices=cli.DTYPES, default="auto", help="number format of the models (default: auto)")
+    add("--threads", type=cli.whole_number(1), help="CPU threads (default: all cores; one for a small network)")
+    add("--offload", choices=["none", "model", "sequential"], default="none", help="keep idle parts in main memory")
+    add("--allow-pickle", action="store_true", help="read weights that are not safetensors")
+    add("--max-pixels", type=cli.whole_number(64), default=4096 * 4096, help="of one picture")
+    add("--max-steps", type=cli.whole_number(1), default=1000)
+    add("--max-images", type=cli.whole_number(1), default=16, help="of one request")
+    add("--open", action="store_true", help="open the page in a browser")
+    options = parser.parse_args(argv)
+    options.password = os.environ.get(PASSWORD, "")
+    _check_access(parser, options)
+    return options
+
+
+def _check_access(parser: cli.Parser, options: argparse.Namespace) -> None:
+    from pipelines.guard import is_loopback
+
+    if options.port > 65535:
+        parser.error(f"there is no port {options.port}")
+    if is_space():
+        options.host = "0.0.0.0"  # where a Space's own proxy expects it; the proxy decides who comes in
+    elif not is_loopback(options.host) and not (options.user and options.password):
+        parser.error(f"serving on {options.host} needs --user and a password in {PASSWORD}")
+    if options.user and len(options.password) < MIN_PASSWORD:
+        parser.error(f"the password in {PASSWORD} needs at least {MIN_PASSWORD} characters")
+
+
+def is_space() -> bool:
+    """Whether this runs as a Hugging Face Space."""
+    return bool(os.environ.get("SPACE_ID"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_arguments(argv)
+    return cli.run(PROGRAM, lambda: serve(options))
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Load the first model, serve the page, and wait until it is interrupted."""
+    import importlib.util
+
+    # Before the libraries that read them once.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
+    if importlib.util.find_spec("gradio") is None:
+        raise cli.UserError("the page needs gradio: install it with pip install 'attngen[app]'")
+    wrap = _gpu_of_space()
+    prepare_folder(options.out)
+    engine = make_engine(options)
+    print("loading …", end="\r", flush=True)
+    engine.warm_up()
+    page = build_ui(engine, options.out, wrap)
+    launch(page, options)
+    page.block_thread()
+
+
+def _gpu_of_space() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What a Space wants around functions that use its GPU; elsewhere nothing."""
+    try:
+        import spaces  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return lambda function: function
+    return spaces.GPU(duration=SPACE_SECONDS)
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the folder of the pictures; it may hold nothing else, for the page can serve what is in it.
+
+    Raises:
+        UserError: if it holds something that the page did not write.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    foreign = [path.name for path in folder.iterdir() if path.suffix not in (".png", ".json", ".tmp")]
+    if foreign:
+        raise cli.UserError(f"{folder} holds {sorted(foreign)[0]!r}; give the page a folder of its own with --out")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"cannot write to the folder {folder}")
+
+
+def make_engine(options: argparse.Namespace) -> Engine:
+    """The engine that the command line asks for."""
+    from pipelines.engine import Engine
+    from pipelines.guard import is_loopback
+    from pipelines.models import ModelStore, shipped_models
+    from pipelines.settings import Limits
+
+    named = [*options.model, *shipped_models()]
+    trusted = options.any_model or is_loopback(options.host)
+    models = ModelStore(
+        options.device,
+        options.dtype,
+        options.threads,
+        allowed=None if trusted else named,
+        first=options.model,
+        offload=options.offload,
+        allow_pickle=options.allow_pickle,
+    )
+    return Engine(models, Limits(pixels=options.max_pixels, steps=options.max_steps, images=options.max_images))
+
+
+def build_ui(
+    engine: Engine,
+    folder: str | Path = "outputs/page",
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
+) -> gr.Blocks:
+    """The page over an engine; nothing is served or drawn yet.
+
+    Args:
+        engine: that draws; its first model is loaded if it is not.
+        folder: where pictures are written.
+        wrap: put around each function that draws, as Spaces want it.
+    """
+    import gradio as gr
+
+    from pipelines.ui_api import add_endpoints
+    from pipelines.ui_calibrate import CalibrateTab
+    from pipelines.ui_compare import CompareTab
+    from pipelines.ui_generate import GenerateTab
+
+    folder = Path(folder).resolve()
+    with gr.Blocks(title="attngen", fill_width=True, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        gr.Markdown("# attngen\nDiffusion models with attention at linear cost.", elem_id="title")
+        with gr.Tab("Generate", id="generate"):
+            generate = GenerateTab(engine, folder, wrap)
+        with gr.Tab("Compare", id="compare"):
+            CompareTab(engine, folder, generate.form, wrap)
+        with gr.Tab("Calibrate", id="calibrate"):
+            CalibrateTab(engine, folder, generate.form, wrap)
+        add_endpoints(engine, folder, wrap)
+    return page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1, api_open=False)
+
+
+def launch(page: gr.Blocks, options: argparse.Namespace, quiet: bool = False) -> str:
+    """Serve the page in the background; returns its address.
+
+    Raises:
+        OSError: if the port is taken.
+    """
+    from starlette.middleware import Middleware
+
+    from pipelines.guard import LOOPBACK_NAMES, Guard, LogIn, is_loopback
+    from pipelines.ui_style import CSS, HEAD, theme
+
+    space = is_space()
+    own = [options.host] if not is_loopback(options.host) else []
+    hosts = ["*"] if space else [*LOOPBACK_NAMES, *own, *options.name]
+    log_in = LogIn(options.user, options.password) if options.user else None
+    _, local, _ = page.launch(
+        server_name=options.host,
+        server_port=options.port or None,
+        auth=log_in,
+        inbrowser=options.open,
+        quiet=True,
+        prevent_thread_lock=True,
+        show_error=False,
+        strict_cors=True,
+        ssr_mode=False,
+        share=False,
+        max_file_size=MAX_UPLOAD,
+        allowed_paths=[str(options.out.resolve())],
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        pwa=False,
+        footer_links=["api", "settings"],
+        theme=theme(),
+        css=CSS,
+        head=HEAD,
+        app_kwargs={"middleware": [Middleware(Guard, hosts=hosts, framed=space)]},  # pyright: ignore[reportArgumentType]
+    )
+    if not quiet:
+        print(f"{local}  (Ctrl+C ends it; pictures go to {options.out})", flush=True)
+    return local
+
+
+if __name__ == "__main__":
+    sys.exit(main())

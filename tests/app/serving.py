@@ -1,0 +1,110 @@
+"""What the tests of the page share: the served page, a Chromium, and what happens on a page that must be quiet."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+START_SECONDS = 300  # of a loaded machine
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@contextmanager
+def served(folder, log, *options):
+    """Run the page as people do, on a free port; yields its address, and ends it by its process."""
+    command = [sys.executable, str(ROOT / "app.py"), "--port", "0", "--out", str(folder), "--threads", "1", *options]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with open(log, "wb") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        yield _address(process, Path(log))
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _address(process, log):
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end and process.poll() is None:
+        if found := re.search(r"http://[^\s/]+", log.read_text(errors="replace")):
+            return found[0]
+        time.sleep(0.2)
+    raise AssertionError(f"the page did not start:\n{log.read_text(errors='replace')[-3000:]}")
+
+
+class Visit:
+    """One open page, with what it asked for and what went wrong in it.
+
+    Args:
+        browser: of playwright.
+        address: of the server.
+        path: what follows the address.
+        width: of the window in pixels.
+        height: likewise.
+    """
+
+    def __init__(self, browser, address, path="/", width=1280, height=900):
+        self.context = browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(60_000)
+        self.faults, self.foreign = [], []
+        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.on("response", lambda got: got.status >= 400 and self.faults.append(f"{got.status} {got.url}"))
+        self.page.on("request", lambda sent: self._is_foreign(sent.url, address) and self.foreign.append(sent.url))
+        self.page.goto(address + path)
+        self.page.wait_for_selector("#generate")
+
+    @staticmethod
+    def _is_foreign(url, address):
+        return not url.startswith((address, "data:", "blob:"))
+
+    def status(self, name="status"):
+        """The text of a status line."""
+        return self.page.input_value(f"#{name} textarea")
+
+    def wait_for(self, start, name="status", seconds=120):
+        """Wait until a status line starts with a text; returns the line."""
+        self.page.wait_for_function(
+            "([name, start]) => document.querySelector(`#${name} textarea`).value.startsWith(start)",
+            arg=[name, start],
+            timeout=seconds * 1000,
+        )
+        return self.status(name)
+
+    def set(self, name, value):
+        """Type a number into a field."""
+        field = self.page.locator(f"#{name} input[type=number]").first
+        field.fill(str(value))
+        field.blur()
+
+    def open_details(self):
+        """Unfold size, steps and seed."""
+        self.page.locator("#details button").first.click()
+        self.page.wait_for_selector("#steps input[type=number]", state="visible")
+
+    def overflow(self):
+        """Pixels that the page is wider than its window."""
+        return self.page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+
+    def close(self):
+        """Close it; nothing may have gone wrong and no other host may have been asked."""
+        self.context.close()
+        assert not self.foreign, f"other hosts were asked: {self.foreign}"
+        assert not self.faults, f"faults on the page: {self.faults}"
