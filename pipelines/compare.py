@@ -192,7 +192,7 @@ def picture(comparison: Comparison, scale: int | None = None, difference: bool =
         labels.append(row_label(row, is_first=i == 0))
         if difference and i:
             rows.append([comparison.difference(i, k) for k in range(len(first.pictures))])
-            labels.append([f"difference × {DIFFERENCE_GAIN}"])
+            labels.append(["difference,", f"{DIFFERENCE_GAIN} times as bright"])
     columns = [(f"seed {(first.settings.seed or 0) + k}", 1) for k in range(len(first.pictures))]
     return grid(rows, labels, columns, scale or -(-SHOWN_SIZE // min(first.pictures[0].size)))
 

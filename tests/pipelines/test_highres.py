@@ -128,6 +128,12 @@ def test_seeds(sd, global_rng_untouched):
     assert (pixels(from_first.image) == pixels(once[-1].image)).all(), "a stage does not depend on how it was reached"
 
 
+def test_each_stage_has_noise_of_its_own():
+    keys = [(seed, index) for seed in (0, 1) for index in (0, 1, 2)]
+    draws = {key: tuple(torch.randn(3, generator=upscale.stage_generator(*key)).tolist()) for key in keys}
+    assert len(set(draws.values())) == len(keys)
+
+
 def test_the_method_is_used_in_the_enlargements_only(sd):
     exact = draw(sd, dataclasses.replace(WIDE, method=None))
     changed = draw(sd, WIDE)
@@ -293,10 +299,19 @@ def test_the_estimate_knows_tiles_offloading_stages_and_leaves_the_pipeline_alon
     whole = dry.enlargement(sd, (96, 96), many, False, "none", arguments)
     tiles = dry.enlargement(sd, (96, 96), both, True, "model", arguments)
     assert tiles.decode < whole.decode and tiles.encode < whole.encode
-    assert tiles.denoiser == whole.denoiser, "the hungriest stage counts"
+    assert tiles.denoiser == whole.denoiser
     small = dry.enlargement(sd, (32, 32), None, True, "sequential", arguments)
     assert small.weights < tiles.weights < whole.weights and small.denoiser < tiles.denoiser
     assert state(sd) == before
+
+
+def test_the_hungriest_stage_of_a_plan_counts(sd, monkeypatch):
+    monkeypatch.setattr(dry_run.DryRun, "_plan_peak", lambda self, layers, *_: layers["*"].num_agents)
+    stages = [
+        Stage(start, {"*": AgentAttention(num_agents=agents)}) for start, agents in ((1.0, 4), (0.7, 9), (0.2, 2))
+    ]
+    need = dry_run.DryRun(sd).enlargement(sd, (32, 32), Plan(tuple(stages)), True, "none", {"prompt": "a fox"})
+    assert need.denoiser == 9
 
 
 # The program
