@@ -17,7 +17,7 @@ DEFAULT_CANDIDATES: tuple[AttentionMethod, ...] = (
     DownsampledKV(factor=4),
     TokenMerging(ratio=0.5, stride=2),
 )
-"""Those that won somewhere; see docs/calibration.md."""
+"""What is tried where no candidates are given; see docs/calibration.md."""
 
 EXPONENTS = (0.0, 0.15, 0.3, 0.5, 0.75, 1.0)
 """Sharpnesses of the broadcast that are tried."""

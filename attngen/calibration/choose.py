@@ -7,8 +7,8 @@ nothing cheaper has as small an error. Between two of them single places are cha
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 BORDER = 16
 """Solutions nearest to the bound from which single changes are tried."""
@@ -26,7 +26,8 @@ class Choice(NamedTuple):
     square: float
 
 
-Place = Hashable
+Place = Any
+"""Whatever names a place; it can be a key."""
 Picks = dict[Place, int]
 """The index of the choice taken at each place."""
 

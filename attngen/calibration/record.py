@@ -68,10 +68,8 @@ def clocked(models: Mapping[str, nn.Module], listener: Callable[[str, float], No
     def tell(name: str) -> Callable[[float], None]:
         return lambda moment: listener(name, moment)
 
-    handles = [
-        model.register_forward_pre_hook(ClockHook(model, tell(name)), with_kwargs=True)
-        for name, model in models.items()
-    ]
+    hooks: dict[str, Any] = {name: ClockHook(model, tell(name)) for name, model in models.items()}
+    handles = [model.register_forward_pre_hook(hooks[name], with_kwargs=True) for name, model in models.items()]
     try:
         yield
     finally:
@@ -118,7 +116,8 @@ class Recorder:
         """Within it the models' calls are measured."""
         handles = []
         for name, model in self.models.items():
-            handles.append(model.register_forward_pre_hook(ClockHook(model, self._before(name)), with_kwargs=True))
+            clock: Any = ClockHook(model, self._before(name))
+            handles.append(model.register_forward_pre_hook(clock, with_kwargs=True))
             handles.append(model.register_forward_hook(self._after(name), with_kwargs=True))
             for layer, attn in patched_layers(model).items():
                 handles.append(attn.register_forward_hook(self._on_layer(layer), with_kwargs=True))
