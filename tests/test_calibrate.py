@@ -1,0 +1,377 @@
+"""calibrate: what it measures, fits and chooses, what it promises, and that it leaves everything as it was."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+
+import attngen
+from attngen import AgentAttention, DownsampledKV, LinearAttention, Plan, SoftmaxAttention, TokenMerging
+from attngen.calibration import DEFAULT_CANDIDATES, Measurements, calibrate
+from attngen.calibration.choose import Choice, Chooser, hull
+from attngen.calibration.fit import Products
+from attngen.calibration.search import choose_calls, stage_starts
+from tests.hosts.models import snapshot
+from tests.pipelines.tiny_classes import build_sit
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning"),
+    pytest.mark.usefixtures("global_rng_untouched"),
+]
+CANDIDATES = (AgentAttention(4), AgentAttention(16, correction="nystrom"), DownsampledKV(2))
+CALL = {"class_labels": [0, 1], "num_inference_steps": 4, "guidance_scale": 1.0}
+FAST = {"candidates": CANDIDATES, "num_stages": 2, "cost": "flops", **CALL}
+
+
+def make_pipe():
+    pipe = build_sit(attention="softmax")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, seed=0):
+    return pipe(**CALL, generator=torch.Generator().manual_seed(seed), output_type="latent").images
+
+
+def error_of(pipe, plan, exact, seed=0):
+    """Relative error of the final latents, found without calibrate's help."""
+    handle = attngen.apply(pipe, plan)
+    got = draw(pipe, seed)
+    handle.remove()
+    return float((got - exact).norm() / exact.norm())
+
+
+@pytest.fixture(scope="module")
+def fast():
+    """A pipeline and three plans: the cheapest, one of a third of its error, and one of a speed-up."""
+    pipe = make_pipe()
+    loose = calibrate(pipe, max_error=1e6, **FAST)
+    bounded = calibrate(pipe, max_error=loose.measurements.error / 3, **FAST)
+    return pipe, {"loose": loose, "max_error": bounded, "speedup": calibrate(pipe, speedup=1.4, **FAST)}
+
+
+# What it promises
+
+
+def test_the_error_holds_as_measured(fast):
+    pipe, plans = fast
+    plan, exact = plans["max_error"], draw(pipe)
+    measured = plan.measurements.error
+    assert 0 < measured <= plans["loose"].measurements.error / 3
+    assert plan.measurements.bound == {"max_error": plans["loose"].measurements.error / 3}
+    assert error_of(pipe, plan, exact) == pytest.approx(measured, rel=1e-5)
+    assert plan.measurements.speedup > 1.02
+
+
+def test_a_looser_bound_is_cheaper(fast):
+    _, plans = fast
+    loose = plans["loose"].measurements
+    assert loose.speedup > plans["max_error"].measurements.speedup
+    cheapest = [min(trial.cost for trial in cell.trials) for layer in loose.layers for cell in layer.cells]
+    taken = [cell.taken.cost for layer in loose.layers for cell in layer.cells]
+    assert taken == cheapest
+
+
+def test_a_bound_below_every_method_gives_exact_attention(fast):
+    pipe, _ = fast
+    plan = calibrate(pipe, max_error=1e-12, **FAST)
+    assert plan.measurements.error == 0 and plan.measurements.speedup == 1
+    assert all(not stage.layers for stage in plan.stages)
+
+
+def test_the_speedup_holds(fast):
+    pipe, plans = fast
+    plan = plans["speedup"]
+    found = plan.measurements
+    exact = planned = 0.0
+    for layer in found.layers:
+        for cell, calls in zip(layer.cells, found.calls, strict=True):
+            exact, planned = exact + calls * cell.trials[0].cost, planned + calls * cell.taken.cost
+    assert found.speedup == pytest.approx(exact / planned) and found.speedup >= 1.4
+    assert error_of(pipe, plan, draw(pipe)) == pytest.approx(found.error, rel=1e-5)
+    # The operations are those that the patch itself reports.
+    handle = attngen.apply(pipe, plan)
+    layers = {layer.name: layer for layer in handle.report((8, 8)).patched}
+    handle.remove()
+    for layer in found.layers:
+        for i, cell in enumerate(layer.cells):
+            assert cell.taken.method == plan.stages[i].method_for(layer.name)
+            assert cell.taken.cost == layers[layer.name].stages[i].flops
+
+
+def test_an_unreachable_speedup_names_the_best(fast):
+    pipe, _ = fast
+    message = r"no plan makes attention 50 times cheaper; .* reach is (\d+\.\d\d)"
+    with pytest.raises(ValueError, match=message) as refused:
+        calibrate(pipe, speedup=50, **FAST)
+    best = float(str(refused.value).rsplit(" ", 1)[1])
+    assert calibrate(pipe, speedup=best - 0.01, **FAST).measurements.speedup >= best - 0.01
+
+
+def test_two_calibrations_are_equal(fast):
+    pipe, plans = fast
+    again = calibrate(make_pipe(), speedup=1.4, **FAST)
+    assert again == plans["speedup"]
+    assert again.measurements == plans["speedup"].measurements
+
+
+def test_more_exact_than_the_same_methods_as_given(fast):
+    """At the cost of its plan no single candidate in all layers is as exact."""
+    pipe, _ = fast
+    exact = draw(pipe)
+    for candidate in CANDIDATES:
+        handle = attngen.apply(pipe, candidate)
+        report = handle.report((8, 8))
+        handle.remove()
+        ratio = sum(x.flops_exact for x in report.patched) / sum(x.stages[0].flops for x in report.patched)
+        found = calibrate(pipe, speedup=ratio, **FAST).measurements
+        assert found.speedup >= ratio
+        assert found.error < error_of(pipe, Plan.of(candidate), exact)
+
+
+# What it measures
+
+
+def test_errors_of_layers_are_those_of_their_outputs(fast):
+    """The first layer's inputs are the same with a plan as without, so its output can be compared."""
+    pipe, plans = fast
+    layer = plans["speedup"].measurements.layers[0]
+    attn = pipe.transformer.get_submodule(layer.name)
+    outputs = []
+    hook = attn.register_forward_hook(lambda module, args, out: outputs.append(out))
+    draw(pipe)
+    chosen = choose_calls([1.0, 0.75, 0.5, 0.25], plans["speedup"].measurements.starts)
+    exact = [outputs[i] for i in sorted(chosen)]
+    for trial in layer.cells[0].trials[1:]:
+        outputs.clear()
+        handle = attngen.apply(pipe, trial.method)
+        pipe(**{**CALL, "num_inference_steps": 4}, generator=torch.Generator().manual_seed(0), output_type="latent")
+        handle.remove()
+        got = float((outputs[0] - exact[0]).norm() / exact[0].norm())  # the first call: nothing differs before it
+        assert trial.error == pytest.approx(got, rel=0.5)
+        assert trial.error_as_given is None or trial.error <= trial.error_as_given * (1 + 1e-9)
+    hook.remove()
+
+
+def test_one_call_gives_one_layers_error_exactly():
+    pipe = make_pipe()
+    call = {**CALL, "num_inference_steps": 1}
+    found = calibrate(pipe, speedup=1.1, candidates=CANDIDATES, num_stages=1, cost="flops", **call).measurements
+    layer = found.layers[0]
+    outputs = []
+    pipe.transformer.get_submodule(layer.name).register_forward_hook(lambda module, args, out: outputs.append(out))
+    for trial in layer.cells[0].trials:
+        handle = attngen.apply(pipe, trial.method)
+        pipe(**call, generator=torch.Generator().manual_seed(0), output_type="latent")
+        handle.remove()
+    errors = [float((out - outputs[0]).norm() / outputs[0].norm()) for out in outputs]
+    assert errors == pytest.approx([trial.error for trial in layer.cells[0].trials], rel=1e-3, abs=1e-6)
+    assert len(errors) > len(CANDIDATES)
+
+
+def test_measured_time_is_a_cost_too():
+    found = calibrate(make_pipe(), max_error=0.5, candidates=[DownsampledKV(4)], num_stages=1, **CALL).measurements
+    assert found.cost == "time"
+    for layer in found.layers:
+        assert all(0 < trial.cost < 1 for trial in layer.cells[0].trials)
+
+
+# What it leaves behind
+
+
+def test_everything_is_as_it_was(fast):
+    pipe, _ = fast
+    pipe = make_pipe()
+    handle = attngen.apply(pipe, AgentAttention(9))
+    patched, before, attributes = draw(pipe), snapshot(pipe.transformer), dict(vars(pipe))
+    generator = torch.Generator().manual_seed(3)
+    state = generator.get_state()
+    calibrate(pipe, speedup=1.2, generator=generator, **FAST)
+    assert torch.equal(generator.get_state(), state)
+    assert snapshot(pipe.transformer) == before and vars(pipe) == attributes
+    assert torch.equal(draw(pipe), patched)
+    handle.remove()
+    assert torch.equal(draw(pipe), draw(make_pipe()))
+
+
+@pytest.mark.parametrize("fails_at", [0, 2, 6, 9, 21])
+def test_everything_is_as_it_was_after_an_exception(fails_at):
+    pipe = make_pipe()
+    handle = attngen.apply(pipe, AgentAttention(9))
+    patched, before, attributes = draw(pipe), snapshot(pipe.transformer), dict(vars(pipe))
+    calls = itertools.count()
+
+    def fail(module, args):
+        if next(calls) == fails_at:
+            raise KeyboardInterrupt
+
+    hook = pipe.transformer.register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(pipe, max_error=0.01, **FAST)
+    hook.remove()
+    assert snapshot(pipe.transformer) == before and vars(pipe) == attributes
+    assert torch.equal(draw(pipe), patched)
+    handle.remove()
+    assert torch.equal(draw(pipe), draw(make_pipe()))
+
+
+def test_a_patch_plays_no_part(fast):
+    _, plans = fast
+    pipe = make_pipe()
+    attngen.apply(pipe, TokenMerging(0.5))
+    assert calibrate(pipe, speedup=1.4, **FAST) == plans["speedup"]
+
+
+# Its data
+
+
+def test_measurements_are_json(fast, tmp_path):
+    _, plans = fast
+    plan = plans["speedup"]
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    again = Measurements.load(tmp_path / "plan.measurements.json")
+    assert again == plan.measurements and json.loads(json.dumps(again.to_dict())) == again.to_dict()
+    assert "relative error" in str(again) and again.layers[0].name in str(again)
+    (tmp_path / "other.json").write_text("{}")
+    for name in ("other.json", "missing.json"):
+        with pytest.raises(ValueError, match=name):
+            Measurements.load(tmp_path / name)
+
+
+def test_the_heat_map_is_a_picture(fast, tmp_path, monkeypatch):
+    from PIL import Image
+
+    _, plans = fast
+    plans["speedup"].measurements.plot(tmp_path / "map.png")
+    with Image.open(tmp_path / "map.png") as picture:
+        assert picture.format == "PNG" and min(picture.size) > 200
+    with pytest.raises(ValueError, match="map.jpg"):
+        plans["speedup"].measurements.plot(tmp_path / "map.jpg")
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'attngen\[plot\]'"):
+        plans["speedup"].measurements.plot(tmp_path / "other.png")
+
+
+# What it refuses, before any work
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "either max_error=... or speedup="),
+        ({"max_error": 0.1, "speedup": 2}, "not both"),
+        ({"max_error": 0}, "max_error must be a finite number above 0, got 0"),
+        ({"speedup": 1}, "speedup must be a finite number above 1, got 1"),
+        ({"speedup": float("nan")}, "got nan"),
+        ({"speedup": 2, "num_stages": 0}, "num_stages"),
+        ({"speedup": 2, "seed": -1}, "seed"),
+        ({"speedup": 2, "cost": "joules"}, "'joules'.*time, flops"),
+        ({"speedup": 2, "candidates": []}, "no candidate"),
+        ({"speedup": 2, "candidates": [SoftmaxAttention()]}, "no candidate"),
+        ({"speedup": 2, "candidates": "agent"}, "sequence of attention methods"),
+        ({"speedup": 2, "candidates": ["agent"]}, "AgentAttention.*'agent'"),
+        ({"speedup": 2, "candidates": [TokenMerging(random=True)]}, "random=False"),
+        ({"speedup": 2, "prompt": "a cat"}, "takes no 'prompt'"),
+    ],
+)
+def test_wrong_arguments_are_named(options, message):
+    pipe = make_pipe()
+    pipe.transformer.forward = None  # whoever calls the network now fails
+    with pytest.raises(ValueError, match=message):
+        calibrate(pipe, **{"class_labels": [0], **options})
+
+
+def test_a_bare_model_is_refused():
+    with pytest.raises(ValueError, match="put a bare model into its pipeline"):
+        calibrate(make_pipe().transformer, speedup=2)
+
+
+def test_a_model_without_plain_attention_is_refused():
+    with pytest.raises(ValueError, match="no self-attention layer that can be patched: its processor .*Mediator"):
+        calibrate(build_sit(attention="mediator"), speedup=2, **CALL)
+
+
+def test_more_stages_than_steps_are_refused():
+    with pytest.raises(ValueError, match="5 stages need as many steps, but this call of the pipeline takes 4"):
+        calibrate(make_pipe(), speedup=2, num_stages=5, **CALL)
+
+
+def test_stages_lie_between_steps():
+    times = [1.0, 0.75, 0.5, 0.25]
+    assert stage_starts(times, 2) == (1.0, 0.625)
+    assert stage_starts([1.0, *times, *times], 4) == (1.0, 0.875, 0.625, 0.375)
+    assert choose_calls(times, (1.0, 0.625)) == {0: False, 1: True, 2: False, 3: True}
+
+
+def test_the_usual_candidates():
+    kinds = {candidate.kind for candidate in DEFAULT_CANDIDATES}
+    assert kinds == {"agent", "downsampled-kv", "token-merging"}
+    assert LinearAttention not in map(type, DEFAULT_CANDIDATES)
+
+
+# The fit and the choice
+
+
+def test_the_fit_is_that_of_least_squares():
+    generator = torch.Generator().manual_seed(0)
+    calls = [torch.randn(3, 40, generator=generator, dtype=torch.float64).abs() for _ in range(3)]
+    products = Products()
+    for call in calls:
+        products.add(*call)
+    through, values, target = torch.cat(calls, 1)
+    columns = torch.stack([through, values], 1)
+    wanted = torch.linalg.lstsq(columns, target[:, None]).solution.flatten()
+    fit = products.fit(with_shortcut=True)
+    assert (fit.gain, fit.shortcut) == pytest.approx(wanted.tolist())
+    assert fit.square == pytest.approx(float((columns @ wanted - target).square().sum()))
+    alone = products.fit(with_shortcut=False)
+    assert alone.gain == pytest.approx(float(through @ target / (through @ through))) and alone.shortcut == 0
+    assert alone.square >= fit.square
+    opposed = Products()
+    opposed.add(through, values, -target)
+    assert opposed.fit(True) == (0.0, 0.0, opposed.tt)
+
+
+def random_places(seed, places=4, choices=4):
+    numbers = torch.rand(places, choices, 2, generator=torch.Generator().manual_seed(seed)).tolist()
+    found = {}
+    for i, rows in enumerate(numbers):
+        found["layer", i] = [Choice(1.0, 0.0), *(Choice(cost, square) for cost, square in rows)]
+    return found
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_choice_is_near_the_best_of_all(seed):
+    places = random_places(seed)
+    chooser = Chooser(places)
+    every = [dict(zip(places, picks, strict=True)) for picks in itertools.product(range(5), repeat=len(places))]
+    for bound in (0.1, 0.4, 0.9, 2.0):
+        picks = chooser.cheapest(bound)
+        best = min(chooser.cost(p) for p in every if chooser.square(p) <= bound)
+        assert chooser.square(picks) <= bound and chooser.cost(picks) <= 1.15 * best
+    for cost in (1.0, 1.8, 3.0):
+        picks = chooser.most_exact(cost)
+        possible = [chooser.square(p) for p in every if chooser.cost(p) <= cost]
+        assert (picks is None) == (not possible)
+        if picks is not None:
+            assert chooser.cost(picks) <= cost and chooser.square(picks) <= 1.6 * min(possible)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_cheaper_is_as_exact_as_a_corner_of_the_hull(seed):
+    places = random_places(seed)
+    chooser = Chooser(places)
+    every = [dict(zip(places, picks, strict=True)) for picks in itertools.product(range(5), repeat=len(places))]
+    for picks in chooser.path():
+        least = min(chooser.cost(p) for p in every if chooser.square(p) <= chooser.square(picks) + 1e-12)
+        assert chooser.cost(picks) == pytest.approx(least)
+    assert chooser.lowest_cost() == pytest.approx(min(map(chooser.cost, every)))
+
+
+def test_the_hull():
+    assert hull([Choice(4, 0), Choice(3, 3), Choice(2, 2), Choice(1, 6), Choice(5, 1), Choice(2, 2)]) == [0, 2, 3]
+    assert hull([Choice(1, 0), Choice(1, 0)]) == [0]
