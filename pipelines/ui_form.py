@@ -242,7 +242,7 @@ class Form:
         for part in (self.aspect, self.scale):
             part.input(self._size_chosen, [self.model, self.aspect, self.scale], size, **quiet)
         options = list(self.option_parts.values())
-        self.method.input(
+        self.method.change(
             self._method_changed, [self.method, *options], [self.method, *self.groups.values(), self.timeline], **quiet
         )
         for (owner, name), part in self.option_parts.items():

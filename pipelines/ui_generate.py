@@ -10,6 +10,7 @@ import gradio as gr
 
 from pipelines.cli import UserError
 from pipelines.engine import Engine
+from pipelines.methods import MEDIATORS
 from pipelines.models import CLASSES
 from pipelines.recall import recall
 from pipelines.results import Progress, Result, save
@@ -102,10 +103,12 @@ class GenerateTab:
 
     def _make_examples(self) -> None:
         form, model = self.form, self.form.first
-        if model.kind == CLASSES:
+        if model.kind == CLASSES and MEDIATORS in model.methods:
             names = [model.label_text(number) for number in sorted(model.labels)]
-            rows = [[name, mediators] for name, mediators in zip(names, EXAMPLE_MEDIATORS, strict=False)]
-            parts = [form.label, form.option_parts["mediators", "mediators"]]
+            rows = [[name, MEDIATORS, mediators] for name, mediators in zip(names, EXAMPLE_MEDIATORS, strict=False)]
+            parts = [form.label, form.method, form.option_parts[MEDIATORS, MEDIATORS]]
+        elif model.kind == CLASSES:
+            rows, parts = [], []
         else:
             rows, parts = [[prompt] for prompt in EXAMPLE_PROMPTS], [form.prompt]
         if rows:

@@ -11,8 +11,11 @@ CSS = """
 .tiny-pictures img { image-rendering: pixelated; }
 /* Classes: small pictures in rows of seven under the label, which would cover the first ones. */
 #labels { height: auto !important; min-height: 0 !important; }
-#labels .grid-wrap { height: auto !important; min-height: 0 !important; max-height: 12rem; padding-top: 1.9rem; }
-#labels .grid-container { grid-template-columns: repeat(7, minmax(0, 1fr)) !important; gap: 0.25rem; padding: 0.25rem; }
+#labels .grid-wrap { height: auto !important; min-height: 0 !important; max-height: 13rem; }
+#labels .grid-wrap, #gallery .grid-wrap, #side .grid-wrap, #history .grid-wrap { padding-top: 1.9rem; }
+#labels .grid-container { grid-template-rows: none !important; grid-auto-rows: min-content !important;
+  height: auto !important; grid-template-columns: repeat(7, minmax(0, 1fr)) !important;
+  gap: 0.25rem; padding: 0.25rem; }
 #labels .thumbnail-lg { min-width: 0; width: 100%; height: auto; }
 #labels .caption-label { font-size: 0.65rem; padding: 0 0.2rem; line-height: 1.3; }
 #status textarea, #compare-status textarea, #calibrate-status textarea { font-variant-numeric: tabular-nums; }
