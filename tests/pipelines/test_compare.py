@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageStat
 
 from pipelines import compare
 from pipelines.cli import UserError
@@ -32,6 +32,8 @@ def test_a_grid_of_mediators_with_its_numbers(tmp_path, capsys):
     sheet = Image.open(tmp_path / "grid.png")
     with_difference = sheet.height
     assert sheet.width > 2 * compare.SHOWN_SIZE and with_difference > 5 * compare.SHOWN_SIZE
+    last = sheet.crop((sheet.width - 130, sheet.height - 130, sheet.width - 2, sheet.height - 2))
+    assert ImageStat.Stat(last.convert("L")).mean[0] < 64, "the last row is a difference, black where nothing differs"
     assert run(tmp_path, *argv[:-1]) == 0
     assert Image.open(tmp_path / "grid.png").height == with_difference - 2 * (compare.SHOWN_SIZE + 2)
 
