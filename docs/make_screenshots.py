@@ -23,7 +23,7 @@ from pipelines import cli
 PROGRAM = "docs/make_screenshots.py"
 WIDTH, HEIGHT = 1280, 900
 COLOURS = 256  # of the files, which keeps them small
-WAIT = 300_000  # ms
+WAIT = 600_000  # ms
 EXAMPLES = """
 examples:
   python docs/make_screenshots.py
@@ -98,7 +98,9 @@ def _fold(page: Any, name: str) -> None:
 
 
 def _done(page: Any, name: str) -> None:
-    page.wait_for_function(f"document.querySelector('#{name} textarea').value.startsWith('Done')")
+    page.wait_for_function(f"/^(Done|Not done)/.test(document.querySelector('#{name} textarea').value)")
+    if not (told := page.input_value(f"#{name} textarea")).startswith("Done"):
+        raise cli.UserError(told)
     page.wait_for_timeout(3000)  # pictures are loaded after the text
 
 

@@ -242,8 +242,10 @@ class Form:
         for part in (self.aspect, self.scale):
             part.input(self._size_chosen, [self.model, self.aspect, self.scale], size, **quiet)
         options = list(self.option_parts.values())
+        self.method.input(self._about, [self.method], [self.method], **quiet)
+        # By a click or by an example. It does not set the method itself, which would be a change again.
         self.method.change(
-            self._method_changed, [self.method, *options], [self.method, *self.groups.values(), self.timeline], **quiet
+            self._method_changed, [self.method, *options], [*self.groups.values(), self.timeline], **quiet
         )
         for (owner, name), part in self.option_parts.items():
             if name != PLAN:
@@ -301,9 +303,11 @@ class Form:
         model = self.engine.models.get(name)
         return fitting_size(model.size or (512, 512), model.unit, ASPECTS[aspect], SCALES[scale])
 
+    def _about(self, method: str) -> Any:
+        return gr.update(info=find_method(method).about)
+
     def _method_changed(self, method: str, *values: Any) -> dict[Any, Any]:
         updates: dict[Any, Any] = {group: gr.update(visible=name == method) for name, group in self.groups.items()}
-        updates[self.method] = gr.update(info=find_method(method).about)
         updates[self.timeline] = self._draw_timeline(method, *values)
         return updates
 
