@@ -23,7 +23,7 @@ from train.presets import PRESETS
 from train.samples import export_pipeline, sample_grid
 
 NAMES = {0: "face", 1: "heart"}
-DATA = SimpleNamespace(vae=None, id2label=NAMES)
+DATA = SimpleNamespace(channels=3, vae=None, id2label=NAMES)
 OBJECTIVE = make_objective("velocity")
 CONFIG = PRESETS["emoji-tiny"]
 ROOT = Path(__file__).parents[2]
