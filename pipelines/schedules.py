@@ -103,9 +103,9 @@ def draw_parts(parts: Sequence[Part], title: str) -> Image.Image:
         draw.rectangle((left, floor - height, right - 2, floor), BAR_EXACT if part.exact else BAR)
         label = _fitting(part.label, right - left - 8, small)
         draw.text(((left + right) / 2, floor - 11), label, INK if part.exact else "white", small, anchor="mm")
-        draw.text((left, floor + 6), f"{part.start:g}", QUIET, small)
-    draw.text((WIDTH / 2, floor + 6), "noise to picture", QUIET, small, anchor="ma")
-    draw.text((WIDTH - MARGIN, floor + 6), "0", QUIET, small, anchor="ra")
+        time = "noise, 1" if part is parts[0] else f"{part.start:g}"
+        draw.text((left, floor + 6), time, QUIET, small)
+    draw.text((WIDTH - MARGIN, floor + 6), "0, picture", QUIET, small, anchor="ra")
     return picture
 
 

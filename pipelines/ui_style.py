@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 CSS = """
-.gradio-container { max-width: 1360px !important; margin: 0 auto !important; }
+.gradio-container { width: 100%; max-width: 1360px !important; margin: 0 auto !important; }
 .gradio-container main { padding: 1rem !important; }
 #title h1 { margin: 0; }
 .tiny-pictures img { image-rendering: pixelated; }
