@@ -174,6 +174,7 @@ def merged_count(grid: Grid, stride: Grid, ratio: float) -> int:
 
 
 def cells_of(grid: Grid, stride: Grid) -> Grid:
+    """(rows, columns) of cells of `stride` tokens that lie whole in a grid; ValueError where there is none."""
     if min(stride) < 1 or stride[0] > grid[0] or stride[1] > grid[1]:
         raise ValueError(f"cells of {stride[0]} x {stride[1]} do not fit a grid of {grid[0]} x {grid[1]}")
     return grid[0] // stride[0], grid[1] // stride[1]
