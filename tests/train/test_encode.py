@@ -221,7 +221,7 @@ def test_a_killed_encoding_goes_on_to_equal_bytes(pictures, vae, encoded, tmp_pa
     )
     for shards_made in (1, 2):
         process = subprocess.Popen([sys.executable, "-c", slow, *command[3:]], cwd=ROOT)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300  # of a loaded machine
         while len(list(out.glob(latents.SHARD_PATTERN))) < shards_made and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(draw.uniform(0, 0.2))
