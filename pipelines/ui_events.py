@@ -77,10 +77,19 @@ def started_and_stopped(
         show_progress="hidden",
         api_visibility="private",
     )
+
+    def run_and_free(*values: Any) -> Generator[Any, None, None]:
+        try:
+            yield from run(*values)
+        except Exception:
+            # An error ends the chain, and the page would wait for ever.
+            yield dict(zip(buttons, _idle(), strict=True))
+            raise
+
     running = begun.then(
-        run,
+        run_and_free,
         list(inputs),
-        list(outputs),
+        [*outputs, *buttons],
         concurrency_limit=1,
         concurrency_id=QUEUE,
         show_progress="minimal",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 CSS = """
-.gradio-container { width: 100%; max-width: 1360px !important; margin: 0 auto !important; }
-.gradio-container main { padding: 1rem !important; }
+.gradio-container { width: 100% !important; max-width: 1360px !important; margin: 0 auto !important; }
+.gradio-container, .gradio-container main { box-sizing: border-box; min-width: 0 !important; }
+.gradio-container main { width: 100%; padding: 1rem !important; }
 #title h1 { margin: 0; }
 .tiny-pictures img { image-rendering: pixelated; }
 /* Classes: small pictures in rows of seven under the label, which would cover the first ones. */
@@ -28,7 +29,7 @@ CSS = """
 }
 """
 
-# Ctrl+Enter starts and Esc stops whatever the visible tab has.
+# Ctrl+Enter starts and Esc stops whatever the visible tab has; pictures in buttons have names.
 HEAD = """
 <script>
 document.addEventListener("keydown", (event) => {
@@ -42,6 +43,13 @@ document.addEventListener("keydown", (event) => {
   }
   if (event.key === "Escape") press("stop-button");
 });
+// Buttons that hold nothing but a picture get the name of their part, for those who cannot see it.
+new MutationObserver(() => {
+  for (const image of document.querySelectorAll("button:not([aria-label]) .image-frame img")) {
+    const part = image.closest(".block")?.querySelector("[data-testid=block-label]");
+    image.closest("button").setAttribute("aria-label", part?.textContent.trim() || "picture");
+  }
+}).observe(document, { childList: true, subtree: true });
 </script>
 """
 

@@ -105,6 +105,27 @@ def test_keyboard_alone_draws(visit):
     visit.wait_for("Done")
 
 
+def test_every_field_has_a_name(visit):
+    visit.open_details()
+    visit.page.wait_for_selector("#timeline img")
+    nameless = visit.page.evaluate(
+        """() => [...document.querySelectorAll("input, textarea, button, select")].filter((e) => e.offsetParent
+          && !(e.labels && e.labels.length) && !e.getAttribute("aria-label") && !e.getAttribute("aria-labelledby")
+          && !e.title && !e.textContent.trim() && !e.placeholder && !e.closest("label")).map((e) => e.outerHTML)"""
+    )
+    assert nameless == []
+
+
+def test_bad_value_ends_in_a_message_and_the_next_request_works(visit):
+    visit.open_details()
+    visit.set("steps", STEPS)
+    visit.set("width", 33)
+    visit.page.click("#generate")
+    assert "33" in visit.wait_for("Not done")
+    visit.set("width", 32)
+    generate(visit)
+
+
 # Recall
 
 
@@ -133,6 +154,45 @@ def test_broken_picture_is_refused_and_the_page_lives(visit, tmp_path):
     visit.page.set_input_files("#recall input[type=file]", bad)
     visit.page.wait_for_selector(".toast-body, .toast-wrap .error, [data-testid=toast-body]")
     generate(visit)
+
+
+# Compare
+
+
+def test_compare_shows_a_table_a_slider_and_the_difference(visit):
+    visit.open_details()
+    visit.set("steps", STEPS)
+    visit.page.get_by_role("tab", name="Compare").click()
+    visit.page.click("#compare")
+    assert "warm-up" in visit.wait_for("Done", "compare-status")
+    visit.page.wait_for_selector("#slider img")
+    visit.page.wait_for_selector("#difference img")
+    visit.page.wait_for_function("document.querySelectorAll('#side img').length >= 3")
+    table = visit.page.inner_text("#table")
+    assert all(word in table for word in ("steps/s", "unchanged", "mediators 4")), table
+
+
+# Look
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_fits_a_phone(browser, address, theme):
+    visit = Visit(browser, address, f"/?__theme={theme}", 390, 844)
+    try:
+        for tab in ("Compare", "Calibrate", "Generate"):
+            visit.page.get_by_role("tab", name=tab).click()
+            visit.page.wait_for_timeout(200)
+            assert visit.overflow() <= 0, tab
+        assert visit.page.evaluate("document.body.classList.contains('dark')") == (theme == "dark")
+        visit.open_details()
+        visit.set("steps", STEPS)
+        generate(visit)
+        visit.page.wait_for_selector("#gallery img")
+        assert visit.overflow() <= 0, "with a picture"
+        order = [visit.page.locator(f"#{name}").bounding_box()["y"] for name in ("buttons", "output", "more")]
+        assert order == sorted(order), "the picture is not right under the buttons"
+    finally:
+        visit.close()
 
 
 # From outside
