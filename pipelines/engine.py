@@ -188,7 +188,7 @@ def _calibrate(
     try:
         with watched(model.pipe, watch):
             return calibrate(
-                model.pipe, **bound, num_stages=num_stages, seed=settings.seed, **call_arguments(model, settings)
+                model.pipe, **bound, num_stages=num_stages, seed=settings.seed or 0, **call_arguments(model, settings)
             )
     except ValueError as error:
         raise cli.UserError(str(error)) from error
