@@ -2,6 +2,9 @@
 
 import os
 
+# Two threads, or one in each of several processes (pytest -n): threads that wait for each other's cores are slow.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub, which reads it once
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -9,7 +12,7 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 import pytest
 import torch
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(min(int(os.environ["OMP_NUM_THREADS"]), torch.get_num_threads()))
 
 
 def pytest_collection_modifyitems(config, items):

@@ -93,6 +93,7 @@ def run_in_process(prefix: str, interpret: str, *options: str) -> None:
     """Run the functions of this file named `prefix`_* as tests in a process with TRITON_INTERPRET as given."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", f"python_functions={prefix}_*"]
     environment = {**os.environ, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_ADDOPTS", None)  # options of the outer run, such as its number of processes
     done = subprocess.run(
         [*command, *options, __file__], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
