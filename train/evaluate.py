@@ -51,12 +51,13 @@ def draw(pipe: SiTPipeline, config: TrainingConfig, labels: Tensor, count: int |
 def _batches(pipe: SiTPipeline, config: TrainingConfig, labels: Tensor, count: int | None) -> Iterator[Tensor]:
     for start in range(0, len(labels), BATCH_SIZE):
         part = labels[start : start + BATCH_SIZE].tolist()
+        mediators: dict[str, Any] = {} if count is None else {"num_mediators": count}
         called: Any = pipe(
             part,
             num_inference_steps=calls_to_steps(pipe, config.sample_steps),
             guidance_scale=1.0,
             generator=[generator_for(config.seed, "evaluate", start + i) for i in range(len(part))],
             output_type="pt",
-            **({} if count is None else {"num_mediators": count}),
+            **mediators,
         )
         yield called.images.float().cpu() * 2 - 1

@@ -158,7 +158,8 @@ def measure(run: Path) -> dict[str, Any]:
     if not found:
         raise ValueError(f"{run} has no whole checkpoint to measure")
     tensors, state = load_checkpoint(found[-1])
-    config = TrainingConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()}
+    config = TrainingConfig(**fields)
     if state["step"] < config.steps:
         raise ValueError(f"{run} is at step {state['step']} of {config.steps}; --run goes on with it")
     data = open_data(config.data, image_size=config.image_size, classes=config.classes)

@@ -68,7 +68,7 @@ def sample_grid(
     return path
 
 
-def pipeline_of(model: SiTTransformer2DModel, objective: Objective, data: Data) -> SiTPipeline:
+def pipeline_of(model: SiTTransformer2DModel, objective: Objective, data: Data) -> Any:
     """The pipeline that draws from a model in training, without a progress bar."""
     from attngen.models.sit_pipeline import SiTPipeline
     from train.unet import ClassUNet
@@ -95,7 +95,7 @@ def _autoencoder(data: Data, device: torch.device) -> Any:
     return vae.to(device)
 
 
-def calls_to_steps(pipe: SiTPipeline, calls: int) -> int:
+def calls_to_steps(pipe: SiTPipeline | UNetClassPipeline, calls: int) -> int:
     """Sampling steps for a number of network calls: Heun's method makes two a step."""
     two = pipe.scheduler.config.get("solver") == "heun" and pipe.scheduler.config.get("sampler") == "ode"
     return max(1, calls // 2 if two else calls)
@@ -110,13 +110,14 @@ def _draw(
     shown = getattr(pipe, "vae", None) is not None or channels == 3
     for start in range(0, len(wanted), BATCH_SIZE):
         part = wanted[start : start + BATCH_SIZE]
+        mediators: dict[str, Any] = {} if count is None else {"num_mediators": count}
         called: Any = pipe(
             [label for label, _ in part],
             num_inference_steps=calls_to_steps(pipe, config.sample_steps),
             guidance_scale=config.guidance_scale,
             generator=[generator_for(config.seed, "sample", label, number) for label, number in part],
             output_type="pil" if shown else "pt",
-            **({} if count is None else {"num_mediators": count}),
+            **mediators,
         )
         for (label, _), image in zip(part, called.images, strict=True):
             pictures[label].append(image if isinstance(image, Image.Image) else _undecoded(image))

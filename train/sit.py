@@ -360,9 +360,7 @@ def _meter(
     return Meter(config.batch_size, training_flops(model, _example(model, data)), peak)
 
 
-def _warm_start(
-    model: SiTTransformer2DModel, config: TrainingConfig, data: Data, allow_pickle: bool, told: bool
-) -> None:
+def _warm_start(model: Any, config: TrainingConfig, data: Data, allow_pickle: bool, told: bool) -> None:
     from train.warm_start import format_changes, warm_start
 
     changes = warm_start(

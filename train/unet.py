@@ -102,7 +102,7 @@ def build_unet(config: TrainingConfig, data: Data) -> ClassUNet:
             cross_attention_dim=embeds,
             num_class_embeds=embeds,
             # diffusers' name for the number of heads
-            attention_head_dim=tuple(width // config.attention_head_dim for width in channels),
+            attention_head_dim=tuple(width // config.attention_head_dim for width in channels),  # type: ignore[arg-type]
             norm_num_groups=NORM_GROUPS,
         )
     return ClassUNet(unet)
