@@ -166,6 +166,7 @@ def build_ui(
     from pipelines.ui_calibrate import CalibrateTab
     from pipelines.ui_compare import CompareTab
     from pipelines.ui_generate import GenerateTab
+    from pipelines.ui_remember import Memory
 
     folder = Path(folder).resolve()
     with gr.Blocks(title="attngen", fill_width=True, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
@@ -173,9 +174,10 @@ def build_ui(
         with gr.Tab("Generate", id="generate"):
             generate = GenerateTab(engine, folder, wrap)
         with gr.Tab("Compare", id="compare"):
-            CompareTab(engine, folder, generate.form, wrap)
+            compare = CompareTab(engine, folder, generate.form, wrap)
         with gr.Tab("Calibrate", id="calibrate"):
-            CalibrateTab(engine, folder, generate.form, wrap)
+            calibrate = CalibrateTab(engine, folder, generate.form, wrap)
+        Memory(page, generate.form, {**compare.kept, **calibrate.kept}, generate.status)
         add_endpoints(engine, folder, wrap)
     return page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1, api_open=False)
 

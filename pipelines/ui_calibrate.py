@@ -15,6 +15,7 @@ from pipelines.models import Model
 from pipelines.results import Progress
 from pipelines.ui_events import EXPECTED, Wrap, as_gradio_error, follow, message_of, started_and_stopped
 from pipelines.ui_form import Form
+from pipelines.ui_remember import Check, one_of_its_own, within
 
 BY_ERROR, BY_SPEED = "largest error", "speed-up"
 
@@ -42,7 +43,9 @@ class CalibrateTab:
                 0.05, label="Bound", info="error: relative to the exact result; speed-up: times, of attention",
                 minimum=0.0001, maximum=1000, elem_id="bound",
             )  # fmt: skip
-            self.stages = gr.Slider(1, 8, value=3, step=1, label="Stages", info="from noise to picture")
+            self.stages = gr.Slider(
+                1, 8, value=3, step=1, label="Stages", info="from noise to picture", elem_id="stages"
+            )
         with gr.Row():
             self.start = gr.Button(
                 "Calibrate  (Ctrl+Enter)", variant="primary", elem_id="calibrate", elem_classes=["start-button"]
@@ -62,6 +65,11 @@ class CalibrateTab:
                 self.use = gr.Button("Draw with this plan", interactive=False, elem_id="use-plan")
         self._wire()
 
+    @property
+    def kept(self) -> dict[Any, Check]:
+        """Fields that the browser keeps."""
+        return {self.kind: one_of_its_own(self.kind), self.bound: within(self.bound), self.stages: within(self.stages)}
+
     def _wire(self) -> None:
         started_and_stopped(
             [self.start.click],
@@ -78,7 +86,7 @@ class CalibrateTab:
             self._use, [self.text], [form.method, form.option_parts[PLAN, PLAN], *form.groups.values(), form.timeline,
             self.status], **quiet,
         )  # fmt: skip
-        form.model.input(self._model_changed, [form.model], [self.fits], **quiet)
+        form.model.change(self._model_changed, [form.model], [self.fits], **quiet)
 
     def run(self, kind: str, bound: float, stages: int, *values: Any) -> Generator[dict[Any, Any], None, None]:
         """Calibrate."""

@@ -18,6 +18,7 @@ from pipelines.models import Model
 from pipelines.results import Progress, save
 from pipelines.ui_events import EXPECTED, Wrap, as_gradio_error, follow, message_of, started_and_stopped
 from pipelines.ui_form import Form
+from pipelines.ui_remember import Check
 
 MAX_METHODS = 8
 SHOWN_SIZE = 256  # small pictures are enlarged to about this for slider and sheet, in whole pixels
@@ -107,7 +108,12 @@ class CompareTab:
         quiet: Any = {"show_progress": "hidden", "api_visibility": "private"}
         self.against.input(self._choose, [self.against, self.shown], [self.slider, self.apart], **quiet)
         self.add.click(self._add, [self.methods, *self.form.inputs], [self.methods, self.status], **quiet)
-        self.form.model.input(self._model_changed, [self.form.model], [self.methods], **quiet)
+        self.form.model.change(self._model_changed, [self.form.model, self.methods], [self.methods], **quiet)
+
+    @property
+    def kept(self) -> dict[Any, Check]:
+        """Fields that the browser keeps."""
+        return {self.methods: usable_methods}
 
     def draw(self, methods: list[str], *values: Any) -> Generator[dict[Any, Any], None, None]:
         """Draw and compare."""
@@ -170,12 +176,26 @@ class CompareTab:
             raise as_gradio_error(error) from error
         return {self.methods: list(dict.fromkeys([*(methods or []), use.text])), self.status: f"Added {use.label}."}
 
-    def _model_changed(self, name: str) -> Any:
+    def _model_changed(self, name: str, methods: list[str]) -> Any:
         try:
-            found = suggestions(self.engine.models.get(name or ""))
+            model = self.engine.models.get(name or "")
         except EXPECTED:
             return gr.update()  # the form says what is wrong
-        return gr.update(choices=found, value=found[:3])
+        found = suggestions(model)
+        usable = usable_methods(methods, model)
+        return gr.update(choices=found, value=usable if len(usable) > 1 else found[:3])
+
+
+def usable_methods(typed: Any, model: Model) -> list[str]:
+    """Of the methods typed those that the model can be drawn with."""
+    found = []
+    for use in typed if isinstance(typed, list) else []:
+        try:
+            if parse_use(str(use)).method in model.methods:
+                found.append(str(use))
+        except UserError:
+            continue
+    return found[:MAX_METHODS]
 
 
 def suggestions(model: Model) -> list[str]:

@@ -31,6 +31,13 @@ def as_gradio_error(error: BaseException) -> gr.Error:
     return gr.Error(html.escape(message_of(error), quote=False), duration=15, print_exception=False)
 
 
+def merged(before: Any, value: Any) -> Any:
+    """An update of a component that does what two in a row would do."""
+    if not isinstance(before, dict):
+        return value
+    return {**before, **(value if isinstance(value, dict) and "__type__" in value else {"value": value})}
+
+
 def follow(
     events: Generator[Any, None, None],
     status: Any,

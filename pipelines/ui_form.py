@@ -144,7 +144,7 @@ class Form:
             1, min(16, limits.images), value=1, step=1, label="Number of pictures", elem_id="images"
         )
         self.sampler = gr.Dropdown(
-            _sampler_choices(model), value=OWN_SAMPLER, label="Sampler", elem_id="sampler",
+            sampler_choices(model), value=OWN_SAMPLER, label="Sampler", elem_id="sampler",
             info=f"Own: {sampler_name(model.pipe.scheduler)}",
         )  # fmt: skip
         self.negative = gr.Textbox(
@@ -156,6 +156,12 @@ class Form:
         )
         self.keep_settings = gr.Checkbox(
             True, label="Write the settings into the files", info="needed to recall a picture", elem_id="keep-settings"
+        )
+        self.remember = gr.Checkbox(
+            True,
+            label="Keep this form in the browser",
+            info="it comes back when the page is opened again; untick to forget it",
+            elem_id="remember",
         )
 
     # What it says
@@ -283,7 +289,7 @@ class Form:
             self.width: width,
             self.height: height,
             self.sampler: gr.update(
-                choices=_sampler_choices(model),
+                choices=sampler_choices(model),
                 value=OWN_SAMPLER,
                 info=f"Own: {sampler_name(model.pipe.scheduler)}",
             ),
@@ -343,7 +349,8 @@ def _method_choices(model: Model) -> Sequence[tuple[str, str]]:
     return [(METHODS[name].title, name) for name in model.methods]
 
 
-def _sampler_choices(model: Model) -> list[str]:
+def sampler_choices(model: Model) -> list[str]:
+    """Samplers as the form offers them, the model's own first."""
     return [OWN_SAMPLER, *sampler_names(model.pipe)]
 
 

@@ -14,7 +14,7 @@ from pipelines.methods import MEDIATORS
 from pipelines.models import CLASSES
 from pipelines.recall import recall
 from pipelines.results import Progress, Result, save
-from pipelines.ui_events import EXPECTED, Wrap, as_gradio_error, follow, started_and_stopped
+from pipelines.ui_events import EXPECTED, Wrap, as_gradio_error, follow, merged, started_and_stopped
 from pipelines.ui_form import Form
 
 MAX_HISTORY = 60
@@ -191,7 +191,7 @@ class GenerateTab:
             model = self.engine.models.get(found.settings.model)
             updates = {self.form.model: model.name, **self.form.model_values(model)}
             for part, value in self.form.values_of(found.settings).items():
-                updates[part] = _merged(updates.get(part), value)
+                updates[part] = merged(updates.get(part), value)
         except EXPECTED as error:
             raise as_gradio_error(error) from error
         for note in found.notes:
@@ -201,13 +201,6 @@ class GenerateTab:
 
     def _hide_preview(self) -> Any:
         return gr.update(visible=False)
-
-
-def _merged(before: Any, value: Any) -> Any:
-    """An update that does what two in a row would do."""
-    if not isinstance(before, dict):
-        return value
-    return {**before, **(value if isinstance(value, dict) and "__type__" in value else {"value": value})}
 
 
 def _escaped(text: str) -> str:

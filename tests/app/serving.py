@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -22,31 +21,54 @@ FLAGS = [
 ]
 
 
-@contextmanager
-def served(folder, log, *options):
-    """Run the page as people do, on a free port; yields its address, and ends it by its process."""
-    command = [sys.executable, str(ROOT / "app.py"), "--port", "0", "--out", str(folder), "--threads", "1", *options]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with open(log, "wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        yield _address(process, Path(log))
-    finally:
-        process.terminate()
+PAGE = (str(ROOT / "app.py"),)
+FAULTY = ("-m", "tests.app.faulty")  # the same page with a model that fails for these two seeds
+OUT_OF_MEMORY, NOT_FINITE = 770_001, 770_002
+
+
+class Server:
+    """The page in a process of its own, at one address however often it is started.
+
+    Args:
+        folder: for pictures.
+        log: file for what it prints.
+    """
+
+    def __init__(self, folder, log):
+        self.folder, self.log = Path(folder), Path(log)
+        self.address = None
+        self.program = None
+        self._process = None
+
+    def start(self, program=PAGE):
+        """Run it as people do, the first time on a free port."""
+        port = self.address.rsplit(":", 1)[1] if self.address else "0"
+        command = [sys.executable, *program, "--port", port, "--out", str(self.folder), "--threads", "1"]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        with open(self.log, "wb") as output:
+            self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+        self.program, self.address = program, self._wait()
+
+    def _wait(self):
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end and self._process.poll() is None:
+            if found := re.search(r"http://[^\s/]+", self.log.read_text(errors="replace")):
+                return found[0]
+            time.sleep(0.2)
+        raise AssertionError(f"the page did not start:\n{self.log.read_text(errors='replace')[-3000:]}")
+
+    def kill(self):
+        """End it as a crash would."""
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self):
+        """End it as people do."""
+        self._process.terminate()
         try:
-            process.wait(20)
+            self._process.wait(20)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _address(process, log):
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and process.poll() is None:
-        if found := re.search(r"http://[^\s/]+", log.read_text(errors="replace")):
-            return found[0]
-        time.sleep(0.2)
-    raise AssertionError(f"the page did not start:\n{log.read_text(errors='replace')[-3000:]}")
+            self.kill()
 
 
 class Visit:
@@ -69,7 +91,12 @@ class Visit:
         self.page.on("response", lambda got: got.status >= 400 and self.faults.append(f"{got.status} {got.url}"))
         self.page.on("request", lambda sent: self._is_foreign(sent.url, address) and self.foreign.append(sent.url))
         self.page.goto(address + path)
+        self.wait_until_filled()
+
+    def wait_until_filled(self):
+        """Wait until the page stands and what the browser kept of the form is back in it."""
         self.page.wait_for_selector("#generate")
+        self.page.wait_for_function("window.attngenRemembers")
 
     @staticmethod
     def _is_foreign(url, address):

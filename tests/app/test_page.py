@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.app.serving import CHROMIUM, FLAGS, Visit, served
+from tests.app.serving import CHROMIUM, FAULTY, FLAGS, NOT_FINITE, OUT_OF_MEMORY, Server, Visit
 
 pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
@@ -24,9 +24,16 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(folder):
-    with served(folder, folder.with_name("log.txt")) as address:
-        yield address
+def server(folder):
+    server = Server(folder, folder.with_name("log.txt"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def address(server):
+    return server.address
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +177,70 @@ def test_compare_shows_a_table_a_slider_and_the_difference(visit):
     visit.page.wait_for_function("document.querySelectorAll('#side img').length >= 3")
     table = visit.page.inner_text("#table")
     assert all(word in table for word in ("steps/s", "unchanged", "mediators 4")), table
+
+
+# Faults
+
+
+def test_after_a_restart_the_form_is_as_it_was_left(visit, server):
+    visit.open_details()
+    visit.set("steps", STEPS)
+    visit.page.locator("#label input").fill("clock")
+    visit.page.keyboard.press("Enter")
+    visit.page.check("#method input[value=mediators]")
+    visit.page.locator("#mediators-mediators textarea, #mediators-mediators input").first.fill("1:3,0.4:9")
+    visit.page.wait_for_function("(localStorage.getItem('attngen-form') ?? '').includes('1:3,0.4:9')")
+    server.kill()
+    visit.page.click("#generate")
+    visit.page.get_by_text("Connection to the server was lost").wait_for()
+    visit.page.evaluate("window.attngenRemembers = false")
+    server.start(FAULTY)  # the page of the tests that follow
+    visit.wait_until_filled()  # it comes back by itself
+    assert visit.wait_for("Ready").endswith("as you left it.")
+    assert visit.page.input_value("#label input") == "clock"
+    assert visit.page.is_checked("#method input[value=mediators]")
+    told = generate(visit)
+    assert told.startswith("Done: clock") and f"{STEPS} steps, mediators 1:3,0.4:9" in told
+    visit.faults.clear()  # of the time without a server
+
+
+def test_a_form_that_is_not_to_be_kept_is_forgotten(visit):
+    visit.page.locator("#label input").fill("clock")
+    visit.page.keyboard.press("Enter")
+    visit.page.wait_for_function("(localStorage.getItem('attngen-form') ?? '').includes('clock')")
+    visit.open_details()
+    visit.page.uncheck("#remember input")
+    visit.page.wait_for_function("!localStorage.getItem('attngen-form').includes('clock')")
+    visit.page.reload()
+    visit.wait_until_filled()
+    assert visit.page.input_value("#label input") == "face"
+
+
+@pytest.fixture
+def faulty(server, visit):
+    if server.program != FAULTY:
+        server.kill()
+        server.start(FAULTY)
+        visit.page.reload()
+        visit.wait_until_filled()
+    visit.open_details()
+    visit.set("steps", STEPS)
+    return visit
+
+
+@pytest.mark.parametrize(("seed", "told"), [(OUT_OF_MEMORY, "smaller or fewer pictures"), (NOT_FINITE, "not finite")])
+def test_a_fault_ends_in_a_message_and_the_next_request_works(faulty, folder, seed, told):
+    before = files_in(folder)
+    faulty.page.uncheck("#new-seed input")
+    faulty.set("seed", seed)
+    faulty.page.click("#generate")
+    line = faulty.wait_for("Not done")
+    assert told in line and "Traceback" not in line
+    faulty.page.locator("[data-testid=toast-body], .toast-body").get_by_text(told).wait_for()
+    assert files_in(folder) == before
+    faulty.set("seed", 1)
+    generate(faulty)
+    assert len(files_in(folder) - before) == 1
 
 
 # Look
