@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import cli
+from pipelines.schedules import counts_argument
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,7 +42,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--method", metavar="NAME", help="attention method: a name in attngen.METHODS, or a plan file (.json)")
     add(
         "--mediators",
-        type=cli.parse_mediators,
+        type=counts_argument,
         metavar="COUNT",
         help="mediators for a model that has them: a count, or time:count pairs, 1 is noise (1:4,0.5:16,0.2:64)",
     )
@@ -71,10 +72,10 @@ def draw(options: argparse.Namespace) -> None:
     from pipelines.images import save_png
 
     model = find_model(options.model)
-    mediators = make_schedule(options.mediators)
     device = cli.prepare_device(options)
     pipe = load_pipeline(model, options, device)
     labels = resolve_labels(pipe, options.labels)
+    mediators = find_mediators(pipe, options)
     names = [class_name(pipe, label) for label in labels]
     path = cli.output_path(options, "-".join(name.split(",")[0] for name in names) + f"-{options.seed}")
     if options.method:
@@ -178,16 +179,15 @@ def class_name(pipe: SiTPipeline, label: int) -> str:
     return (pipe.id2label or {}).get(label, str(label))
 
 
-def make_schedule(mediators: Any) -> Any:
-    """A count as it is, (times, counts) as a schedule."""
-    from attngen.schedule import Schedule
+def find_mediators(pipe: SiTPipeline, options: argparse.Namespace) -> Any:
+    """A count or a schedule, which fits the model and the size; None where none was asked for."""
+    from pipelines.mediators import check_mediators, make_mediators
 
-    if not isinstance(mediators, tuple):
-        return mediators
-    try:
-        return Schedule(starts=mediators[0], values=mediators[1])
-    except ValueError as error:
-        raise cli.UserError(f"--mediators: {error}") from error
+    if options.mediators is None:
+        return None
+    mediators = make_mediators(options.mediators)
+    check_mediators(pipe, mediators, options.height, options.width)
+    return mediators
 
 
 def draw_rows(
@@ -238,8 +238,8 @@ def describe(
     config = pipe.scheduler.config
     sampler = [config.get("sampler"), config.get("solver")]
     mediators = options.mediators
-    if isinstance(mediators, tuple):
-        mediators = ",".join(f"{time:g}:{count}" for time, count in zip(*mediators, strict=True))
+    if mediators is not None and ":" not in mediators:
+        mediators = int(mediators)
     settings = {
         "program": PROGRAM,
         "prompt": ", ".join(class_name(pipe, label) for label in labels),

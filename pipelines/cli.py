@@ -324,23 +324,6 @@ def apply_method(pipe: Any, method: str) -> Any:
         raise UserError(str(error)) from error
 
 
-def parse_mediators(text: str) -> int | tuple[tuple[float, ...], tuple[int, ...]]:
-    """An argument type: "16", or a schedule "1:4,0.5:16,0.2:64" as (times, counts).
-
-    A count holds from its time (1 is noise, 0 is the finished picture) down to the next one's.
-    """
-    try:
-        if ":" not in text:
-            return whole_number(1)(text)
-        pairs = [part.split(":") for part in text.split(",")]
-        times, counts = (tuple(column) for column in zip(*pairs, strict=True))
-        return tuple(float(time) for time in times), tuple(whole_number(1)(count) for count in counts)
-    except (ValueError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a count, like 16, nor a schedule of time:count, like 1:4,0.5:16,0.2:64"
-        ) from None
-
-
 def first_line(error: BaseException) -> str:
     lines: Sequence[str] = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

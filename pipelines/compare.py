@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,8 +26,8 @@ SHOWN_SIZE = 128  # pixels: small pictures are shown at least this large
 EXAMPLES = """
 examples:
   python -m pipelines.compare face --mediators 1 4 16 25 --images 6
-  python -m pipelines.compare heart --methods none mediators:mediators=1:4,0.5:16 mediators:mediators=16 --difference
-  python -m pipelines.compare "a lighthouse" --model models/sd15 --methods none agent tome:ratio=0.5 plan.json
+  python -m pipelines.compare heart --methods none mediators:1:4,0.5:16 mediators:16 --difference
+  python -m pipelines.compare "a lighthouse" --model models/sd15 --methods none agent:64 tome:ratio=0.5 plan.json
   python -m pipelines.compare "a fox" --model models/sdxl --agents 64 256 --height 2048 --width 2048
 """
 
@@ -38,7 +37,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("prompt", metavar="PROMPT", help="a text; for a model of classes the name or number of one")
     add("--model", default="emoji", help="one that ships, hub id, folder or .safetensors file (default: emoji)")
-    add("--methods", nargs="+", metavar="METHOD", help="the first is compared with; NAME, NAME:option=value, plan.json")
+    add("--methods", nargs="+", metavar="METHOD", help="the first is compared with; NAME, NAME:option=value,…, plan.json")
     add("--agents", nargs="+", metavar="COUNT", help="a row of agent for each: a count, or time:count pairs")
     add("--mediators", nargs="+", metavar="COUNT", help="a row of mediators for each: a count, or time:count pairs")
     add("--difference", action="store_true", help="rows that show where the pictures differ from the first method's")
@@ -96,34 +95,30 @@ def compare(options: argparse.Namespace) -> None:
 # What to compare
 
 
-def parse_use(text: str) -> Use:
-    """A method as it is typed: "agent", "tome:ratio=0.3,stride=4", or the name of a plan file.
+def read_use(text: str) -> Use:
+    """A method as it is typed, see `pipelines.methods.split_use`, or that of a plan file; only the options given.
 
     Raises:
-        UserError: for an option without a value, a method or an option that is unknown, or a bad plan.
+        UserError: for an unknown method, or a file that cannot be read.
     """
-    from pipelines.methods import Use
+    from pipelines.methods import Use, split_use
 
-    if text.endswith(".json"):
-        try:
-            return Use(PLAN, {PLAN: Path(text).read_text(encoding="utf-8")}).checked()
-        except (OSError, UnicodeDecodeError) as error:
-            raise cli.UserError(f"cannot read the plan file {text}: {error}") from error
-    name, _, rest = text.partition(":")
-    pairs = [pair.partition("=") for pair in re.split(r",(?=\w+=)", rest)] if rest else []
-    for option, equals, _ in pairs:
-        if not equals:
-            raise cli.UserError(f"{text!r}: {option!r} is no option=value")
-    return Use(name, {option: value for option, _, value in pairs}).checked()
+    if not text.endswith(".json"):
+        return split_use(text)
+    try:
+        return Use(PLAN, {PLAN: Path(text).read_text(encoding="utf-8")})
+    except (OSError, UnicodeDecodeError) as error:
+        raise cli.UserError(f"cannot read the plan file {text}: {error}") from error
 
 
 def expand(text: str, options: argparse.Namespace) -> list[Use]:
-    """A method, or one for each of `--agents` or `--mediators` where it is the method they are for."""
-    use = parse_use(text)
-    counts = {AGENT: options.agents, MEDIATORS: options.mediators}.get(use.method)
-    option = {AGENT: "agents", MEDIATORS: "mediators"}.get(use.method, "")
-    if not counts or f"{option}=" in text:
-        return [use]
+    """A checked method, or one for each of `--agents` or `--mediators` where it is the method they are for."""
+    use = read_use(text)
+    option, counts = {AGENT: ("agents", options.agents), MEDIATORS: ("mediators", options.mediators)}.get(
+        use.method, ("", None)
+    )
+    if not counts or option in use.options:
+        return [use.checked()]
     return [use._replace(options={**use.options, option: count}).checked() for count in counts]
 
 

@@ -11,7 +11,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipelines import cli
-from pipelines.methods import MEDIATORS, Use, find_method, make_mediators
+from pipelines.mediators import check_mediators, make_mediators
+from pipelines.method_catalogue import MEDIATORS
+from pipelines.methods import Use, find_method
 from pipelines.models import CLASSES, Model
 from pipelines.results import Progress, Result, describe
 from pipelines.settings import Limits, Settings
@@ -47,6 +49,8 @@ def fit(settings: Settings, model: Model, limits: Limits) -> Settings:
         if getattr(settings, name) not in (None, "") and name not in model.takes:
             raise cli.UserError(f"{type(model.pipe).__name__} takes no {name}; leave it out")
     height, width = _size(settings, model, limits)
+    if settings.method == MEDIATORS:
+        check_mediators(model.pipe, make_mediators(**settings.options), height, width)
     guidance = model.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
     return replace(
         settings,
@@ -242,7 +246,7 @@ def call_arguments(model: Model, settings: Settings, clock: _Clock | None = None
     else:
         arguments["prompt"] = settings.prompt
     if settings.method == MEDIATORS:
-        arguments["num_mediators"] = make_mediators(settings.options)
+        arguments["num_mediators"] = make_mediators(**settings.options)
     if clock is not None and "callback_on_step_end" in model.takes:
         arguments["callback_on_step_end"] = clock.step
         arguments["callback_on_step_end_tensor_inputs"] = ["latents"]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import cli
 from pipelines.class2image import shipped_model
-from pipelines.methods import MEDIATORS, METHODS, UNCHANGED
+from pipelines.method_catalogue import MEDIATORS, METHODS, UNCHANGED
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipelines.cli import UserError, public_name
 from pipelines.images import MAX_SETTINGS_CHARACTERS, PARAMETERS_CHUNK, model_hash, read_settings, versions
-from pipelines.methods import MEDIATORS, METHODS, UNCHANGED
+from pipelines.method_catalogue import MEDIATORS, METHODS, UNCHANGED
 from pipelines.models import ModelStore, shipped_models
 from pipelines.settings import Limits, Settings
 

@@ -5,6 +5,7 @@ Time runs from 1 (noise) to 0 (the finished picture), as everywhere in attngen.
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -65,6 +66,14 @@ def parse_counts(name: str, value: object, least: int = 1) -> tuple[tuple[float,
     if starts[0] != 1 or not falls or not all(map(math.isfinite, starts)):
         raise UserError(f"{name}: times must fall from 1 (noise) towards 0 (picture), got {text[:60]!r}")
     return starts, counts
+
+
+def counts_argument(typed: str) -> str:
+    """An argument type: "16", or "1:4,0.5:16,0.2:64", as `parse_counts` reads it."""
+    try:
+        return counts_text(*parse_counts("", typed))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from None
 
 
 def counts_text(starts: Sequence[float], counts: Sequence[int]) -> str:

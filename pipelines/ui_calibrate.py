@@ -10,7 +10,8 @@ from typing import Any
 import gradio as gr
 
 from pipelines.engine import Engine
-from pipelines.methods import PLAN, Use
+from pipelines.method_catalogue import PLAN
+from pipelines.methods import Use
 from pipelines.models import Model
 from pipelines.results import Progress
 from pipelines.ui_events import EXPECTED, Wrap, as_gradio_error, follow, message_of, started_and_stopped

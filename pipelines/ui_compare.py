@@ -13,7 +13,8 @@ from pipelines.cli import UserError
 from pipelines.comparison import COLUMNS, DIFFERENCE_GAIN, Comparison
 from pipelines.engine import Engine
 from pipelines.images import enlarge, grid, save_png
-from pipelines.methods import MEDIATORS, Use, parse_use
+from pipelines.method_catalogue import MEDIATORS
+from pipelines.methods import Use, parse_use
 from pipelines.models import Model
 from pipelines.results import Progress, save
 from pipelines.ui_events import EXPECTED, Wrap, as_gradio_error, follow, message_of, started_and_stopped

@@ -11,7 +11,9 @@ import gradio as gr
 from pipelines.cli import UserError
 from pipelines.engine import Engine
 from pipelines.label_pictures import label_pictures
-from pipelines.methods import METHODS, PLAN, UNCHANGED, Option, Use, find_method, timeline
+from pipelines.method_catalogue import METHODS, PLAN, UNCHANGED
+from pipelines.method_info import Option
+from pipelines.methods import Use, find_method, timeline
 from pipelines.models import CLASSES, Model
 from pipelines.samplers import sampler_name, sampler_names
 from pipelines.schedules import draw_parts

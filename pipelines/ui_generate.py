@@ -10,7 +10,7 @@ import gradio as gr
 
 from pipelines.cli import UserError
 from pipelines.engine import Engine
-from pipelines.methods import MEDIATORS
+from pipelines.method_catalogue import MEDIATORS
 from pipelines.models import CLASSES
 from pipelines.recall import recall
 from pipelines.results import Progress, Result, save

@@ -13,7 +13,9 @@ from typing import Any
 import gradio as gr
 
 from pipelines.cli import UserError
-from pipelines.methods import METHODS, PLAN, UNCHANGED, Option, Use
+from pipelines.method_catalogue import METHODS, PLAN, UNCHANGED
+from pipelines.method_info import Option
+from pipelines.methods import Use
 from pipelines.models import CLASSES, Model
 from pipelines.settings import MAX_SEED, text, whole
 from pipelines.ui_events import EXPECTED, merged

@@ -231,6 +231,8 @@ def call_arguments(pipe: Any, options: argparse.Namespace, draws_classes: bool) 
     Raises:
         UserError: for something that the pipeline does not take.
     """
+    from pipelines.mediators import check_mediators
+
     steps, scale = (25, 1.0) if draws_classes else (None, None)
     given = {
         "num_inference_steps": options.steps or steps,
@@ -246,6 +248,7 @@ def call_arguments(pipe: Any, options: argparse.Namespace, draws_classes: bool) 
     for name in arguments:
         if name not in taken:
             raise cli.UserError(f"{type(pipe).__name__} takes no {name}; leave it out")
+    check_mediators(pipe, arguments.get("num_mediators"), options.height, options.width)
     return arguments
 
 
@@ -256,19 +259,19 @@ def make_mediators(text: str | None) -> Any:
         UserError: if it is none of these.
     """
     from attngen.schedule import ChangeSchedule
-    from pipelines.class2image import make_schedule
+    from pipelines.mediators import make_mediators as make_schedule
 
     if text is None:
         return None
     try:
         if not text.startswith("change:"):
-            return make_schedule(cli.parse_mediators(text))
+            return make_schedule(text)
         counts, *ratios = text.removeprefix("change:").split(":")
         values = [int(part) for part in counts.split(",")]
         if not ratios:
             return ChangeSchedule(values=values)
         return ChangeSchedule(values=values, ratios=[float(part) for part in ratios[0].split(",")])
-    except (ValueError, argparse.ArgumentTypeError) as error:
+    except (ValueError, cli.UserError) as error:
         raise cli.UserError(f"--mediators {text!r}: {error}") from error
 
 

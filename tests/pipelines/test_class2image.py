@@ -16,7 +16,7 @@ from PIL import Image
 
 from attngen.models.sit import SiTTransformer2DModel
 from attngen.models.sit_pipeline import SiTPipeline
-from pipelines import class2image, cli
+from pipelines import class2image
 from pipelines.images import read_settings
 from train.objectives import make_objective
 from train.presets import PRESETS
@@ -181,10 +181,15 @@ def test_methods(draw, softmax_model, tmp_path):
         (["cat"], "unknown class 'cat'"),
         (["7"], "class label 7 is out of range"),
         (["-1"], "class label -1 is out of range"),
-        (["face", "--mediators", "99"], "num_mediators must be 1 to 16"),
+        (["face", "--mediators", "99"], "99 is more than 16, the 4 x 4 tokens of this picture; give 1 to 16"),
+        (["face", "--mediators", "1:4,0.001:99"], "99 is more than 16, the 4 x 4 tokens of this picture; give 1 to 16"),
+        (["face", "--mediators", "9", "--height", "8", "--width", "16"], "9 is more than 8, the 2 x 4 tokens"),
         (["face", "--mediators", "few"], "'few' is neither a count"),
         (["face", "--mediators", "1:4,x:2"], "'1:4,x:2' is neither a count"),
-        (["face", "--mediators", "0.5:4"], "--mediators: the first stage must start at 1.0"),
+        (
+            ["face", "--mediators", "0.5:4"],
+            "--mediators: times must fall from 1 (noise)",
+        ),
         (["face", "--height", "15"], "height must be a positive multiple of 4"),
         (["face", "--guidance-scale", "nan"], "'nan' is not a finite number of at least 0"),
         (["face", "--images", "0"], "'0' is not a whole number of at least 1"),
@@ -271,11 +276,6 @@ def test_help_imports_nothing_heavy(program):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"usage: python -m pipelines.{program}" in done.stdout and "examples:" in done.stdout
-
-
-def test_mediator_arguments():
-    assert cli.parse_mediators("16") == 16
-    assert cli.parse_mediators("1:4,0.5:16") == ((1.0, 0.5), (4, 16))
 
 
 # Samples and export of a training run

@@ -65,14 +65,15 @@ def test_a_stopped_comparison_leaves_no_file(tmp_path, monkeypatch, capsys):
 
 
 def test_methods_as_they_are_typed(tmp_path):
-    assert compare.parse_use("tome:ratio=0.3,stride=4") == Use("tome", {"ratio": "0.3", "stride": "4"}).checked()
+    assert compare.read_use("tome:ratio=0.3,stride=4") == Use("tome", {"ratio": "0.3", "stride": "4"})
     options = compare.parse_arguments(["clock", "--agents", "16", "64"])
     uses = compare.expand("agent", options)
     assert [use.options["agents"] for use in uses] == [u.options["agents"] for u in compare.expand("agent", options)]
     assert len({use.label for use in uses}) == 2
-    assert compare.expand("agent:agents=8", options) == [compare.parse_use("agent:agents=8")]
+    for one in ("agent:agents=8", "agent 8", "agent:8"):
+        assert compare.expand(one, options) == [Use("agent", {"agents": "8"}).checked()]
     with pytest.raises(UserError, match="cannot read the plan file"):
-        compare.parse_use(str(tmp_path / "none.json"))
+        compare.expand(str(tmp_path / "none.json"), options)
 
 
 @pytest.mark.parametrize(
@@ -81,10 +82,12 @@ def test_methods_as_they_are_typed(tmp_path):
         (["clock", "--methods", "none"], "at least two methods"),
         (["clock", "--mediators", "4", "4"], "is there twice"),
         (["clock", "--methods", "none", "agentt"], "agentt"),
-        (["clock", "--methods", "none", "tome:ratio"], "is no option=value"),
+        (["clock", "--methods", "none", "tome:ratio=0.3,4"], "'0.3,4' is not a number from 0 to 0.9"),
+        (["clock", "--methods", "none", "tome:ratio"], "'ratio' is not a number from 0 to 0.9"),
         (["dragon", "--mediators", "4", "16"], "dragon"),
         (["clock", "--methods", "none", "tome"], "tome"),
-        (["clock", "--mediators", "4", "99"], "99"),
+        (["clock", "--mediators", "4", "999"], "999 is more than"),
+        (["clock", "--mediators", "4", "1:4,0.001:999"], "999 is more than"),
         (["clock", "--methods", "none", "mediators", "--agents", "4"], "--agents is for the method 'agent'"),
     ],
 )

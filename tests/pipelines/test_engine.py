@@ -15,7 +15,8 @@ from pipelines.cli import UserError
 from pipelines.comparison import Comparison
 from pipelines.engine import Engine
 from pipelines.images import read_settings, save_png
-from pipelines.methods import METHODS, Use, parse_use
+from pipelines.method_catalogue import METHODS
+from pipelines.methods import Use, parse_use
 from pipelines.models import ModelStore, shipped_models
 from pipelines.recall import parse_parameters, recall
 from pipelines.results import Progress, Result, save
@@ -217,7 +218,9 @@ BAD = [
     ({"method": "mediators", "options": {"mediators": "0"}}, "0"),
     ({"method": "mediators", "options": {"mediators": "1:4,2:16"}}, "1:4,2:16"),
     ({"method": "mediators", "options": {"mediators": "nan:4"}}, "nan"),
-    ({"method": "mediators", "options": {"mediators": "99"}}, "99"),
+    ({"method": "mediators", "options": {"mediators": "99"}}, "99 is more than 64, the 8 x 8 tokens"),
+    ({"method": "mediators", "options": {"mediators": "1:4,0.001:99"}}, "99 is more than 64"),
+    ({"method": "mediators", "options": {"mediators": "17"}, "height": 8, "width": 8}, "17 is more than 16"),
     ({"method": "mediators", "options": {"number": 4}}, "number"),
     ({"method": "mediators", "options": {"follow": "wind"}}, "wind"),
     ({"method": "none", "options": {"agents": 4}}, "agents"),

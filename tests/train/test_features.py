@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from train import features, train_features
+from train import feature_training, features, train_features
 from train.emoji import CLASSES, DATA_FILE, EmojiDataset
 from train.features import FeatureExtractor, load_extractor, prepare
 from train.seeds import generator_for, sample_order
@@ -232,7 +232,7 @@ def test_weights_of_another_network_are_refused(tmp_path, change):
 
 
 def test_folding_leaves_the_logits_alone():
-    network = train_features.TrainingNetwork(7, generator_for(0, "test"))
+    network = feature_training.TrainingNetwork(7, generator_for(0, "test"))
     with torch.no_grad():
         for norm in network.norms:
             size = norm.num_features
@@ -250,14 +250,14 @@ def test_folding_leaves_the_logits_alone():
 
 def test_training_depends_on_the_seed_alone():
     state = torch.get_rng_state()
-    first = train_features.train(2, 8, seed=0).folded()
+    first = feature_training.train(2, 8, seed=0).folded()
     torch.manual_seed(1)
     changed = torch.get_rng_state()
-    again = train_features.train(2, 8, seed=0).folded()
+    again = feature_training.train(2, 8, seed=0).folded()
     assert torch.equal(torch.get_rng_state(), changed)
     torch.set_rng_state(state)
     assert all(torch.equal(first[key], again[key]) for key in first)
-    other = train_features.train(2, 8, seed=1).folded()
+    other = feature_training.train(2, 8, seed=1).folded()
     assert not torch.equal(first["convs.0.weight"], other["convs.0.weight"])
     assert not torch.equal(first["convs.0.bias"], other["convs.0.bias"])
 
@@ -269,9 +269,9 @@ def test_the_order_of_pictures_depends_on_the_seed(monkeypatch):
         calls.append(arguments)
         return sample_order(*arguments)
 
-    monkeypatch.setattr(train_features, "sample_order", noting)
-    train_features.train(1, 4, seed=5)
-    (seed, weights, start, count), classes = calls[0], train_features.training_pictures()[0].labels
+    monkeypatch.setattr(feature_training, "sample_order", noting)
+    feature_training.train(1, 4, seed=5)
+    (seed, weights, start, count), classes = calls[0], feature_training.training_pictures()[0].labels
     assert (seed, start, count) == (5, 0, 4)
     # A heart, of which there are 22, is drawn more often than a flag, of which there are 240.
     hearts, flags = (weights[classes == label].unique() for label in (1, 18))
@@ -280,6 +280,7 @@ def test_the_order_of_pictures_depends_on_the_seed(monkeypatch):
 
 def test_the_program_writes_weights_and_card(tmp_path, capsys):
     out = tmp_path / "new" / "features.safetensors"
+    assert train_features.WEIGHTS_FILE == features.WEIGHTS_FILE
     assert train_features.main(["--out", str(out), "--steps", "2", "--batch-size", "8", "--seed", "3"]) == 0
     card = load_extractor(out).card
     assert card["training"]["steps"] == 2 and card["training"]["seed"] == 3
@@ -298,6 +299,6 @@ def test_wrong_options_are_refused(arguments, capsys):
 
 
 def test_the_rate_rises_and_falls():
-    rates = [train_features.rate(step / 100) for step in range(101)]
+    rates = [feature_training.rate(step / 100) for step in range(101)]
     assert rates[0] < 0.02 and max(rates) == pytest.approx(1.0) and rates[-1] == pytest.approx(0.0, abs=1e-9)
     assert rates.index(max(rates)) == 10
