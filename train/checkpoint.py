@@ -28,9 +28,21 @@ def write_file(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on disk, too, where the system can; a crash would forget a rename otherwise."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -55,20 +67,30 @@ def save_checkpoint(
     """
     final = folder / f"step-{step:08d}"
     temporary = folder / f".tmp-step-{step:08d}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in folder.glob(".*-step-*"):  # of a run that was killed while it wrote or removed one
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         for stem, named in tensors.items():
             write_tensors(temporary / f"{stem}.safetensors", named)
         write_json(temporary / _MARKER, {"step": step, **state})
-        shutil.rmtree(final, ignore_errors=True)
+        _remove(final)
         os.replace(temporary, final)
+        sync_folder(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        _remove(old)
     return final
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, if it is there; renamed first, so that one that is half gone is not taken for whole."""
+    if checkpoint.exists():
+        aside = checkpoint.with_name(f".old-{checkpoint.name}")
+        os.replace(checkpoint, aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -92,7 +114,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
             raise ValueError(f"{_MARKER} is no JSON object")
         tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
     except Exception as error:  # safetensors raises its own class, JSON another
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(
+            f"the checkpoint {path} is damaged ({error}); delete it, and the one before it is the newest"
+        ) from error
     return tensors, state
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train import checkpoint
-from train.data import Broken, EmojiData, PictureData, parse_max_broken
+from train.broken import Broken, parse_max_broken
+from train.data import EmojiData, PictureData
 from train.latents import FORMAT, INDEX_NAME, METADATA_KEY, VERSION, Shard, pack_names, shard_name
 from train.pictures import CROP
 

@@ -32,6 +32,7 @@ class Batch(NamedTuple):
         clean: (b, C, H, W), the part of this process.
         labels: (b,) of the same.
         generator: the step's, after the draws of the data; for noise and times.
+        draws: what the prefetcher's `draw` made of it.
     """
 
     step: int
@@ -39,6 +40,7 @@ class Batch(NamedTuple):
     clean: Tensor
     labels: Tensor
     generator: torch.Generator
+    draws: Any = None
 
 
 class Prefetcher(Iterator[Batch]):
@@ -54,6 +56,7 @@ class Prefetcher(Iterator[Batch]):
         part: positions of a batch for this process, `slice(rank, None, world)`.
         start: first step.
         stop: step before which to end, or None for no end.
+        draw: batch -> what else a step draws, noise and times, so that this is done ahead, too.
 
     Attributes:
         waited: seconds the training has waited for data so far.
@@ -69,10 +72,11 @@ class Prefetcher(Iterator[Batch]):
         part: slice = EVERYTHING,
         start: int = 0,
         stop: int | None = None,
+        draw: Callable[[Batch], Any] | None = None,
     ) -> None:
         if workers < 0 or ahead < 1:
             raise ValueError(f"workers is {workers} and ahead {ahead}; expected at least 0 and at least 1")
-        self.data, self.schedule, self.part = data, schedule, part
+        self.data, self.schedule, self.part, self.draw = data, schedule, part, draw
         self.next_step, self.stop = start, stop
         self.waited = 0.0
         self._ready: queue.Queue[Batch | Exception] = queue.Queue(ahead)
@@ -108,25 +112,26 @@ class Prefetcher(Iterator[Batch]):
                 return self._ready.get(timeout=_POLL_SECONDS)
             except queue.Empty:
                 if not self._producer.is_alive() and self._ready.empty():
-                    return RuntimeError(f"step {self.next_step}: the thread that makes batches has ended")
+                    return RuntimeError(f"step {self.next_step + 1}: the thread that makes batches has ended")
 
     def _make(self, step: int) -> Batch | Exception:
         indices = None
         try:
             indices, generator = self.schedule(step)
             clean, labels = self.data.batch(indices, generator, part=self.part, pool=self._pool)
-            return Batch(step, indices, clean, labels, generator)
+            batch = Batch(step, indices, clean, labels, generator)
+            return batch if self.draw is None else batch._replace(draws=self.draw(batch))
         except Exception as error:  # raised where the batch is asked for, not in a thread nobody watches
             return self._described(step, indices, error)
 
     def _described(self, step: int, indices: Tensor | None, error: Exception) -> Exception:
         if isinstance(error, ValueError):
-            described: Exception = ValueError(f"step {step}: {error}")
+            described: Exception = ValueError(f"step {step + 1}: {error}")
         elif isinstance(error, SampleError):
-            described = SampleError(f"step {step}: {error}")
+            described = SampleError(f"step {step + 1}: {error}")
         else:
             names = "" if indices is None else f", pictures {shown(self._names(indices[self.part]))}"
-            described = RuntimeError(f"step {step}{names}: {type(error).__name__}: {error}")
+            described = RuntimeError(f"step {step + 1}{names}: {type(error).__name__}: {error}")
         described.__cause__ = error
         return described
 

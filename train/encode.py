@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def encode(options: argparse.Namespace) -> int:
     """Make the shards of this process, and the index if all are there; returns the exit code."""
-    from train.data import open_data, parse_max_broken
+    from train.broken import parse_max_broken
+    from train.data import open_data
     from train.data_encoder import DTYPES, Encoder, Settings
     from train.latents import INDEX_NAME, load_vae, read_index
 

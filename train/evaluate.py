@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from train.config import TrainingConfig
 from train.data import Data
 from train.objectives import Objective
-from train.presets import TrainingConfig
 from train.samples import calls_to_steps, pipeline_of
 from train.seeds import generator_for
 

@@ -19,7 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.presets import PRESETS, TrainingConfig
+from train.config import TrainingConfig
+from train.presets import PRESETS
 
 if TYPE_CHECKING:
     import torch
@@ -147,12 +148,12 @@ def measure(run: Path) -> dict[str, Any]:
     Raises:
         ValueError: if the run has no checkpoint or is not at its end.
     """
+    from train.build import build_model
     from train.checkpoint import list_checkpoints, load_checkpoint
     from train.data import open_data
     from train.evaluate import frechet_distances
     from train.objectives import make_objective
     from train.plot import read_log
-    from train.sit import build_model
 
     found = list_checkpoints(run / "checkpoints")
     if not found:
@@ -259,9 +260,9 @@ class _Timed:
     def __init__(self, config: TrainingConfig, count: int | None) -> None:
         import torch
 
+        from train.build import build_model
         from train.data import open_data
         from train.objectives import make_objective
-        from train.sit import build_model
 
         data: Data = open_data(config.data, image_size=config.image_size, classes=config.classes)
         model: Any = build_model(config, data, make_objective(config.objective))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ class Meter:
 
         self.images_per_step, self.flops_per_image, self.peak_flops = images_per_step, flops_per_image, peak_flops
         self.started = self._last = time.monotonic()
-        self._steps = 0
+        self._steps = self._skipped = 0
         self._sums = torch.zeros(2 * BUCKETS)
         self._loss = self._norm = self._waited = 0.0
 
@@ -39,13 +40,16 @@ class Meter:
 
         Args:
             loss: mean over all processes.
-            grad_norm: before it was limited.
+            grad_norm: before it was limited; not finite in a step that float16's gradient scaler skipped.
             buckets: (2 · BUCKETS,) sums of the loss by noise level, and numbers of pictures.
             waited: seconds spent waiting for data since the run began.
         """
         self._steps += 1
         self._loss += loss
-        self._norm += grad_norm
+        if math.isfinite(grad_norm):
+            self._norm += grad_norm
+        else:
+            self._skipped += 1
         self._sums += buckets
         self._total_waited = waited
 
@@ -58,7 +62,7 @@ class Meter:
         record: dict[str, Any] = {
             "step": step,
             "loss": round(self._loss / steps, 6),
-            "grad_norm": round(self._norm / steps, 6),
+            "grad_norm": round(self._norm / max(steps - self._skipped, 1), 6),
             "seconds": round(now - self.started, 2),
             "images_per_second": round(rate, 2),
             "waiting_share": round((self._total_waited - self._waited) / seconds, 4),
@@ -66,7 +70,10 @@ class Meter:
         }
         if self.flops_per_image and self.peak_flops:
             record["mfu"] = round(rate * self.flops_per_image / self.peak_flops, 4)
-        self._last, self._steps, self._waited = now, 0, self._total_waited
+        if self._skipped:
+            record["skipped_steps"] = self._skipped
+        self._last, self._waited = now, self._total_waited
+        self._steps = self._skipped = 0
         self._loss = self._norm = 0.0
         self._sums.zero_()
         return record
@@ -126,7 +133,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Add a line of JSON to a log."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def flat(record: Mapping[str, Any]) -> dict[str, float]:

@@ -2,243 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
-# As in `train.objectives`, which imports torch; a program's --help should not wait for that.
-ARCHITECTURES = ("sit", "unet")
-OBJECTIVES = ("velocity", "epsilon", "score", "dit")
-TIME_SAMPLINGS = ("uniform", "logit-normal")
-WEIGHTINGS = ("velocity", "likelihood")
-# Groups of a UNet's group norms.
-NORM_GROUPS = 8
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Everything that decides a training run. Saved beside it as JSON.
-
-    Attributes:
-        data: "emoji", a folder of class folders, "hf:NAME", tar shards, or latents made by `train.encode`.
-        image_size: side of the pictures, in pixels; of latents that of the pictures they were made from.
-        classes: class names of the data set, or () for all.
-        augment: strength of the emoji's augmentation, 0 to 1.
-        flip: mirror pictures at random.
-        balance: 0 draws every picture equally often, 1 every class, 0.5 is between (a class by the root of its size).
-        max_broken: share of unreadable pictures above which the run fails.
-        workers: threads that read pictures; they do not change what is read.
-        architecture: "sit" (also DiT's network), or "unet": diffusers' `UNet2DConditionModel`, see `train.unet`.
-        block_channels: of a UNet, channels by resolution, each half the one before; attention in all but the last.
-        patch_size: side of a token, in pixels or latents.
-        num_layers: blocks; of a UNet, layers in a block.
-        num_attention_heads: heads; a UNet has as many as `attention_head_dim` goes into its channels.
-        attention_head_dim: size of a head.
-        attention: "softmax", "mediator" or "linear".
-        feature_map: of linear attention.
-        num_mediators: mediators the bias tables are stored for.
-        convolution: what mediator layers convolve, "values" as published or their "input", which is faster.
-        mediator_counts: counts drawn from in every step (elastic mediators), or () for `num_mediators` always.
-        mediator_starts: noise levels from which each of `mediator_counts` holds (1 is noise, so it comes first), or ()
-            to draw counts whatever the time. A step then takes its times from one stage.
-        learn_sigma: predict twice the channels, as the published SiT checkpoints do. DiT's objective needs it anyway.
-        class_dropout_prob: share of labels replaced by the null class, for guidance.
-        objective: "velocity", "epsilon" or "score" on an interpolant, or "dit": noise and variance in 1,000 steps.
-        path: interpolant, "linear", "gvp" or "vp".
-        weighting: of an interpolant's loss: "", "velocity" or "likelihood".
-        time_sampling: "uniform", or "logit-normal" (middle times more often; SD3, arXiv 2403.03206).
-        init_from: checkpoint, pipeline folder or run to start from, or "" for fresh weights.
-        interpolation: how its position biases go to another size, "consistent" or "reference".
-        optimizer: "adamw", or "muon" (Muon for the blocks' matrices, AdamW for the rest).
-        learning_rate: of AdamW.
-        muon_learning_rate: of Muon.
-        weight_decay: of both.
-        warmup_steps: steps in which the learning rate rises from zero.
-        cooldown: last share of the steps, in which it falls to zero.
-        max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
-        ema_decay: of the averaged weights that are sampled and saved.
-        ema_stds: relative widths of power-function averages to keep beside, such as 0.05 0.1; see `train.ema`.
-        batch_size: pictures an optimiser step, over all processes.
-        accumulate: parts that a process computes its share of the batch in, to save memory.
-        steps: optimiser steps.
-        seed: of weights, data order, noise and label dropout.
-        mixed_precision: "no", "bf16" or "fp16".
-        compile: compile the network with torch.compile.
-        gradient_checkpointing: compute activations again in the backward pass, to save memory.
-        log_every: steps between lines of the log.
-        sample_every: steps between sample grids; 0 for none before the end.
-        save_every: steps between checkpoints; 0 for none before the end.
-        keep: checkpoints kept.
-        sample_steps: network calls for a sample.
-        guidance_scale: of the samples.
-        fd_every: steps between Fréchet distances on the emoji; 0 for none before the end, -1 for none at all.
-        fd_pictures: pictures drawn for it.
-    """
-
-    data: str = "emoji"
-    image_size: int = 32
-    classes: tuple[str, ...] = ()
-    augment: float = 0.5
-    flip: bool = True
-    balance: float = 0.0
-    max_broken: float = 0.01
-    workers: int = 2
-    architecture: str = "sit"
-    block_channels: tuple[int, ...] = ()
-    patch_size: int = 4
-    num_layers: int = 8
-    num_attention_heads: int = 5
-    attention_head_dim: int = 32
-    attention: str = "mediator"
-    feature_map: str = "elu"
-    num_mediators: int = 16
-    convolution: str = "values"
-    mediator_counts: tuple[int, ...] = (4, 9, 16, 25)
-    mediator_starts: tuple[float, ...] = ()
-    learn_sigma: bool = False
-    class_dropout_prob: float = 0.1
-    objective: str = "velocity"
-    path: str = "linear"
-    weighting: str = ""
-    time_sampling: str = "logit-normal"
-    init_from: str = ""
-    interpolation: str = "consistent"
-    optimizer: str = "muon"
-    learning_rate: float = 1e-3
-    muon_learning_rate: float = 0.02
-    weight_decay: float = 0.0
-    warmup_steps: int = 100
-    cooldown: float = 0.3
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
-    ema_stds: tuple[float, ...] = ()
-    batch_size: int = 64
-    accumulate: int = 1
-    steps: int = 5000
-    seed: int = 0
-    mixed_precision: str = "no"
-    compile: bool = False
-    gradient_checkpointing: bool = False
-    log_every: int = 1
-    sample_every: int = 1000
-    save_every: int = 500
-    keep: int = 2
-    sample_steps: int = 50
-    guidance_scale: float = 2.0
-    fd_every: int = -1
-    fd_pictures: int = 512
-
-    def __post_init__(self) -> None:
-        self._check_choices()
-        self._check_numbers()
-        self._check_mediators()
-        self._check_unet()
-
-    def _check_choices(self) -> None:
-        choices = {
-            "architecture": ARCHITECTURES,
-            "attention": ("softmax", "mediator", "linear"),
-            "feature_map": ("elu", "relu", "focused"),
-            "convolution": ("values", "input"),
-            "objective": OBJECTIVES,
-            "path": ("linear", "gvp", "vp"),
-            "weighting": ("", *WEIGHTINGS),
-            "time_sampling": TIME_SAMPLINGS,
-            "interpolation": ("consistent", "reference"),
-            "optimizer": ("adamw", "muon"),
-            "mixed_precision": ("no", "bf16", "fp16"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; known: {', '.join(k or '(empty)' for k in known)}"
-                )
-        if self.objective == "dit" and (self.path, self.weighting, self.time_sampling) != ("linear", "", "uniform"):
-            raise ValueError(
-                "the objective 'dit' has its own path, weighting and times: leave path at 'linear', "
-                "weighting empty and time_sampling at 'uniform'"
-            )
-
-    def _check_numbers(self) -> None:
-        positive = ("batch_size", "accumulate", "steps", "keep", "sample_steps", "num_layers", "num_attention_heads")
-        for name in (*positive, "attention_head_dim", "patch_size", "num_mediators", "image_size", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("augment", "balance", "class_dropout_prob", "cooldown", "max_broken", "ema_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("learning_rate", "muon_learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
-        for std in self.ema_stds:
-            if not 0.01 <= std <= 0.28:
-                raise ValueError(f"ema_stds must be in [0.01, 0.28], got {std}")
-        if self.data == "emoji" and self.image_size % self.patch_size:
-            raise ValueError(f"patches of {self.patch_size} do not divide pictures of {self.image_size} pixels")
-        if self.fd_every >= 0 and self.data != "emoji":
-            raise ValueError(
-                f"the Fréchet distance in the loop is for the emoji, not {self.data!r}; set fd_every to -1"
-            )
-
-    def _check_mediators(self) -> None:
-        for count in self.mediator_counts:
-            if count < 1:
-                raise ValueError(f"mediator_counts must be at least 1, got {count}")
-        if self.mediator_starts:
-            if len(self.mediator_starts) != len(self.mediator_counts):
-                raise ValueError(
-                    f"{len(self.mediator_starts)} mediator_starts need as many mediator_counts, got "
-                    f"{len(self.mediator_counts)}"
-                )
-            falling = all(a > b for a, b in zip(self.mediator_starts, self.mediator_starts[1:], strict=False))
-            if self.mediator_starts[0] != 1 or not falling or self.mediator_starts[-1] <= 0:
-                raise ValueError(f"mediator_starts must fall from 1 and stay above 0, got {self.mediator_starts}")
-
-    def _check_unet(self) -> None:
-        if self.architecture != "unet":
-            if self.block_channels:
-                raise ValueError(f"block_channels={self.block_channels} are for the architecture 'unet'")
-            return
-        only = {"attention": "softmax", "objective": "velocity", "path": "linear", "patch_size": 1, "init_from": ""}
-        for name, value in only.items():
-            if getattr(self, name) != value:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not for a UNet; leave it at {value!r}")
-        if len(self.block_channels) < 2:
-            raise ValueError(f"a UNet needs block_channels for two resolutions or more, got {self.block_channels}")
-        for channels in self.block_channels:
-            if channels < 1 or channels % self.attention_head_dim or channels % NORM_GROUPS:
-                raise ValueError(
-                    f"block_channels must be multiples of attention_head_dim ({self.attention_head_dim}) and of"
-                    f" {NORM_GROUPS}, got {channels}"
-                )
-
-    def check_tokens(self, sample_size: int) -> None:
-        """What can be checked only with the data open.
-
-        Args:
-            sample_size: side of a sample, in pixels or latents.
-
-        Raises:
-            ValueError: if patches do not divide it, or there would be more mediators than tokens.
-        """
-        if sample_size % self.patch_size:
-            raise ValueError(f"patches of {self.patch_size} do not divide samples of {sample_size} x {sample_size}")
-        factor = 2 ** max(0, len(self.block_channels) - 1)
-        if sample_size % factor:
-            raise ValueError(
-                f"{len(self.block_channels)} block_channels halve samples {len(self.block_channels) - 1} times, and"
-                f" {sample_size} is no multiple of {factor}"
-            )
-        tokens = (sample_size // self.patch_size) ** 2
-        for count in self.mediator_counts if self.attention == "mediator" else ():
-            if count > tokens:
-                raise ValueError(f"mediator_counts must be 1 to {tokens} (the tokens), got {count}")
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
+from train.config import TrainingConfig
 
 # Classes whose pictures look alike enough for a small network.
 _COHERENT = (
@@ -331,12 +97,15 @@ _EMOJI: dict[str, TrainingConfig] = {
 
 # Depth, heads and head size (table 1 of arXiv 2212.09748).
 _SIZES = {"s": (12, 6, 64), "b": (12, 12, 64), "l": (24, 16, 64), "xl": (28, 16, 72)}
+# 80 epochs of ImageNet at 256 pixels, 20 at 512 and 5 at 1024 (arXiv 2408.05710): 400,000 steps of each.
+_MEDIATOR_BATCH = {256: 256, 512: 64, 1024: 16}
 
 
 def _published(model: str, size: str, patch_size: int, image_size: int, mediators: bool) -> TrainingConfig:
     """The recipe of the papers (2212.09748, 2401.08740, 2408.05710): AdamW at 1e-4, batch 256, 400,000 steps.
 
-    Latents of an autoencoder that makes pictures eight times smaller; `data` has to be given.
+    The last of them goes on at 512 and 1024 pixels from the weights of half the size (`init_from`), in as many steps of
+    smaller batches. Latents of an autoencoder that makes pictures eight times smaller; `data` has to be given.
     """
     num_layers, heads, head_dim = _SIZES[size]
     return TrainingConfig(
@@ -348,7 +117,7 @@ def _published(model: str, size: str, patch_size: int, image_size: int, mediator
         num_attention_heads=heads,
         attention_head_dim=head_dim,
         attention="mediator" if mediators else "softmax",
-        num_mediators=64,
+        num_mediators=min(64, (image_size // 8 // patch_size) ** 2),
         mediator_counts=(),
         learn_sigma=True,
         objective="dit" if model == "dit" else "velocity",
@@ -359,7 +128,7 @@ def _published(model: str, size: str, patch_size: int, image_size: int, mediator
         cooldown=0.0,
         max_grad_norm=0.0,
         ema_decay=0.9999,
-        batch_size=256,
+        batch_size=_MEDIATOR_BATCH[image_size] if mediators else 256,
         steps=400_000,
         workers=4,
         log_every=100,

@@ -6,8 +6,9 @@ that was never stopped.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,20 +22,27 @@ from train.checkpoint import (
     list_checkpoints,
     save_checkpoint,
     whole,
+    write_json,
     write_tensors,
 )
+from train.config import TrainingConfig
 from train.data import Data
 from train.data_prefetch import Batch
 from train.ema import PowerAverage, snapshot_path
 from train.meter import Meter, append_line, bucket_sums, flat
 from train.objectives import Objective
-from train.presets import TrainingConfig
 from train.seeds import generator_for
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from attngen.models.sit import SiTTransformer2DModel
+
+
+MOST_SKIPPED = 30
+"""Steps in a row that float16's gradient scaler may skip: it starts at 65,536 and halves at each."""
+
+CHECKPOINT, PIPELINE = "checkpoint", "pipeline"
 
 
 class Draws(NamedTuple):
@@ -80,6 +88,7 @@ class Run:
         objective: forward process and loss.
         out: folder of the run.
         meter: of the log.
+        failed: what could not be written the last time it was tried.
     """
 
     config: TrainingConfig
@@ -92,7 +101,13 @@ class Run:
     objective: Objective
     out: Path
     meter: Meter
-    unsaved: str | None = field(default=None, init=False)
+    failed: set[str] = field(default_factory=set, init=False)
+    _skipped: int = field(default=0, init=False)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the newest weights are not on disk."""
+        return bool(self.failed & {CHECKPOINT, PIPELINE})
 
     def step(self, batch: Batch, waited: float, stop: bool) -> StepResult:
         """One optimiser step.
@@ -106,7 +121,7 @@ class Run:
             ValueError: if the loss or the gradient is not finite, naming the pictures of the batch and the last good
                 checkpoint; the weights are those before the step.
         """
-        draws = self.draw(batch)
+        draws: Draws = self.draw(batch) if batch.draws is None else batch.draws
         self.model.train()
         losses = self._backward(batch, draws)
         grad_norm = self._limit_gradients()
@@ -148,15 +163,34 @@ class Run:
         return float("nan") if norm is None else float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def _check_finite(self, batch: Batch, loss: float, grad_norm: float) -> None:
+        if _finite(loss) and _finite(grad_norm):
+            self._skipped = 0
+            return
         # float16's gradient scaler skips a step whose gradient overflows, and that is no fault.
-        scaled = self.config.mixed_precision == "fp16"
-        if _finite(loss) and (scaled or _finite(grad_norm)):
+        self._skipped += 1
+        if _finite(loss) and self.accelerator.scaler is not None and self._skipped < MOST_SKIPPED:
             return
         what = f"the loss is {loss}" if not _finite(loss) else f"the norm of the gradient is {grad_norm}"
-        names = ", ".join(self.data.names(batch.indices[:8]))
         found = list_checkpoints(self.out / "checkpoints")
-        kept = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
-        raise ValueError(f"{what} in step {batch.step}; {kept}; the batch began with: {names}")
+        kept = (
+            f"the last good checkpoint is {found[-1]}, from which --init-from starts a run with other settings"
+            if found
+            else "there is no checkpoint yet"
+        )
+        raise ValueError(f"{what} in step {batch.step + 1}; {kept}; {self._note_batch(batch, what)}")
+
+    def _note_batch(self, batch: Batch, what: str) -> str:
+        """Write all pictures of a batch to a file; returns a few words on them."""
+        names = self.data.names(batch.indices)
+        first = ", ".join(names[:8])
+        path = self.out / "bad-batch.json"
+        if self.accelerator.is_main_process:
+            note = {"step": batch.step + 1, "reason": what, "indices": batch.indices.tolist(), "pictures": names}
+            try:
+                write_json(path, note)
+            except OSError:
+                return f"the batch of {len(names)} began with: {first}"
+        return f"its {len(names)} pictures are in {path} and begin with: {first}"
 
     def _update(self, step: int) -> None:
         factor = learning_rate_factor(step, self.config)
@@ -164,11 +198,26 @@ class Run:
         for optimizer, rate in zip(self.optimizers, rates, strict=False):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
-            optimizer.step()
+        if self.accelerator.scaler is None:
+            for optimizer in self.optimizers:
+                optimizer.step()
+        else:
+            self._scaled_update(self.accelerator.scaler)
+        for optimizer in self.optimizers:
             optimizer.zero_grad()
         self.ema.step(self.model.parameters())
         for average in self.averages:
             average.update(self.model.parameters(), step + 1)
+
+    def _scaled_update(self, scaler: Any) -> None:
+        """All optimisers step or none does, and the scale is updated once.
+
+        accelerate's optimisers would each update it, after which the gradients of the next one count as scaled still.
+        """
+        if not self._skipped:
+            for optimizer in self.optimizers:
+                scaler.step(getattr(optimizer, "optimizer", optimizer))
+        scaler.update()
 
     def draw(self, batch: Batch) -> Draws:
         """Noise, times, dropped labels and mediators of a step: drawn for the whole batch, of which a part is kept."""
@@ -220,27 +269,38 @@ class Run:
     def save(self, step: int) -> bool:
         """Write a checkpoint. A full disk keeps the old one and is told, not raised; returns whether it was written."""
         tensors, averages = checkpoint_tensors(self.model, self.optimizers, self.ema, self.averages)
-        if not self.accelerator.is_main_process:
-            return True
+        scaler = self.accelerator.scaler
         state = {
             "config": self.config.to_dict(),
             "ema_step": self.ema.optimization_step,
             "fingerprint": self.data.fingerprint,
             "id2label": self.data.id2label,
+            **({} if scaler is None else {"scaler": scaler.state_dict()}),
         }
-        try:
+
+        def write() -> None:
             save_checkpoint(self.out / "checkpoints", step, tensors, state, self.config.keep)
             for std, named in averages.items():
                 path = snapshot_path(self.out, step, std)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_tensors(path, named)
+
+        return self._try_to_write(CHECKPOINT, f"the checkpoint of step {step}", write)
+
+    def _try_to_write(self, kind: str, what: str, write: Callable[[], Any]) -> bool:
+        """Write on the main process. A full disk is told, once until it is over, and returns False."""
+        if not self.accelerator.is_main_process:
+            return True
+        try:
+            write()
         except OSError as error:
-            found = list_checkpoints(self.out / "checkpoints")
-            kept = f"the one of {found[-1].name} stays" if found else "there is no other one"
-            self.unsaved = f"the checkpoint of step {step} could not be written ({error}); {kept}"
-            print(f"train.sit: {self.unsaved}", file=sys.stderr)
+            if kind == CHECKPOINT or kind not in self.failed:
+                found = list_checkpoints(self.out / "checkpoints")
+                kept = f"the checkpoint of {found[-1].name} stays" if found else "there is no checkpoint yet"
+                print(f"train.sit: {what} could not be written ({error}); {kept}", file=sys.stderr)
+            self.failed.add(kind)
             return False
-        self.unsaved = None
+        self.failed.discard(kind)
         return True
 
     def sample(self, step: int) -> None:
@@ -248,34 +308,49 @@ class Run:
         from train.samples import sample_grid
 
         model = self.averaged_model()
-        if self.accelerator.is_main_process:
-            sample_grid(model, self.objective, self.config, self.data, self.out, step)
+        self._try_to_write(
+            "samples",
+            f"the pictures of step {step}",
+            lambda: sample_grid(model, self.objective, self.config, self.data, self.out, step),
+        )
 
     def evaluate(self, step: int) -> None:
-        """The Fréchet distance on the emoji, for each number of mediators that is trained."""
+        """The Fréchet distance, for each number of mediators that is trained."""
         from train.evaluate import frechet_distances
 
         model = self.averaged_model()
         if self.accelerator.is_main_process:
-            found = frechet_distances(model, self.objective, self.config, self.data)
-            append_line(self.out / "log.jsonl", {"step": step, **found})
-            self.accelerator.log(flat(found), step=step)
+            self._tell(step, frechet_distances(model, self.objective, self.config, self.data))
 
     def export(self) -> None:
         """The averaged weights as a pipeline folder, in half precision."""
         from train.samples import export_pipeline
 
-        model = self.averaged_model()
-        if self.accelerator.is_main_process:
-            export_pipeline(model, self.objective, self.data, self.out / "pipeline")
+        model, folder = self.averaged_model(), self.out / "pipeline"
+        self._try_to_write(PIPELINE, f"{folder}", lambda: export_pipeline(model, self.objective, self.data, folder))
 
     def log(self, step: int) -> None:
         """A line of the log, and the same to the trackers."""
         line = self.meter.line(step)
         line["learning_rate"] = self.config.learning_rate * learning_rate_factor(step - 1, self.config)
-        if self.accelerator.is_main_process:
-            append_line(self.out / "log.jsonl", line)
-        self.accelerator.log(flat({k: v for k, v in line.items() if k != "step"}), step=step)
+        broken = getattr(self.data, "broken", None)
+        if broken is not None:
+            line["unreadable"] = len(broken.reasons)
+        self._tell(step, {k: v for k, v in line.items() if k != "step"})
+
+    def _tell(self, step: int, record: dict[str, Any]) -> None:
+        """Add a line to the log, and the same to the trackers."""
+        path = self.out / "log.jsonl"
+        self._try_to_write("log", f"{path}", lambda: append_line(path, {"step": step, **record}))
+        self._try_to_write("tracker", "what the tracker is told", lambda: self.accelerator.log(flat(record), step=step))
+
+    def end_trackers(self) -> None:
+        """Close the trackers. Every process has to call it."""
+        try:
+            self.accelerator.end_training()
+        except OSError as error:  # of what a full disk left unwritten
+            if "tracker" not in self.failed:
+                print(f"train.sit: what the tracker is told could not be written ({error})", file=sys.stderr)
 
 
 def learning_rate_factor(step: int, config: TrainingConfig) -> float:
@@ -296,6 +371,4 @@ def _finite(number: float) -> bool:
 
 def _synced(accelerator: Accelerator, model: nn.Module, last: bool) -> Any:
     """Gradients are exchanged between processes with the last part of the batch only."""
-    from contextlib import nullcontext
-
-    return nullcontext() if last else accelerator.no_sync(model)
+    return contextlib.nullcontext() if last else accelerator.no_sync(model)

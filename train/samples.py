@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from train.config import TrainingConfig
 from train.data import Data
 from train.objectives import Objective
-from train.presets import TrainingConfig
 from train.seeds import generator_for
 
 if TYPE_CHECKING:

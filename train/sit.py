@@ -14,32 +14,24 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
-import json
-import signal
+import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.presets import PRESETS, TrainingConfig
+from train.broken import parse_max_broken
+from train.config import TrainingConfig
+from train.presets import PRESETS
 
 if TYPE_CHECKING:
     import torch
-    from accelerate import Accelerator
 
-    from attngen.models import SiTTransformer2DModel
     from train.data import Data
     from train.objectives import Objective
     from train.run import Run
-    from train.unet import ClassUNet
 
-# What may change when a run goes on: nothing that decides what its weights are made of.
-FREE = (
-    *("data", "steps", "sample_every", "save_every", "log_every", "keep", "sample_steps", "guidance_scale", "cooldown"),
-    *("balance", "augment", "flip", "max_broken", "workers", "accumulate", "mixed_precision", "compile"),
-    *("gradient_checkpointing", "fd_every", "fd_pictures", "init_from", "interpolation"),
-)
 _FLOATS = ("mediator_starts", "ema_stds")
 
 
@@ -80,6 +72,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
         parser.error(str(error))
     if not config.data:
         parser.error(f"the preset {options.preset!r} needs --data: pictures, or latents made by train.encode")
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads must be at least 1, got {options.threads}")
+    if options.max_minutes is not None and not (math.isfinite(options.max_minutes) and options.max_minutes >= 0):
+        parser.error(f"--max-minutes must be a number of at least 0, got {options.max_minutes}")
     return options, config
 
 
@@ -90,8 +86,17 @@ def _add_field(group: Any, field: dataclasses.Field[Any]) -> None:
         group.add_argument(flag, nargs="*", type=kind, default=None, help=help_text)
     elif isinstance(field.default, bool):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help_text)
+    elif field.name == "max_broken":
+        group.add_argument(flag, type=_count_or_share, default=None, help=f"{help_text}; a count (3) or a share (0.01)")
     else:
         group.add_argument(flag, type=type(field.default), default=None, help=help_text)
+
+
+def _count_or_share(text: str) -> int | float:
+    try:
+        return parse_max_broken(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,9 +106,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return train(options, config)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"train.sit: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def train(options: argparse.Namespace, config: TrainingConfig) -> int:
@@ -113,12 +120,15 @@ def train(options: argparse.Namespace, config: TrainingConfig) -> int:
     from train.checkpoint import list_checkpoints
     from train.data import open_data
     from train.objectives import make_objective
+    from train.start import start
 
     if options.threads:
         torch.set_num_threads(options.threads)
     found = list_checkpoints(options.out / "checkpoints")
     if found and not (options.resume or options.dry_run):
         raise ValueError(f"{options.out} holds a run already; pass --resume to go on, or another --out")
+    if found and int(found[-1].name.removeprefix("step-")) > config.steps and not options.dry_run:
+        raise ValueError(f"{found[-1]} is beyond --steps {config.steps}; pass more steps, or another --out")
     data = open_data(
         config.data,
         image_size=config.image_size,
@@ -140,80 +150,25 @@ def train(options: argparse.Namespace, config: TrainingConfig) -> int:
     return loop(options, run, step)
 
 
-def start(
-    options: argparse.Namespace, config: TrainingConfig, data: Data, objective: Objective, found: Sequence[Path]
-) -> tuple[Run, int]:
-    """Everything a run needs, from its newest checkpoint if it has one, and the steps done."""
-    from accelerate import Accelerator
-    from diffusers.training_utils import EMAModel
-
-    from train.checkpoint import write_json
-    from train.ema import PowerAverage
-    from train.run import Run
-
-    trackers = _trackers(options.trackers)
-    accelerator = Accelerator(
-        cpu=options.cpu, mixed_precision=config.mixed_precision, log_with=trackers or None, project_dir=options.out
-    )
-    parts = accelerator.num_processes * config.accumulate
-    if config.batch_size % parts:
-        raise ValueError(
-            f"a batch of {config.batch_size} cannot be shared by {accelerator.num_processes} processes in "
-            f"{config.accumulate} parts each; batch_size must be a multiple of {parts}"
-        )
-    model = build_model(config, data, objective)
-    checkpoint = _read(found[-1], config, data) if found else None
-    if checkpoint is not None:
-        model.load_state_dict(checkpoint[0]["model"])
-    elif config.init_from:
-        _warm_start(model, config, data, options.allow_pickle, accelerator.is_main_process)
-    optimizers = build_optimizers(model, config, fused=accelerator.device.type == "cuda")
-    if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    meter = _meter(model, config, data, objective, accelerator)
-    if config.compile:
-        # One graph a number of mediators: pooling to a size that is kept symbolic does not compile.
-        model.compile(dynamic=False)
-    prepared: Any = accelerator.prepare(model, *optimizers)
-    wrapped, *optimizers = prepared
-    ema = EMAModel(wrapped.parameters(), decay=config.ema_decay)
-    ema.to(accelerator.device)
-    averages = [PowerAverage(wrapped.parameters(), std) for std in config.ema_stds]
-    run = Run(config, data, accelerator, wrapped, optimizers, ema, averages, objective, options.out, meter)
-    step = 0 if checkpoint is None else _restore(run, *checkpoint)
-    if accelerator.is_main_process:
-        options.out.mkdir(parents=True, exist_ok=True)
-        write_json(options.out / "config.json", {**config.to_dict(), "id2label": data.id2label})
-    if trackers:
-        accelerator.init_trackers("attngen", config={k: str(v) for k, v in config.to_dict().items()})
-    return run, step
-
-
 def loop(options: argparse.Namespace, run: Run, step: int) -> int:
     """Step until the end, or until asked to stop; returns the exit status."""
-    from tqdm import tqdm
-
     from train.data_prefetch import Prefetcher
-    from train.seeds import generator_for, sample_order
+    from train.signals import StopOnSignal
 
     config, accelerator = run.config, run.accelerator
-    weights = class_weights(run.data, config.balance)
-
-    def schedule(step: int) -> tuple[torch.Tensor, torch.Generator]:
-        indices = sample_order(config.seed, weights, step * config.batch_size, config.batch_size)
-        return indices, generator_for(config.seed, "batch", step)
-
     part = slice(accelerator.process_index, None, accelerator.num_processes)
-    stop, started, last_saved = _StopOnSignal(), time.monotonic(), step
-    shown = accelerator.is_main_process and sys.stderr.isatty()
-    bar = tqdm(total=config.steps, initial=step, unit="step", disable=not shown)
-    with Prefetcher(run.data, schedule, config.workers, part=part, start=step, stop=config.steps) as batches:
+    stop, started, last_saved = StopOnSignal(), time.monotonic(), step
+    bar = _bar(run, step)
+    with Prefetcher(
+        run.data, _schedule(run), config.workers, part=part, start=step, stop=config.steps, draw=run.draw
+    ) as batches:
         while step < config.steps:
             out_of_time = options.max_minutes is not None and time.monotonic() - started > options.max_minutes * 60
             result = run.step(next(batches), batches.waited, stop.requested or out_of_time)
             step += 1
-            bar.update()
-            bar.set_postfix(loss=f"{result.loss:.3f}")
+            bar.set_description(f"step {step}/{config.steps}", refresh=False)
+            bar.set_postfix(loss=f"{result.loss:.3f}", refresh=False)
+            bar.update(config.batch_size)
             if step % config.log_every == 0 or step == config.steps or result.stop:
                 run.log(step)
             if result.stop:
@@ -234,16 +189,40 @@ def loop(options: argparse.Namespace, run: Run, step: int) -> int:
         run.export()
     elif accelerator.is_main_process:
         print(f"stopped after step {step} of {config.steps}; --resume goes on", file=sys.stderr)
-    accelerator.end_training()
-    return 0 if run.unsaved is None else 1
+    run.end_trackers()
+    return 1 if run.lost else 0
+
+
+def _schedule(run: Run) -> Callable[[int], tuple[torch.Tensor, torch.Generator]]:
+    """Step -> indices of its batch, and its generator."""
+    from train.build import class_weights
+    from train.seeds import generator_for, sample_order
+
+    config, weights = run.config, class_weights(run.data, run.config.balance)
+
+    def schedule(step: int) -> tuple[torch.Tensor, torch.Generator]:
+        indices = sample_order(config.seed, weights, step * config.batch_size, config.batch_size)
+        return indices, generator_for(config.seed, "batch", step)
+
+    return schedule
+
+
+def _bar(run: Run, step: int) -> Any:
+    """A bar that counts pictures, so that it tells pictures a second and the time left."""
+    from tqdm import tqdm
+
+    batch, shown = run.config.batch_size, run.accelerator.is_main_process and sys.stderr.isatty()
+    total, done = run.config.steps * batch, step * batch
+    return tqdm(total=total, initial=done, unit=" pictures", unit_scale=True, dynamic_ncols=True, disable=not shown)
 
 
 def dry_run(config: TrainingConfig, data: Data, objective: Objective) -> int:
     """Print what would be trained and what it costs."""
+    from train.build import build_model, example_inputs
     from train.meter import training_flops
 
     model = build_model(config, data, objective)
-    flops = training_flops(model, _example(model, data))
+    flops = training_flops(model, example_inputs(data))
     weights = sum(parameter.numel() for parameter in model.parameters())
     size, kind = data.sample_size, "latents" if data.is_latent else "pictures"
     tokens, passes = (size // config.patch_size) ** 2, config.steps * config.batch_size / len(data)
@@ -257,156 +236,6 @@ def dry_run(config: TrainingConfig, data: Data, objective: Objective) -> int:
     }
     print("\n".join(f"{name}: {value}" for name, value in lines.items()))
     return 0
-
-
-class _StopOnSignal:
-    """SIGTERM and SIGINT finish the step, save and end the run instead of losing it."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                signal.signal(number, self._request)
-            except ValueError:  # not in the main thread, where a caller handles signals
-                return
-
-    def _request(self, number: int, frame: Any) -> None:
-        self.requested = True
-
-
-def build_model(config: TrainingConfig, data: Data, objective: Objective) -> SiTTransformer2DModel | ClassUNet:
-    """The network of a configuration, with weights drawn from its seed and the global RNG left alone."""
-    import torch
-
-    from attngen.models import SiTTransformer2DModel
-
-    if config.architecture == "unet":
-        from train.unet import build_unet
-
-        return build_unet(config, data)
-    needed = objective.model_config
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return SiTTransformer2DModel(
-            sample_size=data.sample_size,
-            patch_size=config.patch_size,
-            in_channels=data.channels,
-            num_layers=config.num_layers,
-            num_attention_heads=config.num_attention_heads,
-            attention_head_dim=config.attention_head_dim,
-            num_classes=data.num_classes,
-            class_dropout_prob=config.class_dropout_prob,
-            attention=config.attention,
-            num_mediators=config.num_mediators,
-            feature_map=config.feature_map,
-            convolution=config.convolution,
-            **{**needed, "learn_sigma": needed["learn_sigma"] or config.learn_sigma},
-        )
-
-
-def build_optimizers(
-    model: SiTTransformer2DModel | ClassUNet, config: TrainingConfig, fused: bool = False
-) -> list[torch.optim.Optimizer]:
-    """AdamW, or Muon for the matrices inside the blocks and AdamW for all else."""
-    import torch
-
-    matrices, rest = [], []
-    for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim == 2 and ".transformer_blocks." in f".{name}" and config.optimizer == "muon"
-        (matrices if is_matrix else rest).append(parameter)
-    decay = config.weight_decay
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=config.learning_rate, weight_decay=decay, fused=fused)
-    ]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=decay))
-    return optimizers
-
-
-def class_weights(data: Data, balance: float) -> torch.Tensor:
-    """(N,) how often each picture is drawn, by the size of its class."""
-    import torch
-
-    sizes = torch.bincount(data.labels, minlength=data.num_classes).double()
-    return sizes[data.labels] ** -balance
-
-
-def _trackers(names: Sequence[str] | None) -> list[Any]:
-    if names is not None:
-        return [name for name in names if name != "none"]
-    return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
-
-
-def _example(model: SiTTransformer2DModel | ClassUNet, data: Data) -> dict[str, Any]:
-    import torch
-
-    shape = (1, data.channels, data.sample_size, data.sample_size)
-    return {"hidden_states": torch.empty(shape), "timestep": torch.zeros(1), "class_labels": torch.zeros(1).long()}
-
-
-def _meter(
-    model: SiTTransformer2DModel | ClassUNet,
-    config: TrainingConfig,
-    data: Data,
-    objective: Objective,
-    accelerator: Accelerator,
-) -> Any:
-    import torch
-
-    from train.meter import Meter, matmul_flops, training_flops
-
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision, torch.float32)
-    peak = matmul_flops(accelerator.device, dtype) * accelerator.num_processes
-    return Meter(config.batch_size, training_flops(model, _example(model, data)), peak)
-
-
-def _warm_start(model: Any, config: TrainingConfig, data: Data, allow_pickle: bool, told: bool) -> None:
-    from train.warm_start import format_changes, warm_start
-
-    changes = warm_start(
-        model,
-        config.init_from,
-        interpolation=config.interpolation,
-        id2label=data.id2label,
-        allow_pickle=allow_pickle,
-    )
-    if told:
-        print(format_changes(changes), file=sys.stderr)
-
-
-def _read(path: Path, config: TrainingConfig, data: Data) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """A checkpoint's tensors and state.
-
-    Raises:
-        ValueError: if it is damaged, or was made with another model or data.
-    """
-    from train.checkpoint import load_checkpoint
-
-    tensors, state = load_checkpoint(path)
-    before = {**TrainingConfig().to_dict(), **state["config"]}
-    for name, value in json.loads(json.dumps(config.to_dict())).items():
-        was = json.loads(json.dumps(before[name]))
-        if name not in FREE and was != value:
-            raise ValueError(f"{path} was trained with {name} = {was!r}, not {value!r}")
-    if state.get("fingerprint", data.fingerprint) != data.fingerprint:
-        raise ValueError(f"{path} was trained on other data than {config.data!r} is now")
-    return tensors, state
-
-
-def _restore(run: Run, tensors: Mapping[str, Mapping[str, Any]], state: Mapping[str, Any]) -> int:
-    """Fill optimisers and averages from a checkpoint; returns the steps done."""
-    from train.checkpoint import clean_name, load_optimizer, place_like
-
-    names = [clean_name(name) for name, _ in run.model.named_parameters()]
-    parameters = list(run.model.parameters())
-    for i, optimizer in enumerate(run.optimizers):
-        load_optimizer(optimizer, tensors[f"optimizer_{i}"])
-    pairs = list(zip(names, parameters, strict=True))
-    run.ema.shadow_params = [place_like(tensors["ema"][name], like) for name, like in pairs]
-    run.ema.optimization_step = state["ema_step"]
-    for i, average in enumerate(run.averages):
-        average.shadow = [place_like(tensors[f"average_{i}"][name], like) for name, like in pairs]
-    return state["step"]
 
 
 if __name__ == "__main__":

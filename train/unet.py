@@ -10,7 +10,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from attngen.models.unet_pipeline import UNetClassPipeline, class_condition
-from train.presets import NORM_GROUPS, TrainingConfig
+from train.config import NORM_GROUPS, TrainingConfig
 
 if TYPE_CHECKING:
     from train.data import Data

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from train import data as data_module
-from train.data import Broken, open_data, parse_max_broken
+from train.broken import Broken, parse_max_broken
+from train.data import open_data
 from train.data_prefetch import Prefetcher
 from train.data_sources import fingerprint_of
 from train.data_tar import expand_braces
@@ -570,7 +571,7 @@ def test_faults_name_step_and_picture(torn, workers):
     order = [0, 1, 2]
     with Prefetcher(data, lambda step: (torch.tensor([order[step]]), generator_for(step)), workers) as batches:
         assert next(batches).step == 0 and next(batches).step == 1
-        with pytest.raises(ValueError, match=r"step 2: 1 of 6 .*a/02\.png"):
+        with pytest.raises(ValueError, match=r"step 3: 1 of 6 .*a/02\.png"):
             next(batches)
         with pytest.raises(StopIteration):
             next(batches)
@@ -585,10 +586,10 @@ def test_faults_of_the_program_name_step_and_pictures_too(folder, workers, monke
     read = data_module.read_picture
     monkeypatch.setattr(data_module, "read_picture", lambda f, n: fault(f, n) if "ant/01" in f.name else read(f, n))
     with Prefetcher(data, lambda step: (torch.tensor([0, 1]), generator_for(step)), workers, start=7) as batches:
-        with pytest.raises(RuntimeError, match=r"step 7: [^ ]*ant/01\.png: TypeError: a fault"):
+        with pytest.raises(RuntimeError, match=r"step 8: [^ ]*ant/01\.png: TypeError: a fault"):
             next(batches)
     with Prefetcher(data, lambda step: (torch.tensor([99]), generator_for(step)), workers) as batches:
-        with pytest.raises(RuntimeError, match="step 0, pictures 99: IndexError"):
+        with pytest.raises(RuntimeError, match="step 1, pictures 99: IndexError"):
             next(batches)
 
 

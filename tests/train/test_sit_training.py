@@ -20,11 +20,13 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from train import sit
+from train.build import build_model
 from train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, write_json
+from train.config import TrainingConfig
 from train.data import open_data
 from train.ema import PowerAverage, Profile, combination, gamma_of
 from train.objectives import make_objective
-from train.presets import PRESETS, TrainingConfig
+from train.presets import PRESETS
 from train.run import Run, learning_rate_factor
 from train.seeds import generator_for, sample_order
 
@@ -143,7 +145,11 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(Run, "draw", poisoned)
     assert run(tmp_path, "--steps", "5", "--save-every", "1") == 2
     said = capsys.readouterr().err
-    assert "step 2" in said and "step-00000002" in said and "the batch began with: " in said
+    assert "the loss is nan in step 3" in said and "step-00000002" in said and "begin with: " in said
+    note = json.loads((tmp_path / "bad-batch.json").read_text())
+    assert (note["step"], note["reason"], len(note["pictures"])) == (3, "the loss is nan", 8)
+    emoji = open_data("emoji", image_size=16, classes=("face", "heart"))
+    assert note["indices"] == sample_order(0, torch.ones(len(emoji)), 2 * 8, 8).tolist()
     assert list_checkpoints(tmp_path / "checkpoints")[-1].name == "step-00000002"
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path)["model"].values())
 
@@ -210,7 +216,7 @@ def test_presets_are_valid_and_the_shipped_model_fits(tmp_path):
         if config.data == "emoji":
             data = open_data("emoji", image_size=config.image_size, classes=config.classes)
             with torch.device("meta"):
-                model = sit.build_model(config, data, make_objective(config.objective))
+                model = build_model(config, data, make_objective(config.objective))
             assert 2 * sum(parameter.numel() for parameter in model.parameters()) < 25e6
 
 
@@ -224,7 +230,7 @@ def test_the_published_recipes(name, millions):
     data = types.SimpleNamespace(sample_size=config.image_size // 8, channels=4, num_classes=1000)
     objective = make_objective(config.objective)
     with torch.device("meta"):
-        model = sit.build_model(config, data, objective)
+        model = build_model(config, data, objective)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.04)
     assert (config.learning_rate, config.batch_size, config.steps, config.ema_decay) == (1e-4, 256, 400_000, 0.9999)
     assert config.class_dropout_prob == 0.1 and config.weight_decay == 0 and config.optimizer == "adamw"
@@ -232,10 +238,10 @@ def test_the_published_recipes(name, millions):
 
 
 def test_names_are_those_of_the_objectives():
-    from train import objectives, presets
+    from train import config, objectives
 
-    assert presets.OBJECTIVES == objectives.OBJECTIVES and presets.TIME_SAMPLINGS == objectives.TIME_SAMPLINGS
-    assert (None, *presets.WEIGHTINGS) == objectives.WEIGHTINGS
+    assert config.OBJECTIVES == objectives.OBJECTIVES and config.TIME_SAMPLINGS == objectives.TIME_SAMPLINGS
+    assert (None, *config.WEIGHTINGS) == objectives.WEIGHTINGS
 
 
 def test_presets_are_listed_and_near_ones_named(tmp_path, capsys):
@@ -389,6 +395,12 @@ def test_a_run_starts_from_another(tmp_path, capsys):
 def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path, capsys, monkeypatch):
     from train import run as module
 
+    def append(path, record):
+        if record["step"] > 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "append_line", append)
+
     def full(folder, step, *rest):
         if step > 2:
             raise OSError(28, "No space left on device")
@@ -397,7 +409,8 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path, capsys, monk
     monkeypatch.setattr(module, "save_checkpoint", full)
     assert run(tmp_path, "--steps", "4", "--save-every", "2", "--max-minutes", "5") == 1
     said = capsys.readouterr().err
-    assert "No space left" in said and "step-00000002 stays" in said
+    assert "the checkpoint of step 4 could not be written ([Errno 28] No space left on device)" in said
+    assert "step-00000002 stays" in said and said.count("log.jsonl could not be written") == 1
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
 
 

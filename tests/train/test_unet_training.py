@@ -11,8 +11,9 @@ import torch
 import attngen
 from tests.train.test_sit_training import assert_same, weights
 from train import sit
+from train.config import TrainingConfig
 from train.data import open_data
-from train.presets import PRESETS, TrainingConfig
+from train.presets import PRESETS
 from train.unet import build_unet
 
 SMALL = (

@@ -1,0 +1,29 @@
+"""Asked to stop: SIGTERM and Ctrl+C finish the step, save and end a run instead of losing it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from typing import Any
+
+
+class StopOnSignal:
+    """Handles SIGTERM and SIGINT from here on; a second Ctrl+C ends the program at once.
+
+    Attributes:
+        requested: whether one came.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # not in the main thread, where a caller handles signals
+                signal.signal(number, self._request)
+
+    def _request(self, number: int, frame: Any) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        if number == signal.SIGINT:
+            print("\nstopping after this step, to save; Ctrl+C again stops at once", file=sys.stderr)

@@ -1,0 +1,175 @@
+"""How a training run begins: from nothing, from the weights of another model, or from its own newest checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.build import build_model, build_optimizers, compile_model, make_meter
+from train.checkpoint import clean_name, load_checkpoint, load_optimizer, place_like, write_json
+from train.config import TrainingConfig
+from train.data import Data
+from train.ema import PowerAverage
+from train.objectives import Objective
+from train.run import Run
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# What may change when a run goes on: nothing that decides what its weights are made of.
+FREE = (
+    *("data", "steps", "sample_every", "save_every", "log_every", "keep", "sample_steps", "guidance_scale", "cooldown"),
+    *("balance", "augment", "flip", "max_broken", "workers", "accumulate", "mixed_precision", "compile"),
+    *("gradient_checkpointing", "fd_every", "fd_pictures", "init_from", "interpolation"),
+)
+
+
+def start(
+    options: argparse.Namespace, config: TrainingConfig, data: Data, objective: Objective, found: Sequence[Path]
+) -> tuple[Run, int]:
+    """Everything a run needs, and the steps that are done.
+
+    Args:
+        options: of the program.
+        config: of the run.
+        data: of the run.
+        objective: of the run.
+        found: its checkpoints, oldest first; it goes on from the last.
+
+    Raises:
+        ValueError: if the batch cannot be shared by the processes, a tracker is missing, the precision is none of the
+            device's, or the checkpoint is damaged or of another run.
+    """
+    from diffusers.training_utils import EMAModel
+
+    accelerator = _accelerator(options, config)
+    model = build_model(config, data, objective)
+    checkpoint = _read(found[-1], config, data) if found else None
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint[0]["model"])
+    elif config.init_from:
+        _warm_start(model, config, data, options.allow_pickle, accelerator.is_main_process)
+    optimizers = build_optimizers(model, config, fused=accelerator.device.type == "cuda")
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    meter = make_meter(model, config, data, accelerator)
+    if config.compile:
+        compile_model(model, config)
+    prepared: Any = accelerator.prepare(model, *optimizers)
+    wrapped, *optimizers = prepared
+    ema = EMAModel(wrapped.parameters(), decay=config.ema_decay)
+    ema.to(accelerator.device)
+    averages = [PowerAverage(wrapped.parameters(), std) for std in config.ema_stds]
+    run = Run(config, data, accelerator, wrapped, optimizers, ema, averages, objective, options.out, meter)
+    step = 0 if checkpoint is None else _restore(run, *checkpoint)
+    if accelerator.is_main_process:
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_json(options.out / "config.json", {**config.to_dict(), "id2label": data.id2label})
+        if options.resume:
+            where = f"goes on from {found[-1]}" if found else f"begins anew: {options.out} holds no checkpoint"
+            print(f"train.sit: the run {where}", file=sys.stderr)
+    if accelerator.log_with:
+        accelerator.init_trackers("attngen", config={k: str(v) for k, v in config.to_dict().items()})
+    return run, step
+
+
+def _accelerator(options: argparse.Namespace, config: TrainingConfig) -> Accelerator:
+    """accelerate's device, processes and precision; ValueError for what they cannot do."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(
+        cpu=options.cpu,
+        mixed_precision=config.mixed_precision,
+        log_with=tracker_names(options.trackers) or None,
+        project_dir=options.out,
+    )
+    parts = accelerator.num_processes * config.accumulate
+    if config.batch_size % parts:
+        raise ValueError(
+            f"a batch of {config.batch_size} cannot be shared by {accelerator.num_processes} processes in "
+            f"{config.accumulate} parts each; batch_size must be a multiple of {parts}"
+        )
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("mixed_precision is 'fp16', which needs a GPU, and this runs on the CPU; use 'bf16' or 'no'")
+    return accelerator
+
+
+def tracker_names(names: Sequence[str] | None) -> list[Any]:
+    """The trackers asked for: by default tensorboard, where it is installed.
+
+    Raises:
+        ValueError: for one that accelerate does not know, or that is not installed.
+    """
+    if names is None:
+        return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    installed = [str(name) for name in get_available_trackers()]
+    wanted = [name for name in names if name != "none"]
+    for name in wanted:
+        if name not in LOGGER_TYPE_TO_CLASS and name != "all":
+            raise ValueError(f"unknown tracker {name!r}; known: none, all, {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+        if name not in installed and name != "all":
+            raise ValueError(
+                f"the tracker {name!r} is not installed; install it, or choose from: {', '.join(['none', *installed])}"
+            )
+    return wanted
+
+
+def _warm_start(model: Any, config: TrainingConfig, data: Data, allow_pickle: bool, told: bool) -> None:
+    from train.warm_start import format_changes, warm_start
+
+    changes = warm_start(
+        model,
+        config.init_from,
+        interpolation=config.interpolation,
+        id2label=data.id2label,
+        allow_pickle=allow_pickle,
+    )
+    if told:
+        print(format_changes(changes), file=sys.stderr)
+
+
+def _read(path: Path, config: TrainingConfig, data: Data) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """A checkpoint's tensors and state.
+
+    Raises:
+        ValueError: if it is damaged, or was made with another model or data.
+    """
+    tensors, state = load_checkpoint(path)
+    before = {**TrainingConfig().to_dict(), **state["config"]}
+    for name, value in json.loads(json.dumps(config.to_dict())).items():
+        was = json.loads(json.dumps(before[name]))
+        if name not in FREE and was != value:
+            raise ValueError(
+                f"{path} was trained with {name} = {was!r}, not {value!r}; resume with what it had, or start a new run "
+                f"from it with --init-from {path} and another --out"
+            )
+    if state.get("fingerprint", data.fingerprint) != data.fingerprint:
+        raise ValueError(
+            f"{path} was trained on other data than {config.data!r} is now; to train on these, start a new run from it "
+            f"with --init-from {path} and another --out"
+        )
+    return tensors, state
+
+
+def _restore(run: Run, tensors: Mapping[str, Mapping[str, Any]], state: Mapping[str, Any]) -> int:
+    """Fill optimisers and averages from a checkpoint; returns the steps done."""
+    names = [clean_name(name) for name, _ in run.model.named_parameters()]
+    parameters = list(run.model.parameters())
+    for i, optimizer in enumerate(run.optimizers):
+        load_optimizer(optimizer, tensors[f"optimizer_{i}"])
+    pairs = list(zip(names, parameters, strict=True))
+    run.ema.shadow_params = [place_like(tensors["ema"][name], like) for name, like in pairs]
+    run.ema.optimization_step = state["ema_step"]
+    for i, average in enumerate(run.averages):
+        average.shadow = [place_like(tensors[f"average_{i}"][name], like) for name, like in pairs]
+    scaler = run.accelerator.scaler
+    if scaler is not None and state.get("scaler"):
+        scaler.load_state_dict(state["scaler"])
+    return state["step"]
