@@ -545,6 +545,7 @@ class Run:
             ValueError: if it was made with other settings.
         """
         from train.checkpoint import load_checkpoint, load_optimizer
+        from train.meter import trim_log
 
         tensors, state = load_checkpoint(path)
         for name, value in json.loads(json.dumps(self.settings())).items():
@@ -556,17 +557,8 @@ class Run:
             core.load_state_dict({k[len(prefix) :]: t for k, t in tensors["layers"].items() if k.startswith(prefix)})
         load_optimizer(self.optimizer, tensors["optimizer"])
         self.before = state["before"]
-        self._trim_log(state["step"])
+        trim_log(self.folder / "log.jsonl", state["step"])
         return state["step"]
-
-    def _trim_log(self, steps: int) -> None:
-        """Drop lines of steps after a checkpoint, which a killed run has left and this one makes again."""
-        from train.checkpoint import write_file
-
-        path = self.folder / "log.jsonl"
-        if path.is_file():
-            kept = path.read_bytes().splitlines(keepends=True)[:steps]
-            write_file(path, b"".join(kept))
 
 
 def rate_factor(step: int, steps: int, warmup: int) -> float:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -131,9 +134,41 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Add a line of JSON to a log."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record, allow_nan=False) + "\n")
+    """Add a line of JSON to a log: all of it or, on a full disk, nothing.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    line = (json.dumps(record, allow_nan=False) + "\n").encode()
+    with open(path, "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+            raise
+
+
+def trim_log(path: Path, step: int) -> None:
+    """Drop lines of steps after a checkpoint, which a killed run has left and the one that goes on makes again."""
+    from train.checkpoint import write_file
+
+    if not path.is_file():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if _step_of(line) <= step]
+    if kept != lines:
+        write_file(path, b"".join(kept))
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line of the log; beyond all for one that is cut short."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def flat(record: Mapping[str, Any]) -> dict[str, float]:

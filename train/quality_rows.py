@@ -54,7 +54,7 @@ def swap_rows() -> list[Row]:
     """Training-free methods: the presets, and agents in every layer, in several numbers."""
     from attngen import METHODS, AgentAttention, Plan
 
-    agents = [Row(f"agent-{n}", Plan.of(AgentAttention(num_agents=n)), kind="agents") for n in (16, 64, 128)]
+    agents = [Row(f"agent-{n}", Plan.of(AgentAttention(num_agents=n)), kind="agents") for n in (4, 16, 64, 128)]
     presets = [Row(name, plan, kind="presets") for name, plan in METHODS.items() if name != BASELINE]
     return [Row(BASELINE, METHODS[BASELINE], kind="presets"), *presets, *agents]
 

@@ -15,6 +15,7 @@ from train.checkpoint import clean_name, load_checkpoint, load_optimizer, place_
 from train.config import TrainingConfig
 from train.data import Data
 from train.ema import PowerAverage
+from train.meter import trim_log
 from train.objectives import Objective
 from train.run import Run
 
@@ -70,6 +71,7 @@ def start(
     if accelerator.is_main_process:
         options.out.mkdir(parents=True, exist_ok=True)
         write_json(options.out / "config.json", {**config.to_dict(), "id2label": data.id2label})
+        trim_log(options.out / "log.jsonl", step)
         if options.resume:
             where = f"goes on from {found[-1]}" if found else f"begins anew: {options.out} holds no checkpoint"
             print(f"train.sit: the run {where}", file=sys.stderr)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import signal
+from pathlib import Path
 
 import accelerate.tracking
 import pytest
@@ -11,7 +14,8 @@ import torch
 from PIL import Image
 
 from tests.train.test_sit_training import assert_same, run, weights
-from train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, write_json
+from train.meter import append_line
 from train.presets import PRESETS
 from train.run import MOST_SKIPPED, Run
 from train.signals import StopOnSignal
@@ -118,6 +122,30 @@ def test_mediator_recipes_of_higher_resolutions():
     assert PRESETS["sit-s8-256-mediators"].num_mediators == 16  # no more than tokens
     for config in PRESETS.values():
         config.check_tokens(config.image_size if config.data == "emoji" else config.image_size // 8)
+
+
+def test_the_log_of_a_killed_run_has_every_step_once(tmp_path):
+    assert run(tmp_path, "--steps", "4", "--max-minutes", "0") == 0
+    whole = (tmp_path / "log.jsonl").read_text()
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
+    assert run(tmp_path, "--steps", "4", "--resume") == 0
+    assert (tmp_path / "log.jsonl").read_text().startswith(whole)
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
+def test_a_full_disk_is_named_and_leaves_no_half_line(tmp_path, monkeypatch):
+    append_line(tmp_path / "log.jsonl", {"step": 1})
+    (tmp_path / "full").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        append_line(tmp_path / "full", {"step": 2})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        append_line(tmp_path / "log.jsonl", {"step": 2, "loss": math.nan})
+    assert log_of(tmp_path) == [{"step": 1}]
+    monkeypatch.setattr(Path, "with_name", lambda path, name: tmp_path / "full")
+    with pytest.raises(OSError, match=r"No space left on device: .*a\.json"):
+        write_json(tmp_path / "a.json", {})
 
 
 # float16's gradient scaler, which accelerate has on GPUs only
