@@ -7,12 +7,9 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipelines import cli, text2image
-
-if TYPE_CHECKING:
-    import torch
 
 PROGRAM = "pipelines.calibrate"
 CLASS_PIPELINES = ("SiTPipeline", "UNetClassPipeline")
@@ -68,10 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def calibrate(options: argparse.Namespace) -> None:
     """Measure, choose, write and report what the command line asks for."""
-    classes = check_model(options)
+    check_model(options)
     check_outputs(options)
-    device = cli.prepare_device(options)
-    pipe = load_class_pipeline(options, device) if classes else text2image.load_pipeline(options, device)
+    pipe = load_pipeline(options)
     arguments = call_arguments(pipe, options)
     plan = find_plan(pipe, options, arguments)
     plan.save(options.out)
@@ -83,8 +79,8 @@ def calibrate(options: argparse.Namespace) -> None:
 # Before any work
 
 
-def check_model(options: argparse.Namespace) -> bool:
-    """Whether the model draws classes; UserError for one that cannot be there, or inputs of the other kind."""
+def check_model(options: argparse.Namespace) -> None:
+    """UserError for a model that cannot be there, or inputs of the other kind."""
     folder = Path(options.model)
     classes = folder.is_dir() and cli.read_index(folder).get("_class_name") in CLASS_PIPELINES
     if classes and options.prompt:
@@ -94,7 +90,6 @@ def check_model(options: argparse.Namespace) -> bool:
             raise cli.UserError(f"{options.model} is no folder of a pipeline of classes: give --prompt, not --labels")
         text2image.check_model(options)
         text2image.check_packages()
-    return classes
 
 
 def check_outputs(options: argparse.Namespace) -> None:
@@ -110,16 +105,17 @@ def check_outputs(options: argparse.Namespace) -> None:
 # The pipeline and its arguments
 
 
-def load_class_pipeline(options: argparse.Namespace, device: torch.device) -> Any:
-    """A pipeline of classes, on its device."""
-    import attngen
+def load_pipeline(options: argparse.Namespace) -> Any:
+    """The pipeline, on its device, with as many threads as are good for it."""
+    import torch
 
-    kind = getattr(attngen, cli.read_index(Path(options.model))["_class_name"])
-    dtype = cli.choose_dtype(options.dtype, device)
-    pipe = cli.load(options.model, lambda: kind.from_pretrained(options.model, dtype=dtype))
-    if options.threads is None and device.type == "cpu":
-        cli.limit_threads(getattr(pipe, "transformer", None) or pipe.unet)
-    return pipe.to(device)
+    from pipelines.running import make_engine
+
+    model = make_engine(options).models.get(options.model)
+    if model.threads is not None:
+        torch.set_num_threads(model.threads)
+    cli.show_progress(model.pipe)
+    return model.pipe
 
 
 def call_arguments(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:

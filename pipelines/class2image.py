@@ -16,9 +16,13 @@ from pipelines.schedules import counts_argument
 if TYPE_CHECKING:
     from PIL import Image
 
-    from attngen.models.sit_pipeline import SiTPipeline
+    from pipelines.engine import Engine
+    from pipelines.models import Model
+    from pipelines.results import Result
+    from pipelines.settings import Settings
 
 PROGRAM = "pipelines.class2image"
+MEDIATORS = "mediators"
 BATCH_SIZE = 16
 # Small pictures are shown at least this large, in pixels, unless --scale says otherwise.
 SHOWN_SIZE = 128
@@ -70,20 +74,19 @@ def list_classes(options: argparse.Namespace) -> None:
 def draw(options: argparse.Namespace) -> None:
     """Draw, write and report what the command line asks for."""
     from pipelines.images import save_png
+    from pipelines.running import make_engine
 
-    model = find_model(options.model)
-    device = cli.prepare_device(options)
-    pipe = load_pipeline(model, options, device)
-    labels = resolve_labels(pipe, options.labels)
-    mediators = find_mediators(pipe, options)
-    names = [class_name(pipe, label) for label in labels]
+    engine = make_engine(options)
+    model = engine.models.get(find_model(options.model))
+    model.pipe.scheduler = choose_scheduler(model.pipe.scheduler, options)
+    labels = [model.label_of(typed) for typed in options.labels]
+    names = [model.labels.get(label, str(label)) for label in labels]
     path = cli.output_path(options, "-".join(name.split(",")[0] for name in names) + f"-{options.seed}")
-    if options.method:
-        cli.apply_method(pipe, options.method)
-    rows, seconds = cli.timed(device, lambda: draw_rows(pipe, labels, mediators, options))
-    settings = describe(pipe, model, labels, options, rows[0][0])
+    result = draw_rows(engine, make_sheet(model, labels, options), options)
+    settings = describe(result, labels, names, options)
+    rows = [result.pictures[i : i + options.images] for i in range(0, len(result.pictures), options.images)]
     save_png(compose(rows, names, options.scale), path, settings)
-    cli.report_done(options, path, sum(len(row) for row in rows), seconds, settings=settings)
+    cli.report_done(options, path, len(result.pictures), result.seconds, settings=settings)
 
 
 # The model
@@ -124,29 +127,15 @@ def read_labels(model: str) -> dict[int, str]:
     if Path(model).is_dir():
         names = cli.read_index(Path(model)).get("id2label")
     else:
-        names = load_pipeline(model).id2label
+        from pipelines.models import ModelStore
+
+        names = ModelStore("cpu").get(model).labels
     if not names:
         raise cli.UserError(f"{model} has no names of classes; give their numbers")
     try:
         return {int(number): str(name) for number, name in names.items()}
     except (ValueError, AttributeError) as error:
         raise cli.UserError(f"{model} has damaged names of classes: {error}") from error
-
-
-def load_pipeline(model: str, options: argparse.Namespace | None = None, device: Any = "cpu") -> SiTPipeline:
-    """The pipeline, on its device, with the scheduler that the command line asks for."""
-    import torch
-
-    from attngen.models.sit_pipeline import SiTPipeline
-
-    dtype = cli.choose_dtype(options.dtype, device) if options else torch.float32
-    pipe = cli.load(model, lambda: SiTPipeline.from_pretrained(model, dtype=dtype))
-    if options is not None:
-        pipe.scheduler = choose_scheduler(pipe.scheduler, options)
-    cli.show_progress(pipe)
-    if options is not None and options.threads is None and str(device) == "cpu":
-        cli.limit_threads(pipe.transformer)
-    return pipe.to(device)
 
 
 def choose_scheduler(scheduler: Any, options: argparse.Namespace) -> Any:
@@ -165,57 +154,39 @@ def choose_scheduler(scheduler: Any, options: argparse.Namespace) -> Any:
 # The pictures
 
 
-def resolve_labels(pipe: SiTPipeline, labels: Sequence[str]) -> list[int]:
-    """Class numbers of what was typed: a name if there is one, else a number."""
-    known = {part.strip().casefold() for name in (pipe.id2label or {}).values() for part in name.split(",")}
-    typed = [int(x) if x.lstrip("-").isdigit() and x.casefold() not in known else x for x in labels]
-    try:
-        return pipe.get_label_ids(typed)
-    except ValueError as error:
-        raise cli.UserError(str(error)) from error
+def make_sheet(model: Model, labels: Sequence[int], options: argparse.Namespace) -> list[Settings]:
+    """What to draw: a row of pictures for each label, with seeds that go on from row to row."""
+    from pipelines.settings import Settings
+
+    height, width = options.height, options.width
+    if height or width:  # either alone goes with the trained size of the other
+        trained = model.size or (None, None)
+        height, width = height or trained[0], width or trained[1]
+    use = {}
+    if options.mediators is not None:
+        use = {"method": MEDIATORS, "options": {"mediators": options.mediators}}
+    return [
+        Settings(
+            prompt=model.label_text(label),
+            model=model.name,
+            steps=options.steps,
+            guidance_scale=options.guidance_scale,
+            height=height,
+            width=width,
+            seed=options.seed + row * options.images,
+            images=options.images,
+            **use,
+        )
+        for row, label in enumerate(labels)
+    ]
 
 
-def class_name(pipe: SiTPipeline, label: int) -> str:
-    return (pipe.id2label or {}).get(label, str(label))
+def draw_rows(engine: Engine, sheet: Sequence[Settings], options: argparse.Namespace) -> Result:
+    """The pictures of all rows."""
+    from pipelines.running import progress_bar
 
-
-def find_mediators(pipe: SiTPipeline, options: argparse.Namespace) -> Any:
-    """A count or a schedule, which fits the model and the size; None where none was asked for."""
-    from pipelines.mediators import check_mediators, make_mediators
-
-    if options.mediators is None:
-        return None
-    mediators = make_mediators(options.mediators)
-    check_mediators(pipe, mediators, options.height, options.width)
-    return mediators
-
-
-def draw_rows(
-    pipe: SiTPipeline, labels: Sequence[int], mediators: Any, options: argparse.Namespace
-) -> list[list[Image.Image]]:
-    """A row of pictures for each label; picture k has its own generator, of seed + k."""
-    import torch
-
-    wanted = [label for label in labels for _ in range(options.images)]
-    images: list[Image.Image] = []
-    try:
-        for start in range(0, len(wanted), BATCH_SIZE):
-            part = wanted[start : start + BATCH_SIZE]
-            seeds = range(options.seed + start, options.seed + start + len(part))
-            (pictures,) = pipe(
-                part,
-                height=options.height,
-                width=options.width,
-                num_inference_steps=options.steps,
-                guidance_scale=options.guidance_scale,
-                num_mediators=mediators,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                return_dict=False,
-            )
-            images += pictures
-    except ValueError as error:
-        raise cli.UserError(str(error)) from error
-    return [images[i : i + options.images] for i in range(0, len(images), options.images)]
+    with progress_bar() as tell:
+        return engine.draw(sheet, tell, batch=BATCH_SIZE, patch=options.method)
 
 
 def compose(rows: Sequence[Sequence[Image.Image]], names: Sequence[str], scale: int | None) -> Image.Image:
@@ -230,30 +201,26 @@ def compose(rows: Sequence[Sequence[Image.Image]], names: Sequence[str], scale: 
 
 
 def describe(
-    pipe: SiTPipeline, model: str, labels: Sequence[int], options: argparse.Namespace, picture: Image.Image
+    result: Result, labels: Sequence[int], names: Sequence[str], options: argparse.Namespace
 ) -> dict[str, Any]:
     """What is written into the file: enough to draw it again."""
-    from pipelines.images import model_hash
-
-    config = pipe.scheduler.config
-    sampler = [config.get("sampler"), config.get("solver")]
-    mediators = options.mediators
+    first, mediators = result.file_settings[0], options.mediators
     if mediators is not None and ":" not in mediators:
         mediators = int(mediators)
     settings = {
         "program": PROGRAM,
-        "prompt": ", ".join(class_name(pipe, label) for label in labels),
+        "prompt": ", ".join(names),
         "labels": list(labels),
         "images": options.images,
         "seed": options.seed,
         "steps": options.steps,
-        "sampler": " ".join(part for part in sampler if part) or type(pipe.scheduler).__name__,
+        "sampler": first["sampler"],
         "guidance_scale": options.guidance_scale,
         "mediators": mediators,
         "method": options.method,
-        "size": f"{picture.width}x{picture.height}",
-        "model": cli.public_name(model),
-        "model_hash": model_hash(model),
+        "size": first["size"],
+        "model": first["model"],
+        "model_hash": first["model_hash"],
     }
     return {name: value for name, value in settings.items() if value is not None}
 

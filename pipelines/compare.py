@@ -37,7 +37,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("prompt", metavar="PROMPT", help="a text; for a model of classes the name or number of one")
     add("--model", default="emoji", help="one that ships, hub id, folder or .safetensors file (default: emoji)")
-    add("--methods", nargs="+", metavar="METHOD", help="the first is compared with; NAME, NAME:option=value,…, plan.json")
+    add(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="the first is compared with; NAME, NAME:option=value,…, plan.json",
+    )
     add("--agents", nargs="+", metavar="COUNT", help="a row of agent for each: a count, or time:count pairs")
     add("--mediators", nargs="+", metavar="COUNT", help="a row of mediators for each: a count, or time:count pairs")
     add("--difference", action="store_true", help="rows that show where the pictures differ from the first method's")
@@ -58,8 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(options: argparse.Namespace) -> None:
     """Draw, write and report what the command line asks for."""
-    from pipelines.engine import Engine
-    from pipelines.models import ModelStore
+    from pipelines.running import make_engine
     from pipelines.settings import Settings
 
     uses = None if options.methods is None else [use for text in options.methods for use in expand(text, options)]
@@ -74,15 +78,7 @@ def compare(options: argparse.Namespace) -> None:
         seed=options.seed,
         images=options.images,
     )
-    engine = Engine(
-        ModelStore(
-            device=options.device,
-            dtype=options.dtype,
-            threads=options.threads,
-            offload=options.offload,
-            allow_pickle=options.allow_pickle,
-        )
-    )
+    engine = make_engine(options)
     engine.check(settings)
     uses = uses or default_uses(engine.models.get(options.model), options)
     check_uses(uses, options)
@@ -149,17 +145,14 @@ def check_uses(uses: Sequence[Use], options: argparse.Namespace) -> None:
 
 def watch(events: Iterable[Any]) -> Any:
     """The last of the engine's events; the others move a bar, where someone is watching."""
-    from tqdm import tqdm
-
     from pipelines.results import Progress
+    from pipelines.running import progress_bar
 
     event: Any = None
-    with tqdm(total=100, disable=not sys.stderr.isatty(), leave=False, bar_format="{l_bar}{bar}| {desc}") as bar:
+    with progress_bar() as tell:
         for event in events:
             if isinstance(event, Progress):
-                bar.set_description_str(str(event), refresh=False)
-                bar.n = round(100 * event.share)
-                bar.refresh()
+                tell(event)
     return event
 
 

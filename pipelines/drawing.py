@@ -1,11 +1,11 @@
-"""One model, one set of settings, pictures: what the engine does while it holds the model's lock."""
+"""One model, settings, pictures: what the engine does while it holds the model's lock."""
 
 from __future__ import annotations
 
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -51,14 +51,13 @@ def fit(settings: Settings, model: Model, limits: Limits) -> Settings:
     height, width = _size(settings, model, limits)
     if settings.method == MEDIATORS:
         check_mediators(model.pipe, make_mediators(**settings.options), height, width)
-    guidance = model.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
     return replace(
         settings,
         height=height,
         width=width,
         sampler=settings.sampler or sampler_name(model.pipe.scheduler),
         steps=settings.steps or model.steps,
-        guidance_scale=guidance if "guidance_scale" in model.takes else None,
+        guidance_scale=model.default_guidance if settings.guidance_scale is None else settings.guidance_scale,
     )
 
 
@@ -71,8 +70,7 @@ def _size(settings: Settings, model: Model, limits: Limits) -> tuple[int | None,
         if side is not None and side % model.unit:
             below = max(model.unit, side // model.unit * model.unit)
             raise cli.UserError(
-                f"{name} must be a multiple of {model.unit} for {model.name}, got {side};"
-                f" try {below} or {below + model.unit}"
+                f"{name} must be a positive multiple of {model.unit}, got {side}; try {below} or {below + model.unit}"
             )
     if (height or 1) * (width or 1) > limits.pixels:
         raise cli.UserError(f"{width} x {height} is more than {limits.pixels:,} pixels, the most allowed here")
@@ -83,13 +81,15 @@ def _size(settings: Settings, model: Model, limits: Limits) -> tuple[int | None,
 
 def draw(
     model: Model,
-    settings: Settings,
+    sheet: Sequence[Settings],
     tell: Callable[[Progress], None],
     stop: threading.Event,
     previews: bool = False,
     count_flops: bool = False,
+    batch: int = 1,
+    patch: Any = None,
 ) -> Result:
-    """Draw fitted settings, here and now; the caller holds the model's lock. See `Engine.generate`."""
+    """Draw fitted settings, here and now; the caller holds the model's lock. See `Engine.draw`."""
     import torch
 
     from pipelines.calls import CallWatch, Stopped
@@ -97,41 +97,52 @@ def draw(
 
     if model.threads is not None:
         torch.set_num_threads(model.threads)
+    first = sheet[0]
+    wanted = [replace(one, seed=(one.seed or 0) + k, images=1) for one in sheet for k in range(one.images)]
+    if first.options.get("follow") == "change":
+        batch = 1  # such a schedule looks at the whole batch, and a picture must not depend on that
     watch = CallWatch(stop, keep=count_flops)
     pictures: list[Image.Image] = []
-    clock = _Clock(settings, tell, previews)
+    clock = _Clock(first.steps or 1, len(wanted), tell, previews)
     if "callback_on_step_end" not in model.takes:
         watch.listener = clock.call
-    with method_on(model, settings.use, watch) as report:
+    with method_on(model, first.use, watch, patch=patch) as report:
         peak = PeakMemory(model.device)
         start = time.perf_counter()
-        for k in range(settings.images):
-            clock.picture = k + 1
-            pictures.append(_draw_one(model, settings, (settings.seed or 0) + k, clock))
+        for done in range(0, len(wanted), batch):
+            pictures += _draw_together(model, wanted[done : done + batch], done, clock)
             if stop.is_set():
                 raise Stopped
         seconds = time.perf_counter() - start
         peak_bytes = peak.read()
         found = report()
-        flops = _count_flops(model, settings, watch, found) if count_flops else None
+        flops = _count_flops(model, first, watch, found, patch) if count_flops else None
     height, width = pictures[0].height, pictures[0].width
-    done = replace(settings, height=height, width=width)
     return Result(
-        settings=done,
+        settings=replace(first, height=height, width=width),
         pictures=pictures,
         seconds=seconds,
-        steps=(settings.steps or 1) * settings.images,
+        steps=(first.steps or 1) * len(pictures),
         peak_bytes=peak_bytes,
         memory_of="device" if model.device.type == "cuda" else "process",
-        flops=None if flops is None else flops // settings.images,
+        flops=None if flops is None else flops // len(pictures),
         report=found,
-        file_settings=[_file_settings(model, done, k) for k in range(settings.images)],
+        file_settings=[_file_settings(model, replace(one, height=height, width=width)) for one in wanted],
     )
 
 
 @contextmanager
-def method_on(model: Model, use: Use, watch: Any = None, kernel: str = "auto") -> Iterator[Callable[[], Report | None]]:
+def method_on(
+    model: Model, use: Use, watch: Any = None, kernel: str = "auto", patch: Any = None
+) -> Iterator[Callable[[], Report | None]]:
     """Within it the model draws by a method; afterwards it is bit for bit what it was. Gives what reports on it.
+
+    Args:
+        model: that draws.
+        use: the method.
+        watch: a `CallWatch` to put on, or None.
+        kernel: see `attngen.apply`.
+        patch: what `attngen.apply` gets instead of the method.
 
     Raises:
         UserError: if the method changes nothing in this model.
@@ -140,12 +151,14 @@ def method_on(model: Model, use: Use, watch: Any = None, kernel: str = "auto") -
     from pipelines.calls import watched
 
     plan = find_method(use.method).plan
+    wanted = plan(use.options) if plan else patch
     handle = None
-    if plan is not None:
+    if wanted is not None:
         try:
-            handle = attngen.apply(model.pipe, plan(use.options), kernel=kernel)
-        except ValueError as error:
-            raise cli.UserError(f"method {use.method!r} is not for {model.name}: {error}") from error
+            handle = attngen.apply(model.pipe, wanted, kernel=kernel)
+        except (ValueError, OSError) as error:
+            which = f"method {use.method!r} is not for {model.name}: " if plan else ""
+            raise cli.UserError(f"{which}{error}") from error
     try:
         with ExitStack() as stack:
             if watch is not None:
@@ -156,83 +169,86 @@ def method_on(model: Model, use: Use, watch: Any = None, kernel: str = "auto") -
             handle.remove()
 
 
-def _count_flops(model: Model, settings: Settings, watch: Any, report: Report | None) -> int | None:
+def _count_flops(model: Model, settings: Settings, watch: Any, report: Report | None, patch: Any) -> int | None:
     stages = [stage for layer in report.patched for stage in layer.stages] if report is not None else []
     if not any(stage.kernel == "triton" for stage in stages):
         return watch.count_flops()
     # Triton's operations cannot be counted; the plain path does the same ones in torch.
-    with method_on(model, settings.use, kernel="reference"):
+    with method_on(model, settings.use, kernel="reference", patch=patch):
         return watch.count_flops()
 
 
 class _Clock:
     """Tells of steps: which one, how long yet, and now and then a preview."""
 
-    def __init__(self, settings: Settings, tell: Callable[[Progress], None], previews: bool) -> None:
-        self.settings, self.tell, self.previews = settings, tell, previews
-        self.picture, self.calls = 1, 0
+    def __init__(self, steps: int, pictures: int, tell: Callable[[Progress], None], previews: bool) -> None:
+        self.tell, self.previews = tell, previews
+        self._told = Progress("drawing", 0, steps, pictures=pictures)
+        self._calls = 0
         self._start = time.perf_counter()
         self._shown = 0.0
 
-    def begin(self, previewer: Any) -> None:
-        """A new picture."""
-        self.previewer, self.done, self.calls = previewer, 0, 0
-        self.tell(Progress("drawing", 0, self.settings.steps or 0, self.picture, self.settings.images))
+    def begin(self, previewer: Any, before: int, together: int) -> None:
+        """New pictures, after so many others."""
+        self._previewer, self._calls = previewer, 0
+        self._told = replace(self._told, done=0, picture=before + 1, together=together, seconds_left=None, preview=None)
+        self.tell(self._told)
 
     def step(self, pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         """`callback_on_step_end` of any pipeline; changes nothing."""
-        self.calls = index + 1
+        self._calls = index + 1
         # A solver that calls the network twice a step is told of in steps all the same.
-        total = self.settings.steps or 1
-        calls = max(getattr(pipe, "num_timesteps", None) or total, index + 1)
-        self.done = math.ceil((index + 1) * total / calls)
+        calls = max(getattr(pipe, "num_timesteps", None) or self._told.total, index + 1)
         now = time.perf_counter()
-        share = (self.picture - 1 + self.done / total) / self.settings.images
-        left = (now - self._start) * (1 - share) / share
         preview = None
         if self.previews and now - self._shown >= PREVIEW_SECONDS and values.get("latents") is not None:
-            preview = self.previewer.draw(index, values["latents"])
+            preview = self._previewer.draw(index, values["latents"])
             self._shown = now
-        self.tell(Progress("drawing", self.done, total, self.picture, self.settings.images, left, preview))
+        self._told = replace(self._told, done=math.ceil((index + 1) * self._told.total / calls), preview=preview)
+        left = (now - self._start) * (1 - self._told.share) / self._told.share
+        self.tell(replace(self._told, seconds_left=left))
         return values
 
     def call(self) -> None:
         """For a pipeline that calls nobody back: its network is called."""
-        self.step(None, self.calls, None, {})
+        self.step(None, self._calls, None, {})
 
 
-def _draw_one(model: Model, settings: Settings, seed: int, clock: _Clock) -> Image.Image:
-    """One picture; FloatingPointError if it is none."""
+def _draw_together(model: Model, wanted: Sequence[Settings], before: int, clock: _Clock) -> list[Image.Image]:
+    """A picture of each by one call of the pipeline, after so many others; FloatingPointError if one is none."""
     import numpy as np
     import torch
 
     from pipelines.previews import Previewer
     from pipelines.samplers import make_sampler
 
-    pipe, own = model.pipe, model.pipe.scheduler
-    size = (settings.height, settings.width) if settings.height and settings.width else None
-    pipe.scheduler = make_sampler(pipe, settings.sampler)
-    clock.begin(Previewer(pipe, size))
-    arguments = call_arguments(model, settings, clock)
+    pipe, own, first = model.pipe, model.pipe.scheduler, wanted[0]
+    size = (first.height, first.width) if first.height and first.width else None
+    pipe.scheduler = make_sampler(pipe, first.sampler)
+    clock.begin(Previewer(pipe, size), before, len(wanted))
+    arguments = call_arguments(model, wanted, clock)
+    generators = [torch.Generator().manual_seed(one.seed or 0) for one in wanted]
     try:
-        generator = torch.Generator().manual_seed(seed)
-        image = pipe(**arguments, generator=generator, output_type="np").images
+        generator = generators[0] if len(wanted) == 1 else generators
+        images = pipe(**arguments, generator=generator, output_type="np").images
     except ValueError as error:
         raise cli.UserError(cli.first_line(error)) from error
     finally:
         pipe.scheduler = own
         pipe.maybe_free_model_hooks()  # after a stop or a failure the parts of an offloaded model go back too
-    image = np.asarray(image)
-    if not np.isfinite(image).all():
-        raise FloatingPointError(
-            f"the picture of {settings.prompt!r} is not finite, so it was thrown away; use float32 or bfloat16,"
-            " less guidance, or the method 'none'"
-        )
-    return pipe.numpy_to_pil(image)[0]
+    images = np.asarray(images)
+    for one, image in zip(wanted, images, strict=True):
+        if not np.isfinite(image).all():
+            raise FloatingPointError(
+                f"the picture of {one.prompt!r} is not finite; try --dtype float32 or bfloat16, less guidance, or the"
+                " method 'none'"
+            )
+    return pipe.numpy_to_pil(images)
 
 
-def call_arguments(model: Model, settings: Settings, clock: _Clock | None = None) -> dict[str, Any]:
-    """What the pipeline's call gets; with a clock also what it is to call back."""
+def call_arguments(model: Model, wanted: Sequence[Settings], clock: _Clock | None = None) -> dict[str, Any]:
+    """What the pipeline's call gets for a picture of each; with a clock also what it is to call back."""
+    settings = wanted[0]
     arguments: dict[str, Any] = {
         "num_inference_steps": settings.steps,
         "guidance_scale": settings.guidance_scale,
@@ -242,9 +258,13 @@ def call_arguments(model: Model, settings: Settings, clock: _Clock | None = None
     }
     arguments = {name: value for name, value in arguments.items() if value is not None and name in model.takes}
     if model.kind == CLASSES:
-        arguments["class_labels"] = [model.label_of(settings.prompt)]
-    else:
+        arguments["class_labels"] = [model.label_of(one.prompt) for one in wanted]
+    elif len(wanted) == 1:
         arguments["prompt"] = settings.prompt
+    else:
+        arguments["prompt"] = [one.prompt for one in wanted]
+        if "negative_prompt" in arguments:
+            arguments["negative_prompt"] = [settings.negative_prompt] * len(wanted)
     if settings.method == MEDIATORS:
         arguments["num_mediators"] = make_mediators(**settings.options)
     if clock is not None and "callback_on_step_end" in model.takes:
@@ -253,10 +273,9 @@ def call_arguments(model: Model, settings: Settings, clock: _Clock | None = None
     return arguments
 
 
-def _file_settings(model: Model, settings: Settings, k: int) -> dict[str, Any]:
-    alone = replace(settings, seed=(settings.seed or 0) + k, images=1, model=cli.public_name(settings.model))
+def _file_settings(model: Model, settings: Settings) -> dict[str, Any]:
     denoiser = getattr(model.pipe, "transformer", None) or model.pipe.unet
     extra = {"model_hash": model.hash, "device": model.device.type, "dtype": str(denoiser.dtype).split(".")[-1]}
     if model.kind == CLASSES:
         extra["labels"] = [model.label_of(settings.prompt)]
-    return describe(alone, extra)
+    return describe(replace(settings, model=cli.public_name(settings.model)), extra)

@@ -4,8 +4,9 @@
     for event in engine.generate(Settings(prompt="clock", seed=7)):
         print(event)  # Progress, and a Result at last
 
-Work runs in a thread of its own, so a caller that stops listening (closes the generator) stops it within one call of
-the network. One picture is drawn at a time: a picture then never depends on what is drawn with it.
+That work runs in a thread of its own, so a caller that stops listening (closes the generator) stops it within one call
+of the network. One picture is drawn at a time, so that not a bit of it depends on what is drawn with it. `Engine.draw`
+does the same here and now, and in batches if asked to.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipelines import cli
 from pipelines.background import Tell, held, run_in_thread
 from pipelines.comparison import WARM_UP_STEPS, Comparison, compare_results
 from pipelines.drawing import call_arguments, draw, fit
+from pipelines.method_catalogue import UNCHANGED
 from pipelines.methods import Use
 from pipelines.models import CLASSES, DEFAULT_MODEL, Model, ModelStore
 from pipelines.results import Progress, Result
@@ -70,11 +72,46 @@ class Engine:
         checked = self.check(settings)
 
         def work(tell: Tell, stop: threading.Event) -> Result:
-            model = self._ready(checked.model, tell)
-            with held(model, tell, stop):
-                return draw(model, fit(checked, model, self.limits), tell, stop, previews, count_flops)
+            return self.draw([checked], tell, stop, previews, count_flops)
 
         yield from run_in_thread(work, self.models.forget)
+
+    def draw(
+        self,
+        sheet: Sequence[Settings],
+        tell: Tell = lambda progress: None,
+        stop: threading.Event | None = None,
+        previews: bool = False,
+        count_flops: bool = False,
+        batch: int = 1,
+        patch: Any = None,
+    ) -> Result:
+        """Draw in this thread and return the `Result`.
+
+        Args:
+            sheet: what to draw; several of them differ in prompt, seed and number of pictures only.
+            tell: is told how far it is.
+            stop: where this is set, `pipelines.calls.Stopped` is raised at the next call of the network.
+            previews: whether progress holds small pictures.
+            count_flops: see `generate`.
+            batch: most pictures in one call of the pipeline. Each has its own noise, so it is the same in any batch
+                but for rounding, which the size of a matrix product decides.
+            patch: what `attngen.apply` gets instead of the settings' method, such as the name of a file.
+
+        Raises:
+            UserError: and what else `generate` raises, but for memory: PyTorch's own error.
+        """
+        if patch is not None and any(settings.method != UNCHANGED for settings in sheet):
+            raise ValueError("either the settings have a method, or there is a patch")
+        checked = [self.check(settings) for settings in sheet]
+        alone = {"prompt": "", "seed": 0, "images": 1}
+        if any(replace(one, **alone) != replace(checked[0], **alone) for one in checked):
+            raise ValueError("settings of one sheet differ in prompt, seed and number of pictures only")
+        stop = stop or threading.Event()
+        model = self._ready(checked[0].model, tell)
+        with held(model, tell, stop):
+            fitted = [fit(one, model, self.limits) for one in checked]
+            return draw(model, fitted, tell, stop, previews, count_flops, batch, patch)
 
     def compare(
         self, settings: Settings, uses: Sequence[Use], previews: bool = True
@@ -104,8 +141,8 @@ class Engine:
                 for i, variant in enumerate(fitted):
                     which = f"{variant.use.label} ({i + 1} of {len(fitted)})"
                     short = replace(variant, steps=min(WARM_UP_STEPS, variant.steps or 1), images=1)
-                    draw(model, short, _renamed(tell, f"warming up {which}"), stop, False, False)
-                    results.append(draw(model, variant, _renamed(tell, which), stop, previews, True))
+                    draw(model, [short], _renamed(tell, f"warming up {which}"), stop)
+                    results.append(draw(model, [variant], _renamed(tell, which), stop, previews, count_flops=True))
             return compare_results(results)
 
         yield from run_in_thread(work, self.models.forget)
@@ -146,7 +183,7 @@ class Engine:
         prompt = str(min(model.labels, default=0)) if model.kind == CLASSES else "a picture"
         short = fit(Settings(prompt=prompt, model=model.name, steps=1), model, self.limits)
         with model.lock:
-            draw(model, short, lambda progress: None, threading.Event(), False, False)
+            draw(model, [short], lambda progress: None, threading.Event())
         return model
 
     def _ready(self, name: str, tell: Tell) -> Model:
@@ -188,7 +225,7 @@ def _calibrate(
     try:
         with watched(model.pipe, watch):
             return calibrate(
-                model.pipe, **bound, num_stages=num_stages, seed=settings.seed or 0, **call_arguments(model, settings)
+                model.pipe, **bound, num_stages=num_stages, seed=settings.seed or 0, **call_arguments(model, [settings])
             )
     except ValueError as error:
         raise cli.UserError(str(error)) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ CLASSES, TEXTS = "classes", "texts"
 DEFAULT_MODEL = "emoji"
 # Steps and guidance where the pipeline's own defaults are meant for large models on a GPU.
 CLASS_STEPS, CLASS_GUIDANCE = 25, 2.0
+TEXT_UNIT = 8  # diffusers' pipelines of texts ask for multiples of it, whatever their VAE
 
 
 @dataclass
@@ -73,8 +75,16 @@ class Model:
 
     @property
     def guidance_scale(self) -> float:
-        """Usual guidance."""
-        return CLASS_GUIDANCE if self.kind == CLASSES else float(self._default("guidance_scale") or 1.0)
+        """Usual guidance; 1 where the pipeline has none."""
+        return 1.0 if self.default_guidance is None else self.default_guidance
+
+    @property
+    def default_guidance(self) -> float | None:
+        """Usual guidance; None where the pipeline takes none, or decides itself."""
+        if "guidance_scale" not in self.takes:
+            return None
+        usual = CLASS_GUIDANCE if self.kind == CLASSES else self._default("guidance_scale")
+        return None if usual is None else float(usual)
 
     def _default(self, name: str) -> Any:
         parameter = self.takes.get(name)
@@ -115,6 +125,9 @@ class ModelStore:
         first: names to offer before the others.
         offload: "none", "model" or "sequential", see text2image.
         allow_pickle: whether to read weights that are not safetensors.
+        config: for single files: folder or hub id of a pipeline of their kind.
+        revision: of models of the hub: branch, tag or commit.
+        variant: of the weights, such as fp16.
         keep: number of loaded models to keep.
     """
 
@@ -127,6 +140,9 @@ class ModelStore:
         first: Sequence[str] = (),
         offload: str = "none",
         allow_pickle: bool = False,
+        config: str | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
         keep: int = 3,
     ) -> None:
         self.options = argparse.Namespace(
@@ -135,9 +151,9 @@ class ModelStore:
             threads=threads,
             offload=offload,
             allow_pickle=allow_pickle,
-            config=None,
-            revision=None,
-            variant=None,
+            config=config,
+            revision=revision,
+            variant=variant,
         )
         self.allowed = None if allowed is None else list(allowed)
         self.first, self.keep = list(first), keep
@@ -199,7 +215,8 @@ def load_model(name: str, options: argparse.Namespace) -> Model:
 
     path = str(shipped_models().get(name, name))
     device = cli.prepare_device(options)
-    pipe = _load_classes(path, options, device) if _draws_classes(path) else _load_texts(path, options, device)
+    draws_classes = _draws_classes(path, options.revision)
+    pipe = _load_classes(path, options, device) if draws_classes else _load_texts(path, options, device)
     pipe.set_progress_bar_config(disable=True)
     kind = CLASSES if "class_labels" in inspect.signature(pipe.__call__).parameters else TEXTS
     return Model(
@@ -217,7 +234,7 @@ def load_model(name: str, options: argparse.Namespace) -> Model:
     )
 
 
-def _draws_classes(path: str) -> bool:
+def _draws_classes(path: str, revision: str | None) -> bool:
     """Whether it is a pipeline of classes, from its index alone; UserError if it can be no model at all."""
     if Path(path).is_dir():
         index = cli.read_index(Path(path))
@@ -226,7 +243,7 @@ def _draws_classes(path: str) -> bool:
     elif cli.is_hub_id(path):
         from diffusers import DiffusionPipeline
 
-        index = cli.load(path, lambda: DiffusionPipeline.load_config(path))
+        index = cli.load(path, lambda: DiffusionPipeline.load_config(path, revision=revision))
     else:
         raise cli.UserError(f"there is no file or folder {path[:200]!r}, and it is no hub id (owner/name)")
     kind = _class_of(index)
@@ -249,8 +266,14 @@ def _load_classes(path: str, options: argparse.Namespace, device: torch.device) 
     from diffusers import DiffusionPipeline
 
     def read() -> Any:
-        kind = _class_of(DiffusionPipeline.load_config(path))
-        return kind.from_pretrained(path, dtype=dtype, use_safetensors=None if options.allow_pickle else True)
+        kind = _class_of(DiffusionPipeline.load_config(path, revision=options.revision))
+        return kind.from_pretrained(
+            path,
+            dtype=dtype,
+            revision=options.revision,
+            variant=options.variant,
+            use_safetensors=None if options.allow_pickle else True,
+        )
 
     dtype = cli.choose_dtype(options.dtype, device)
     return cli.load(path, read).to(device)
@@ -296,11 +319,14 @@ def _trained_size(pipe: Any) -> tuple[int, int] | None:
 def _unit(pipe: Any) -> int:
     """What height and width are multiples of."""
     config = _denoiser(pipe).config
-    if "class_labels" in inspect.signature(pipe.__call__).parameters:
+    takes = inspect.signature(pipe.__call__).parameters
+    if "class_labels" in takes:
         levels = len(getattr(config, "block_out_channels", [0]))
         return int(getattr(config, "patch_size", None) or 2 ** (levels - 1)) * _scale_factor(pipe)
+    if "use_resolution_binning" in takes:  # drawn at a size of training, whatever is asked for
+        return TEXT_UNIT
     packs = hasattr(pipe, "_pack_latents")  # FLUX and its like draw 2 x 2 latent pixels as one token
-    return _scale_factor(pipe) * (2 if packs else int(getattr(config, "patch_size", None) or 1))
+    return math.lcm(TEXT_UNIT, _scale_factor(pipe) * (2 if packs else int(getattr(config, "patch_size", None) or 1)))
 
 
 def _refused_methods(pipe: Any) -> dict[str, str]:

@@ -29,10 +29,11 @@ class Progress:
         what: a few words: "loading emoji", "waiting", "drawing", "warming up agent".
         done: steps done so far in this part of the work.
         total: steps of this part; 0 where that is unknown.
-        picture: number of the picture that is drawn, from 1.
+        picture: number of the picture that is drawn, from 1; of the first where several are.
         pictures: pictures in all.
         seconds_left: of all pictures, estimated; None before there is anything to go by.
         preview: a small picture of what is drawn, or None where nothing new is to be seen.
+        together: pictures that are drawn at once.
     """
 
     what: str
@@ -42,18 +43,21 @@ class Progress:
     pictures: int = 1
     seconds_left: float | None = None
     preview: Image.Image | None = None
+    together: int = 1
 
     @property
     def share(self) -> float:
         """Of the whole work, 0 to 1."""
         if not self.total:
             return 0.0
-        return min(1.0, (self.picture - 1 + self.done / self.total) / self.pictures)
+        return min(1.0, (self.picture - 1 + self.together * self.done / self.total) / self.pictures)
 
     def __str__(self) -> str:
         if not self.total:
             return self.what
         which = f"picture {self.picture} of {self.pictures}, " if self.pictures > 1 else ""
+        if self.together > 1:
+            which = f"pictures {self.picture} to {self.picture + self.together - 1} of {self.pictures}, "
         left = "" if self.seconds_left is None else f", {self.seconds_left:.0f} s left"
         return f"{self.what}: {which}step {self.done} of {self.total}{left}"
 
@@ -63,11 +67,11 @@ class Result:
     """Pictures, and what they cost.
 
     Attributes:
-        settings: with everything filled in: seed, steps, guidance, size.
+        settings: with everything filled in: seed, steps, guidance, size; the first ones where several were given.
         pictures: of seed, seed + 1 …
         seconds: of drawing, without loading and saving; the first run of a model also pays for first calls.
         steps: of the sampler, in all.
-        steps_per_second: of one picture at a time.
+        steps_per_second: of all pictures together.
         peak_bytes: most memory, see `pipelines.memory`; None where nobody counts.
         memory_of: "device" or "process".
         flops: operations of the denoiser for one picture; None where they were not counted.

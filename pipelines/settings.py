@@ -27,12 +27,20 @@ class Limits:
         steps: sampling steps.
         images: pictures of one request.
         characters: of a prompt.
+        seed: largest one.
+        guidance_scale: largest one.
     """
 
     pixels: int = 4096 * 4096
     steps: int = 1000
     images: int = 64
     characters: int = 4000
+    seed: int = MAX_SEED
+    guidance_scale: float = 100.0
+
+
+# For programs, whose user pays for what they ask; torch takes seeds of 63 bits.
+UNLIMITED = Limits(2**62, 2**62, 2**62, 2**62, 2**63 - 1, math.inf)
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ class Settings:
             raise UserError("give height and width together, or neither")
         if height and width and height * width > limits.pixels:
             raise UserError(f"{width} x {height} is more than {limits.pixels:,} pixels, the most allowed here")
-        seed = secrets.randbelow(MAX_NEW_SEED) if self.seed is None else whole("seed", self.seed, 0, MAX_SEED)
+        seed = secrets.randbelow(MAX_NEW_SEED) if self.seed is None else whole("seed", self.seed, 0, limits.seed)
         return Settings(
             prompt=text("prompt", self.prompt, limits.characters),
             negative_prompt=text("negative_prompt", self.negative_prompt, limits.characters),
@@ -90,7 +98,7 @@ class Settings:
             options=options,
             sampler=None if self.sampler is None else text("sampler", self.sampler, MAX_NAME_CHARACTERS),
             steps=None if self.steps is None else whole("steps", self.steps, 1, limits.steps),
-            guidance_scale=None if self.guidance_scale is None else _guidance(self.guidance_scale),
+            guidance_scale=None if self.guidance_scale is None else _guidance(self.guidance_scale, limits),
             height=height,
             width=width,
             seed=seed,
@@ -151,8 +159,9 @@ def text(name: str, value: Any, most: int) -> str:
     return value
 
 
-def _guidance(value: Any) -> float:
+def _guidance(value: Any, limits: Limits) -> float:
+    most = limits.guidance_scale
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not 0 <= value <= 100:
-        raise UserError(f"guidance_scale must be a number from 0 to 100 (1 is none), got {str(value)[:60]!r}")
+    if not is_number or not math.isfinite(value) or not 0 <= value <= most:
+        raise UserError(f"guidance_scale must be a number from 0 to {most:g} (1 is none), got {str(value)[:60]!r}")
     return float(value)

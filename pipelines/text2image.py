@@ -6,7 +6,8 @@ import argparse
 import importlib.util
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,10 @@ from pipelines import cli
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+
+    from pipelines.engine import Engine
+    from pipelines.results import Result
+    from pipelines.settings import Settings
 
 PROGRAM = "pipelines.text2image"
 UNCHANGED = "none"
@@ -72,39 +77,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def draw(options: argparse.Namespace) -> None:
     """Draw, write and report what the command line asks for."""
-    from pipelines.images import save_png
-
     check_model(options)
     check_packages()
-    device = cli.prepare_device(options)
-    pipe = load_pipeline(options, device)
-    arguments = call_arguments(pipe, options)
+    from pipelines.images import save_png
+    from pipelines.models import TEXTS
+    from pipelines.running import make_engine
+
+    engine = make_engine(options)
+    model = engine.models.get(options.model)
+    if model.kind != TEXTS:
+        raise cli.UserError(f"{options.model} is a {type(model.pipe).__name__}, which does not draw texts")
+    sheet = make_sheet(options)
     path = cli.output_path(options, f"{options.prompts[0]}-{options.seed}")
-
-    drawn: dict[str, tuple[list[Image.Image], float]] = {}
+    drawn: dict[str, Result] = {}
     if options.compare:
-        warm_up(pipe, arguments, options)
-        drawn["exact"] = cli.timed(device, lambda: draw_pictures(pipe, arguments, options))
-    patch = None
-    if options.method != UNCHANGED:
-        patch = cli.apply_method(pipe, options.method)
-    if options.compare:
-        warm_up(pipe, arguments, options)
-    name = Path(options.method).stem
-    drawn[name] = cli.timed(device, lambda: draw_pictures(pipe, arguments, options))
-
-    settings = describe(pipe, options, drawn[name][0][0])
+        drawn["exact"] = draw_sheet(engine, sheet, None, warm_up=True)
+    patch = None if options.method == UNCHANGED else options.method
+    drawn[Path(options.method).stem] = result = draw_sheet(engine, sheet, patch, warm_up=options.compare)
+    settings = describe(result, options)
     save_png(compose(drawn, options), path, settings)
-    seconds = {name: round(took, 3) for name, (_, took) in drawn.items()}
+    report(drawn, path, settings, options)
+
+
+def report(drawn: Mapping[str, Result], path: Path, settings: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print what became of the layers, how long each method took, and where the picture is."""
+    seconds = {name: round(result.seconds, 3) for name, result in drawn.items()}
     details: dict[str, Any] = {"settings": settings, "seconds_by_method": seconds}
-    if options.report and patch is not None:
+    layers = [result.report for result in drawn.values()][-1]
+    if options.report and layers is not None:
         if options.json:
-            details["report"] = patch.report().to_dict()
+            details["report"] = layers.to_dict()
         else:
-            print(patch.report())
+            print(layers)
     if options.compare and not options.json:
-        print(", ".join(f"{name}: {took:.1f} s" for name, (_, took) in drawn.items()))
-    cli.report_done(options, path, sum(len(p) for p, _ in drawn.values()), sum(seconds.values()), **details)
+        print(", ".join(f"{name}: {result.seconds:.1f} s" for name, result in drawn.items()))
+    count = sum(len(result.pictures) for result in drawn.values())
+    cli.report_done(options, path, count, sum(seconds.values()), **details)
 
 
 # The model
@@ -233,81 +241,68 @@ def _tensor_shapes(file: str) -> dict[str, torch.Tensor]:
 # The pictures
 
 
-def call_arguments(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """What of the command line goes to the pipeline; what was not given is left to it.
+def make_sheet(options: argparse.Namespace) -> list[Settings]:
+    """What to draw: a row of pictures for each prompt, with seeds that go on from row to row."""
+    from pipelines.settings import Settings
+
+    return [
+        Settings(
+            prompt=prompt,
+            negative_prompt=options.negative_prompt or "",
+            model=options.model,
+            steps=options.steps,
+            guidance_scale=options.guidance_scale,
+            height=options.height,
+            width=options.width,
+            seed=options.seed + row * options.images,
+            images=options.images,
+        )
+        for row, prompt in enumerate(options.prompts)
+    ]
+
+
+def draw_sheet(engine: Engine, sheet: Sequence[Settings], patch: str | None, warm_up: bool) -> Result:
+    """All pictures, one at a time.
+
+    Args:
+        engine: that draws.
+        sheet: what to draw.
+        patch: a preset's name, or a file, or None for attention as it is.
+        warm_up: whether to draw two steps before, so that no time that is compared pays for first calls.
 
     Raises:
-        UserError: for something that the pipeline does not take.
-    """
-    given = {
-        "negative_prompt": options.negative_prompt,
-        "height": options.height,
-        "width": options.width,
-        "num_inference_steps": options.steps,
-        "guidance_scale": options.guidance_scale,
-    }
-    arguments = {name: value for name, value in given.items() if value is not None}
-    taken = inspect.signature(pipe.__call__).parameters
-    for name in arguments:
-        if name not in taken:
-            raise cli.UserError(f"{type(pipe).__name__} takes no {name}; leave it out")
-    return arguments
-
-
-def draw_pictures(pipe: Any, arguments: dict[str, Any], options: argparse.Namespace) -> list[Image.Image]:
-    """`--images` pictures of each prompt, one at a time; picture k has seed + k.
-
-    Raises:
-        UserError: for arguments that the pipeline refuses.
+        UserError: for settings that the pipeline refuses.
         FloatingPointError: if a picture is not finite.
     """
-    import numpy as np
-    import torch
+    from pipelines.comparison import WARM_UP_STEPS
+    from pipelines.running import progress_bar
 
-    pictures = []
-    for prompt in options.prompts:
-        for _ in range(options.images):
-            generator = torch.Generator().manual_seed(options.seed + len(pictures))
-            try:
-                image = pipe(prompt=prompt, generator=generator, output_type="np", **arguments).images
-            except ValueError as error:
-                raise cli.UserError(cli.first_line(error)) from error
-            if not np.isfinite(image).all():
-                raise FloatingPointError(
-                    f"the picture of {prompt!r} is not finite; try --dtype float32 or bfloat16, or --method none"
-                )
-            pictures += pipe.numpy_to_pil(image)
-    return pictures
+    with progress_bar() as tell:
+        if warm_up:
+            engine.draw([replace(sheet[0], steps=WARM_UP_STEPS, images=1)], tell, patch=patch)
+        return engine.draw(sheet, tell, patch=patch)
 
 
-def warm_up(pipe: Any, arguments: dict[str, Any], options: argparse.Namespace) -> None:
-    """A short run, so that neither of the times compared pays for first calls."""
-    short = argparse.Namespace(**{**vars(options), "prompts": options.prompts[:1], "images": 1})
-    pipe.set_progress_bar_config(disable=True)
-    draw_pictures(pipe, {**arguments, "num_inference_steps": 2}, short)
-    cli.show_progress(pipe)
-
-
-def compose(drawn: dict[str, tuple[list[Image.Image], float]], options: argparse.Namespace) -> Image.Image:
+def compose(drawn: Mapping[str, Result], options: argparse.Namespace) -> Image.Image:
     """One picture as it is; several in rows of a prompt, or beside the unchanged ones."""
     from pipelines.images import grid
 
     if options.compare:
-        columns = [pictures for pictures, _ in drawn.values()]
+        columns = [result.pictures for result in drawn.values()]
         labels = [prompt for prompt in options.prompts for _ in range(options.images)]
-        groups = [(f"{name}, {seconds:.1f} s", 1) for name, (_, seconds) in drawn.items()]
+        groups = [(f"{name}, {result.seconds:.1f} s", 1) for name, result in drawn.items()]
         return grid(list(zip(*columns, strict=True)), row_labels=labels, groups=groups)
-    ((pictures, _),) = drawn.values()
+    (result,) = drawn.values()
+    pictures = result.pictures
     if len(pictures) == 1:
         return pictures[0]
     rows = [pictures[i : i + options.images] for i in range(0, len(pictures), options.images)]
     return grid(rows, row_labels=options.prompts)
 
 
-def describe(pipe: Any, options: argparse.Namespace, picture: Image.Image) -> dict[str, Any]:
+def describe(result: Result, options: argparse.Namespace) -> dict[str, Any]:
     """What is written into the file: enough to draw it again."""
-    from pipelines.images import model_hash
-
+    first = result.file_settings[0]
     settings = {
         "program": PROGRAM,
         "prompt": " | ".join(options.prompts),
@@ -315,14 +310,14 @@ def describe(pipe: Any, options: argparse.Namespace, picture: Image.Image) -> di
         "negative_prompt": options.negative_prompt,
         "images": options.images,
         "seed": options.seed,
-        "steps": options.steps or getattr(pipe.scheduler, "num_inference_steps", None),
-        "sampler": type(pipe.scheduler).__name__,
-        "guidance_scale": getattr(pipe, "guidance_scale", options.guidance_scale),
+        "steps": first["steps"],
+        "sampler": first["sampler"],
+        "guidance_scale": first.get("guidance_scale"),
         "method": options.method,
-        "size": f"{picture.width}x{picture.height}",
-        "model": cli.public_name(options.model),
+        "size": first["size"],
+        "model": first["model"],
         "revision": options.revision,
-        "model_hash": model_hash(options.model),
+        "model_hash": first.get("model_hash"),
     }
     return {name: value for name, value in settings.items() if value is not None}
 

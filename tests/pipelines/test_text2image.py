@@ -154,7 +154,7 @@ def test_a_patch_that_does_nothing_says_so(draw):
     "arguments, sentence",
     [
         (["a fox", "--method", "nope"], "unknown method 'nope'; known: softmax"),
-        (["a fox", "--height", "33", "--width", "32"], "have to be divisible by 8"),
+        (["a fox", "--height", "33", "--width", "32"], "height must be a positive multiple of 8, got 33; try 32 or 40"),
         (["a fox", "--height", "32"], "--height and --width go together"),
         (["a fox", "--guidance-scale", "-2"], "'-2' is not a finite number of at least 0"),
         (["a fox", "--images", "0"], "'0' is not a whole number of at least 1"),

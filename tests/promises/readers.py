@@ -99,9 +99,10 @@ def _write_pipeline(path: Path) -> None:
 def _read_pipeline(path: Path) -> Any:
     """As the programs read a folder."""
     from pipelines import class2image, cli
+    from pipelines.models import ModelStore
 
     try:
-        return class2image.load_pipeline(class2image.find_model(str(path)))
+        return ModelStore("cpu", dtype="float32").get(class2image.find_model(str(path))).pipe
     except cli.UserError as error:
         raise ValueError(str(error)) from error
 
