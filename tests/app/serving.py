@@ -121,6 +121,11 @@ class Visit:
         field.fill(str(value))
         field.blur()
 
+    def choose(self, name, value):
+        """Type into a list of choices."""
+        self.page.locator(f"#{name} input").fill(value)
+        self.page.keyboard.press("Enter")
+
     def open_details(self):
         """Unfold size, steps and seed."""
         self.page.locator("#details button").first.click()

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 import time
 import urllib.error
 import urllib.request
@@ -11,7 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import attngen
+from attngen import SiTPipeline
 from tests.app.serving import CHROMIUM, FAULTY, FLAGS, NOT_FINITE, OUT_OF_MEMORY, Server, Visit
+from tests.pipelines.tiny_classes import save_sit
 
 pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
@@ -185,8 +189,7 @@ def test_compare_shows_a_table_a_slider_and_the_difference(visit):
 def test_after_a_restart_the_form_is_as_it_was_left(visit, server):
     visit.open_details()
     visit.set("steps", STEPS)
-    visit.page.locator("#label input").fill("clock")
-    visit.page.keyboard.press("Enter")
+    visit.choose("label", "clock")
     visit.page.check("#method input[value=mediators]")
     visit.page.locator("#mediators-mediators textarea, #mediators-mediators input").first.fill("1:3,0.4:9")
     visit.page.wait_for_function("(localStorage.getItem('attngen-form') ?? '').includes('1:3,0.4:9')")
@@ -205,8 +208,7 @@ def test_after_a_restart_the_form_is_as_it_was_left(visit, server):
 
 
 def test_a_form_that_is_not_to_be_kept_is_forgotten(visit):
-    visit.page.locator("#label input").fill("clock")
-    visit.page.keyboard.press("Enter")
+    visit.choose("label", "clock")
     visit.page.wait_for_function("(localStorage.getItem('attngen-form') ?? '').includes('clock')")
     visit.open_details()
     visit.page.uncheck("#remember input")
@@ -241,6 +243,38 @@ def test_a_fault_ends_in_a_message_and_the_next_request_works(faulty, folder, se
     faulty.set("seed", 1)
     generate(faulty)
     assert len(files_in(folder) - before) == 1
+
+
+# Calibrate
+
+
+def test_a_calibrated_plan_is_shown_saved_and_drawn_with(visit, folder, tmp_path):
+    page, model = visit.page, save_sit(tmp_path / "model", "softmax")
+    verdict = "#calibrate-model textarea, #calibrate-model input"
+    page.get_by_role("tab", name="Calibrate").click()
+    assert "cannot be calibrated" in page.input_value(verdict)
+    page.get_by_role("tab", name="Generate").click()
+    visit.choose("model", model)
+    page.wait_for_function("document.querySelector('#method input[value=plan]')")
+    visit.open_details()
+    visit.set("steps", 3)
+    page.get_by_role("tab", name="Calibrate").click()
+    page.wait_for_function(f"document.querySelector('{verdict}').value.includes('can be')")
+    visit.set("bound", 1000)
+    visit.set("stages", 1)
+    before = files_in(folder)
+    page.click("#calibrate")
+    page.wait_for_function("document.querySelector('#calibrate-status textarea').value.includes('network call')")
+    visit.wait_for("Done", "calibrate-status")
+    page.wait_for_selector("#heat-map img")
+    (plan,) = (name for name in files_in(folder) - before if re.fullmatch(r"plan-\w+\.json", name))
+    attngen.apply(SiTPipeline.from_pretrained(model), str(folder / plan)).remove()
+    page.click("#use-plan")
+    visit.wait_for("The plan is chosen", "calibrate-status")
+    page.get_by_role("tab", name="Generate").click()
+    assert page.is_checked("#method input[value=plan]")
+    assert ", plan." in generate(visit)
+    assert "attention layers" in page.input_value("#cost textarea")
 
 
 # Look
