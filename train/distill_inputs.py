@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attngen.hosts.families import family_of, slot
+from attngen.models.unet_pipeline import NOISE, UNetClassPipeline, class_condition
 from train.seeds import generator_for, sample_order
 
 DROPPED = 0.1
@@ -79,6 +80,8 @@ class Drawing:
     @property
     def num_classes(self) -> int:
         """Classes of a pipeline that takes labels; its null class has this number."""
+        if isinstance(self.pipe, UNetClassPipeline):
+            return self.pipe.num_classes
         config: Any = self.model.config
         return config.get("num_classes") or config.get("num_embeds_ada_norm")
 
@@ -224,7 +227,11 @@ class NoisedData(Inputs):
         if not self.drawing.takes_text:
             place = slot(model.forward, "class_labels")
             labels = place.get(*call)
-            call = Call(*place.put(*call, labels.masked_fill(drop.to(labels.device), self.drawing.num_classes)))
+            labels = labels.masked_fill(drop.to(labels.device), self.drawing.num_classes)
+            call = Call(*place.put(*call, labels))
+            if isinstance(self.drawing.pipe, UNetClassPipeline):
+                condition = class_condition(labels, self.drawing.num_classes + 1, before.dtype)
+                call = Call(call.args, {**call.kwargs, **condition})
         return call
 
 
@@ -246,6 +253,15 @@ def _noising(drawing: Drawing) -> Callable[[Tensor, Tensor, torch.Generator], tu
             return objective.add_noise(clean, noise, times), times
 
         return interpolate
+
+    if isinstance(drawing.pipe, UNetClassPipeline):
+
+        def mix(clean: Tensor, noise: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            levels = torch.rand(len(clean), generator=generator)
+            by_picture = levels.view(-1, 1, 1, 1)
+            return (1 - by_picture) * clean + by_picture * noise, NOISE * levels
+
+        return mix
 
     if "beta_schedule" not in config:
         raise ValueError(f"noise of {type(scheduler).__name__} cannot be added to data; use --data self")

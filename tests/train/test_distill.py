@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,8 +18,9 @@ from safetensors import safe_open
 
 import attngen
 from attngen import LearnedLayers, LearnedLinear, LearnedMediators
+from attngen.hosts.families import denoisers_of
 from tests.hosts.models import TEXT, fresh, normal, randomised, snapshot
-from train import distill
+from train import distill, distill_pair, distill_run
 from train.checkpoint import list_checkpoints, load_checkpoint
 from train.distill_inputs import Call, Drawing, NoisedData, OwnTrajectories, open_inputs
 
@@ -101,7 +103,7 @@ def learn(model, method, inputs, out, *options):
     model.requires_grad_(False)
     layers = LearnedLayers.create(model, method)
     with attngen.apply(model, layers) as patch:
-        assert distill.Run(arguments(out, *options), model, patch, layers, inputs).run(None) == 0
+        assert distill_run.Run(arguments(out, *options), model, patch, layers, inputs).run(None) == 0
     content = json.loads(out.with_suffix(".json").read_text())
     return content["before"], content["after"]
 
@@ -120,7 +122,7 @@ def test_errors_are_those_of_the_layers_and_of_the_prediction():
         sizes[name] = sizes.get(name, 0) + float(want.square().sum())
 
     with torch.no_grad(), attngen.apply(model, layers) as patch:
-        got = distill.measure(distill.Pair(model, patch), calls)
+        got = distill_pair.measure(distill_pair.Pair(model, patch), calls)
         inputs, outputs, forced = {}, {}, {}
         for call in calls:
             handles = []
@@ -165,7 +167,7 @@ def test_errors_fall(tmp_path, method):
     assert snapshot(model) == clean
     assert_same(model.state_dict(), state)
     with attngen.apply(model, out) as patch:
-        got = distill.measure(distill.Pair(model, patch), Calls(3, 16, 2).held_out(4))
+        got = distill_pair.measure(distill_pair.Pair(model, patch), Calls(3, 16, 2).held_out(4))
     assert got == pytest.approx(after, rel=1e-3)
 
 
@@ -197,10 +199,10 @@ def test_the_loss_is_the_mean_over_layers_and_the_weighted_prediction(tmp_path):
     layers, inputs = LearnedLayers.create(model, LearnedMediators(4)), Calls(3, 16, 2)
     options = arguments(tmp_path / "out.safetensors", "--prediction-weight", "0.25", "--accumulate", "2")
     with attngen.apply(model, layers) as patch:
-        pair = distill.Pair(model, patch)
+        pair = distill_pair.Pair(model, patch)
         with torch.no_grad():
             squared = [{n: float(e / s) for n, e, s in pair.squared_errors(inputs.call(6 + i))} for i in range(2)]
-        step = distill.Run(options, model, patch, layers, inputs)
+        step = distill_run.Run(options, model, patch, layers, inputs)
         step.folder.mkdir()
         got = step.step(3)
     of_layers = [sum(v for n, v in one.items() if n != "prediction") / 2 for one in squared]
@@ -220,7 +222,7 @@ def test_accumulated_gradients_are_those_of_the_mean(tmp_path, monkeypatch):
         options = arguments(tmp_path / f"{name}.safetensors", "--prediction-weight", weight, *options)
         with attngen.apply(model, layers) as patch:
             for step in steps:
-                run = distill.Run(options, model, patch, layers, Calls(3, 16, 2))
+                run = distill_run.Run(options, model, patch, layers, Calls(3, 16, 2))
                 parameters = [p for core in patch.learned.values() for p in core.parameters()]
                 grads = []
                 monkeypatch.setattr(run.optimizer, "step", lambda p=parameters, g=grads: g.extend(t.grad for t in p))
@@ -238,7 +240,7 @@ def test_learning_rates_by_kind_of_weight(tmp_path):
     layers = LearnedLayers.create(model, LearnedLinear("elu", "input", reduction=1, own_projections=True))
     options = arguments(tmp_path / "out.safetensors", "--learning-rate", "0.5", "--projection-rate", "0.25")
     with attngen.apply(model, layers) as patch:
-        run = distill.Run(options, model, patch, layers, Calls(3, 16, 2))
+        run = distill_run.Run(options, model, patch, layers, Calls(3, 16, 2))
         core = next(iter(patch.learned.values()))
         rates = {id(p): group["rate"] for group in run.optimizer.param_groups for p in group["params"]}
     assert rates[id(core.projections["to_q"].weight)] == 0.25
@@ -257,7 +259,7 @@ def test_layers_learn_apart_without_the_prediction(tmp_path):
             first, second = patch.learned.values()
             if spoiled:
                 torch.nn.init.constant_(first.log_broadcast, -3.0)
-            pair = distill.Pair(model, patch)
+            pair = distill_pair.Pair(model, patch)
             second.requires_grad_(True)
             for name, error, _ in pair.squared_errors(Calls(3, 16, 2).call(0)):
                 if name.startswith("transformer_blocks.1"):
@@ -370,7 +372,7 @@ def test_sigterm_saves_and_exits_with_zero(tmp_path, folder):
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_not_a_number_stops_with_the_last_good_weights(tmp_path, folder, capsys, monkeypatch, where):
-    original = distill.Pair.squared_errors
+    original = distill_pair.Pair.squared_errors
     count = [0]
 
     def poisoned(self, call):
@@ -382,7 +384,7 @@ def test_not_a_number_stops_with_the_last_good_weights(tmp_path, folder, capsys,
                     error.register_hook(lambda grad: grad * float("inf"))
             yield name, error, size
 
-    monkeypatch.setattr(distill.Pair, "squared_errors", poisoned)
+    monkeypatch.setattr(distill_pair.Pair, "squared_errors", poisoned)
     out = tmp_path / "out.safetensors"
     assert run(folder, out, "--steps", "6") == 2
     message = capsys.readouterr().err
@@ -403,6 +405,10 @@ def test_not_a_number_stops_with_the_last_good_weights(tmp_path, folder, capsys,
         (("--method", "mediator:0"), "num_mediators must be a whole number >= 1"),
         (("--method", "mediator:64"), "no layer of image tokens alone that learned-mediator would change"),
         (("--steps", "0"), "--steps must be at least 1"),
+        (("--guidance-scale", "nan"), "--guidance-scale must be a finite number >= 0, got nan"),
+        (("--max-minutes", "-1"), "--max-minutes must be a finite number >= 0"),
+        (("--threads", "0"), "--threads must be at least 1, got 0"),
+        (("--size", "0", "8"), "--size must be at least 1, got 0 8"),
         (("--learning-rate", "nan"), "--learning-rate must be a finite number"),
         (("--prompts", "nowhere.txt"), "cannot read the prompts in nowhere.txt"),
         (("--data", "nowhere"), "nowhere"),
@@ -599,17 +605,90 @@ def test_stable_diffusion_by_its_own_sampling(tmp_path, stable):
         assert handle.report().learned_weights > 0
 
 
-def test_a_dit_pipeline(tmp_path):
+def dit_pipeline():
     import diffusers
 
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=16, layers_per_block=1
     )
-    pipe = diffusers.DiTPipeline(fresh("dit"), vae, diffusers.DDIMScheduler())
-    pipe.save_pretrained(tmp_path / "dit")
-    out = tmp_path / "dit.safetensors"
-    assert run(tmp_path / "dit", out, "--steps", "2") == 0
-    assert LearnedLayers.load(out).model_class == "DiTTransformer2DModel"
+    return diffusers.DiTPipeline(fresh("dit"), vae, diffusers.DDIMScheduler())
+
+
+def class_unet():
+    import diffusers
+
+    with torch.random.fork_rng():
+        unet = randomised(
+            diffusers.UNet2DConditionModel(
+                sample_size=16,
+                in_channels=3,
+                out_channels=3,
+                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+                block_out_channels=(16, 16),
+                layers_per_block=1,
+                cross_attention_dim=3,
+                num_class_embeds=3,
+                attention_head_dim=2,
+                norm_num_groups=8,
+            )
+        )
+    names = {0: "face", 1: "heart"}
+    return attngen.UNetClassPipeline(unet, diffusers.FlowMatchEulerDiscreteScheduler(), names)
+
+
+def text_pipeline():
+    from tests.pipelines.test_text2image import build_pipeline
+
+    return build_pipeline()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("sit", ("--data", "emoji")),
+        ("dit", ()),
+        ("unet", ("--data", "emoji")),
+        ("unet", ("--method", "linear")),
+        ("text", ("--method", "linfusion", "--size", "32", "32")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "".join(value),
+)
+def test_what_is_learned_loads_onto_the_original_model(tmp_path, folder, kind, options):
+    """On a pipeline loaded anew the file gives the errors that the program measured, layer by layer and at the end."""
+    place, out = folder if kind == "sit" else tmp_path / "pipe", tmp_path / "out.safetensors"
+    builders = {"dit": dit_pipeline, "unet": class_unet, "text": text_pipeline}
+    if kind in builders:
+        builders[kind]().save_pretrained(place)
+    assert run(place, out, "--steps", "3", *options) == 0
+    content = json.loads(out.with_suffix(".json").read_text())
+    assert all(0 < error < math.inf for error in content["after"].values()) and len(content["after"]) > 1
+
+    pipe = distill.load_pipeline(str(place))
+    pipe.set_progress_bar_config(disable=True)
+    name, model = next(iter(denoisers_of(pipe).items()))
+    size = (32, 32) if kind == "text" else None
+    drawing = Drawing(pipe, model, distill.choices(pipe, None), 2, 0, steps=3, size=size)
+    with attngen.apply(pipe, out) as patch:
+        assert {layer.stages[0].method[:8] for layer in patch.report().patched} == {"learned-"}
+    with attngen.apply(model, out) as patch:
+        pair = distill_pair.Pair(model, patch)
+        inputs = open_inputs(content["data"], drawing, patch.paused)
+        assert distill_pair.measure(pair, inputs.held_out(2)) == pytest.approx(content["after"], rel=1e-4)
+
+
+def test_noised_data_of_a_class_unet(tmp_path):
+    """UNetClassPipeline's own clock, labels and one-hot tokens; dropped classes are the null class in both."""
+    pipe = class_unet()
+    pipe.set_progress_bar_config(disable=True)
+    inputs = open_inputs("emoji", Drawing(pipe, pipe.unet, None, 32, 0), contextlib.nullcontext)
+    call = inputs.call(0)
+    noisy, times = call.args if len(call.args) == 2 else (call.args[0], call.kwargs["timestep"])
+    labels = call.kwargs["class_labels"]
+    assert noisy.shape == (32, 3, 16, 16) and ((times > 0) & (times < 1000)).all()
+    assert set(labels.tolist()) == {0, 1, 2} and 0 < (labels == 2).sum() < 12
+    assert torch.equal(call.kwargs["encoder_hidden_states"][:, 0].argmax(dim=1), labels)
+    assert noisy[times.argmin()].abs().max() < 1.8 < noisy[times.argmax()].abs().max()
 
 
 def test_noised_latents_for_stable_diffusion(stable):
