@@ -12,7 +12,6 @@ import os
 import re
 import socket
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 T = TypeVar("T")
-SMALL_NETWORK = 20_000_000
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -158,17 +156,6 @@ def prepare_device(options: argparse.Namespace) -> torch.device:
     return device
 
 
-def limit_threads(model: torch.nn.Module) -> None:
-    """One CPU thread for a small network: threads that wait for each other cost it more than they bring.
-
-    On cores that other programs use too, two threads were ten times slower than one.
-    """
-    import torch
-
-    if sum(parameter.numel() for parameter in model.parameters()) < SMALL_NETWORK:
-        torch.set_num_threads(1)
-
-
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The format of that name; for "auto" bfloat16 on a GPU that has it, float16 on another, float32 on a CPU."""
     import torch
@@ -290,21 +277,6 @@ def public_name(model: str) -> str:
     """A model's name for the file's settings: as given, but no folder names of the user's machine."""
     path = Path(model)
     return path.name if path.is_absolute() else model
-
-
-def timed(device: torch.device, work: Callable[[], T]) -> tuple[T, float]:
-    """What `work` returns and its seconds, with all that it queued on the device done."""
-    import torch
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    wait()
-    start = time.perf_counter()
-    result = work()
-    wait()
-    return result, time.perf_counter() - start
 
 
 # Attention

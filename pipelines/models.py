@@ -23,6 +23,7 @@ CLASSES, TEXTS = "classes", "texts"
 DEFAULT_MODEL = "emoji"
 # Steps and guidance where the pipeline's own defaults are meant for large models on a GPU.
 CLASS_STEPS, CLASS_GUIDANCE = 25, 2.0
+SMALL_NETWORK = 20_000_000  # weights
 TEXT_UNIT = 8  # diffusers' pipelines of texts ask for multiples of it, whatever their VAE
 
 
@@ -345,6 +346,9 @@ def _refused_methods(pipe: Any) -> dict[str, str]:
 
 
 def _threads(pipe: Any, device: torch.device) -> int | None:
-    """One thread for a small network on a CPU; see `pipelines.cli.limit_threads`."""
-    small = sum(parameter.numel() for parameter in _denoiser(pipe).parameters()) < cli.SMALL_NETWORK
+    """One CPU thread for a small network: threads that wait for each other cost it more than they bring.
+
+    On cores that other programs use too, two threads were ten times slower than one.
+    """
+    small = sum(parameter.numel() for parameter in _denoiser(pipe).parameters()) < SMALL_NETWORK
     return 1 if device.type == "cpu" and small else None
