@@ -113,7 +113,10 @@ class LatentData(Data):
     def __init__(self, folder: Path, image_size: int, classes: Sequence[str] = (), flip: bool = True) -> None:
         self.index = read_index(folder)
         if self.index["image_size"] != image_size:
-            raise ValueError(f"{folder} was encoded from {self.index['image_size']}-pixel pictures, not {image_size}")
+            made = self.index["image_size"]
+            raise ValueError(
+                f"{folder} was encoded from {made}-pixel pictures, not {image_size}; set image_size to {made}"
+            )
         if flip and not self.index["flip"]:
             raise ValueError(f"{folder} has no mirrored pictures; turn mirroring off or encode again without --no-flip")
         self.flip = flip
