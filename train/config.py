@@ -74,8 +74,11 @@ class TrainingConfig:
         keep: checkpoints kept.
         sample_steps: network calls for a sample.
         guidance_scale: of the samples.
-        fd_every: steps between Fréchet distances on the emoji; 0 for none before the end, -1 for none at all.
+        fd_every: steps between Fréchet distances; 0 for none before the end, -1 for none at all.
         fd_pictures: pictures drawn for it.
+        fd_reference: what FID is measured against, as for `train.fid`: pictures, or statistics. Without it FD-emoji to
+            the training pictures is measured, which are the emoji then.
+        fd_weights: file of FID's Inception weights, or "" for those that torch-fidelity downloads.
     """
 
     data: str = "emoji"
@@ -130,6 +133,8 @@ class TrainingConfig:
     guidance_scale: float = 2.0
     fd_every: int = -1
     fd_pictures: int = 512
+    fd_reference: str = ""
+    fd_weights: str = ""
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -195,10 +200,14 @@ class TrainingConfig:
             raise ValueError(f"fd_every must be steps, 0 for the end alone or -1 for none, got {self.fd_every}")
         if self.fd_every >= 0 and self.fd_pictures < 2:
             raise ValueError(f"fd_pictures must be at least 2, got {self.fd_pictures}")
-        if self.fd_every >= 0 and self.data != "emoji":
+        if self.fd_every >= 0 and self.data not in ("emoji", "") and not self.fd_reference:
             raise ValueError(
-                f"the Fréchet distance in the loop is for the emoji, not {self.data!r}; set fd_every to -1"
+                f"the Fréchet distance on {self.data!r} needs an fd_reference: pictures, or their mu and sigma (.npz); "
+                "or set fd_every to -1"
             )
+        for name in ("fd_reference", "fd_weights"):
+            if getattr(self, name) and self.fd_every < 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r} and fd_every -1, so it is not used; set fd_every")
 
     def _check_mediators(self) -> None:
         for count in self.mediator_counts:

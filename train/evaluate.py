@@ -1,4 +1,8 @@
-"""The Fréchet distance of a model in training, on the emoji: see `train.frechet`."""
+"""The Fréchet distance of a model in training: FD-emoji (`train.frechet`), or FID against a reference (`train.fid`).
+
+Pictures are drawn without guidance, classes in the data's own frequencies, each from a seed of its own, the same at
+every step and for every number of mediators.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from train.config import TrainingConfig
 from train.data import Data
 from train.objectives import Objective
 from train.samples import calls_to_steps, pipeline_of
-from train.seeds import generator_for
+from train.seeds import generator_for, sample_order
 
 if TYPE_CHECKING:
     from attngen.models.sit import SiTTransformer2DModel
@@ -22,33 +26,108 @@ BATCH_SIZE = 64
 
 
 def frechet_distances(
-    model: SiTTransformer2DModel, objective: Objective, config: TrainingConfig, data: Data
+    model: SiTTransformer2DModel,
+    objective: Objective,
+    config: TrainingConfig,
+    data: Data,
+    inception: InceptionDistance | None = None,
 ) -> dict[str, Any]:
-    """Distance to the training pictures, by number of mediators where several are trained.
+    """The distance by number of mediators where several are trained.
 
-    Pictures are drawn without guidance, classes in the data's own frequencies, each from a seed of its own, the same at
-    every step and for every number of mediators.
+    Args:
+        model: the network, in evaluation mode.
+        objective: of the training; its sampler draws.
+        config: of the training.
+        data: of the training.
+        inception: for FID; without it FD-emoji to the training pictures is measured.
+
+    Returns:
+        Numbers by name, and `pictures`, how many were drawn.
     """
-    from train.frechet import fd_emoji, reference_labels
-
     pipe = pipeline_of(model, objective, data)
-    classes = list(data.id2label.values())
-    labels = reference_labels(config.fd_pictures, classes)
+    measure = inception or EmojiDistance(config, data)
     found: dict[str, Any] = {}
     for count in (config.mediator_counts if config.attention == "mediator" else ()) or (None,):
-        result = fd_emoji(draw(pipe, config, labels, count), classes, labels=labels)
-        name = result["name"] if count is None else f"{result['name']} {count} mediators"
-        found[name] = round(result["value"], 4)
-        found["floor"], found["pictures"] = round(result["floor"], 4), result["n"]
-    return found
+        name, value, more = measure(_batches(pipe, config, measure.labels, count))
+        found[name if count is None else f"{name} {count} mediators"] = round(value, 4)
+        found |= more
+    return {**found, "pictures": len(measure.labels)}
 
 
-def draw(pipe: SiTPipeline, config: TrainingConfig, labels: Tensor, count: int | None) -> Tensor:
-    """One picture a label, (N, 3, H, W) in [-1, 1]; a picture depends on its number and label alone."""
-    return torch.cat(list(_batches(pipe, config, labels, count)))
+class EmojiDistance:
+    """FD-emoji to the training pictures."""
+
+    def __init__(self, config: TrainingConfig, data: Data) -> None:
+        from train.frechet import reference_labels
+
+        self.classes = list(data.id2label.values())
+        self.labels = reference_labels(config.fd_pictures, self.classes)
+
+    def __call__(self, batches: Iterator[Tensor]) -> tuple[str, float, dict[str, Any]]:
+        """Name and value of the distance, and its floor."""
+        from train.frechet import fd_emoji
+
+        result = fd_emoji(torch.cat(list(batches)), self.classes, labels=self.labels)
+        return result["name"], result["value"], {"floor": round(result["floor"], 4)}
+
+
+class InceptionDistance:
+    """FID to the reference that a configuration names.
+
+    Args:
+        config: of the training.
+        data: of the training.
+        device: to compute on.
+
+    Raises:
+        ValueError: if the reference cannot be measured, its pictures are of another size, the weights cannot be read,
+            torch-fidelity is missing, or the autoencoder of latents is.
+        OSError: if the weights cannot be downloaded.
+    """
+
+    def __init__(self, config: TrainingConfig, data: Data, device: torch.device) -> None:
+        try:
+            import torch_fidelity  # noqa: F401
+        except ImportError as error:
+            raise ValueError("FID needs torch-fidelity: pip install 'attngen[fid]' brings it") from error
+        from train.fid import check_input
+        from train.fid_extractors import make_extractor
+        from train.fid_inputs import open_input
+
+        if data.vae is not None:
+            from train.latents import load_vae
+
+            load_vae(data.vae["source"], data.vae.get("sha256"))
+        self.labels = data.labels[sample_order(config.seed, torch.ones(len(data)), 0, config.fd_pictures)]
+        self.reference = open_input(config.fd_reference, config.image_size)
+        check_input(self.reference)
+        self.extractor = make_extractor("inception", config.fd_weights or None, device)
+        self._statistics: Any = None
+
+    def __call__(self, batches: Iterator[Tensor]) -> tuple[str, float, dict[str, Any]]:
+        """Name and value of the distance."""
+        from train.fid_extractors import GROUP
+        from train.fid_measure import default_cache, measure_input
+        from train.frechet import RunningStatistics, frechet_distance
+
+        if self._statistics is None:
+            self._statistics = measure_input(self.reference, self.extractor, default_cache()).statistics
+        running = RunningStatistics(keep_features=False)
+        for batch in batches:
+            pixels = (batch * 127.5 + 127.5).round().clamp(0, 255).byte().numpy()
+            for start in range(0, len(pixels), GROUP):
+                running.update(self.extractor.features(pixels[start : start + GROUP])["features"])
+        drawn = running.finish(self.extractor.label, self.extractor.sha256)
+        return self.extractor.metric, frechet_distance(drawn, self._statistics, warn=False), {}
+
+
+def open_distance(config: TrainingConfig, data: Data, device: torch.device) -> InceptionDistance | None:
+    """What FID needs, before the training begins; None where the run measures none, or FD-emoji."""
+    return InceptionDistance(config, data, device) if config.fd_every >= 0 and config.fd_reference else None
 
 
 def _batches(pipe: SiTPipeline, config: TrainingConfig, labels: Tensor, count: int | None) -> Iterator[Tensor]:
+    """One picture a label, (B, 3, H, W) in [-1, 1]; a picture depends on its number and label alone."""
     for start in range(0, len(labels), BATCH_SIZE):
         part = labels[start : start + BATCH_SIZE].tolist()
         mediators: dict[str, Any] = {} if count is None else {"num_mediators": count}

@@ -25,13 +25,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 0 <= options.smooth < 1:
         parser.error(f"--smooth must be in [0, 1), got {options.smooth}")
     try:
-        logs = {run.name: read_log(run) for run in options.runs}
+        names = _short_names(options.runs)
+        logs = {name: read_log(run) for name, run in zip(names, options.runs, strict=True)}
         draw(logs, options.out, options.smooth)
     except (ValueError, OSError, ImportError) as error:
         print(f"train.plot: {error}", file=sys.stderr)
         return 2
     print(options.out)
     return 0
+
+
+def _short_names(runs: Sequence[Path]) -> list[str]:
+    """The folders' own names, or their paths where two are called alike."""
+    names = [run.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
@@ -91,7 +98,7 @@ def draw(logs: dict[str, list[dict[str, Any]]], out: Path, smooth: float) -> Non
         (loss, "loss", "step"),
         (levels, "loss by noise level, last tenth of the run", "noise level"),
         (speed, "pictures a second", "step"),
-        (distance, "Fréchet distance on the emoji (FD-emoji, not FID)", "step"),
+        (distance, "Fréchet distance: FD-emoji, or FID", "step"),
     ):
         axes.set_title(title)
         axes.set_xlabel(x)
@@ -113,10 +120,10 @@ def _draw_levels(axes: Any, name: str, losses: Sequence[dict[str, Any]]) -> None
 
 
 def _draw_distances(axes: Any, name: str, records: Sequence[dict[str, Any]]) -> None:
-    metrics = sorted({key for record in records for key in record if key.startswith("FD-emoji")})
+    metrics = sorted({key for record in records for key in record if key.startswith(("FD-emoji", "FID"))})
     for metric in metrics:
         found = [(record["step"], record[metric]) for record in records if metric in record]
-        kind = metric.partition("] ")[2]
+        kind = metric.partition("] " if "[" in metric else " ")[2]
         axes.plot(*zip(*found, strict=True), marker="o", label=f"{name} {kind}".strip())
 
 

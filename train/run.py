@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from attngen.models.sit import SiTTransformer2DModel
+    from train.evaluate import InceptionDistance
 
 
 MOST_SKIPPED = 30
@@ -88,6 +89,7 @@ class Run:
         objective: forward process and loss.
         out: folder of the run.
         meter: of the log.
+        distance: what FID needs, or None.
         failed: what could not be written the last time it was tried.
     """
 
@@ -101,6 +103,7 @@ class Run:
     objective: Objective
     out: Path
     meter: Meter
+    distance: InceptionDistance | None = None
     failed: set[str] = field(default_factory=set, init=False)
     _skipped: int = field(default=0, init=False)
 
@@ -320,7 +323,7 @@ class Run:
 
         model = self.averaged_model()
         if self.accelerator.is_main_process:
-            self._tell(step, frechet_distances(model, self.objective, self.config, self.data))
+            self._tell(step, frechet_distances(model, self.objective, self.config, self.data, self.distance))
 
     def export(self) -> None:
         """The averaged weights as a pipeline folder, in half precision."""

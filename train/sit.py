@@ -66,8 +66,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
         )
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(TrainingConfig)}
     overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
+    preset = PRESETS[options.preset]
+    if overrides.get("data", preset.data) != preset.data:
+        overrides.setdefault("classes", ())  # the preset's are those of its own data
     try:
-        config = dataclasses.replace(PRESETS[options.preset], **overrides)
+        config = dataclasses.replace(preset, **overrides)
     except ValueError as error:
         parser.error(str(error))
     if not config.data:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from train.checkpoint import clean_name, load_checkpoint, load_optimizer, place_
 from train.config import TrainingConfig
 from train.data import Data
 from train.ema import PowerAverage
+from train.evaluate import open_distance
 from train.meter import trim_log
 from train.objectives import Objective
 from train.run import Run
@@ -26,8 +28,12 @@ if TYPE_CHECKING:
 FREE = (
     *("data", "steps", "sample_every", "save_every", "log_every", "keep", "sample_steps", "guidance_scale", "cooldown"),
     *("balance", "augment", "flip", "max_broken", "workers", "accumulate", "mixed_precision", "compile"),
-    *("gradient_checkpointing", "fd_every", "fd_pictures", "init_from", "interpolation"),
+    *("gradient_checkpointing", "fd_every", "fd_pictures", "fd_reference", "fd_weights", "init_from"),
+    "interpolation",
 )
+
+# The other processes wait while the first one draws samples and measures distances.
+PATIENCE = timedelta(hours=12)
 
 
 def start(
@@ -49,6 +55,7 @@ def start(
     from diffusers.training_utils import EMAModel
 
     accelerator = _accelerator(options, config)
+    distance = open_distance(config, data, accelerator.device) if accelerator.is_main_process else None
     model = build_model(config, data, objective)
     checkpoint = _read(found[-1], config, data) if found else None
     if checkpoint is not None:
@@ -66,7 +73,7 @@ def start(
     ema = EMAModel(wrapped.parameters(), decay=config.ema_decay)
     ema.to(accelerator.device)
     averages = [PowerAverage(wrapped.parameters(), std) for std in config.ema_stds]
-    run = Run(config, data, accelerator, wrapped, optimizers, ema, averages, objective, options.out, meter)
+    run = Run(config, data, accelerator, wrapped, optimizers, ema, averages, objective, options.out, meter, distance)
     step = 0 if checkpoint is None else _restore(run, *checkpoint)
     if accelerator.is_main_process:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -82,13 +89,14 @@ def start(
 
 def _accelerator(options: argparse.Namespace, config: TrainingConfig) -> Accelerator:
     """accelerate's device, processes and precision; ValueError for what they cannot do."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     accelerator = Accelerator(
         cpu=options.cpu,
         mixed_precision=config.mixed_precision,
         log_with=tracker_names(options.trackers) or None,
         project_dir=options.out,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     parts = accelerator.num_processes * config.accumulate
     if config.batch_size % parts:

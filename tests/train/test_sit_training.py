@@ -562,5 +562,3 @@ def test_the_distance_in_the_loop(tmp_path):
         names = [key for key in line if key.startswith("FD-emoji[")]
         assert [name.partition("] ")[2] for name in names] == ["1 mediators", "4 mediators"]
         assert all(line[name] > line["floor"] / 2 for name in names) and line["pictures"] == 8
-    with pytest.raises(SystemExit):
-        run(tmp_path / "other", "--fd-every", "1", "--data", "elsewhere")
