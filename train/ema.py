@@ -7,9 +7,10 @@ other width, up to any saved step, is a combination of what was saved (section 3
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -147,19 +148,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export(run: Path, std: float, step: int | None, out: Path | None) -> Path:
-    """Write the pipeline of an average; returns its folder."""
-    from attngen.models import SiTPipeline
+    """Write the pipeline of an average; returns its folder.
+
+    Raises:
+        ValueError: if the run kept no averages or has no exported pipeline, or none of that step can be made.
+    """
     from train.samples import write_pipeline
 
-    weights: Mapping[str, Any] = reconstruct(run, std, step)
-    pipeline = run / "pipeline"
-    if not (pipeline / "model_index.json").is_file():
-        raise ValueError(f"{run} has no exported pipeline to take the settings from; let the run end first")
-    pipe = SiTPipeline.from_pretrained(pipeline)
-    pipe.transformer.load_state_dict({name: tensor.to(pipe.transformer.dtype) for name, tensor in weights.items()})
+    weights = reconstruct(run, std, step)
+    pipe: Any = _exported(run)
+    network, prefix = (pipe.unet, "unet.") if hasattr(pipe, "unet") else (pipe.transformer, "")
+    network.load_state_dict({name.removeprefix(prefix): tensor.to(network.dtype) for name, tensor in weights.items()})
     folder = out or run / f"pipeline-std-{std:g}"
     write_pipeline(pipe, folder)
     return folder
+
+
+def _exported(run: Path) -> Any:
+    """The pipeline that a run ended with."""
+    from attngen.models import SiTPipeline, UNetClassPipeline
+
+    index = run / "pipeline" / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"{run} has no exported pipeline to take the settings from; let the run end first")
+    kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    cls = UNetClassPipeline if kind == UNetClassPipeline.__name__ else SiTPipeline
+    return cls.from_pretrained(index.parent)
 
 
 if __name__ == "__main__":
