@@ -134,13 +134,16 @@ def tracker_names(names: Sequence[str] | None) -> list[Any]:
 def _warm_start(model: Any, config: TrainingConfig, data: Data, allow_pickle: bool, told: bool) -> None:
     from train.warm_start import format_changes, warm_start
 
-    changes = warm_start(
-        model,
-        config.init_from,
-        interpolation=config.interpolation,
-        id2label=data.id2label,
-        allow_pickle=allow_pickle,
-    )
+    try:
+        changes = warm_start(
+            model,
+            config.init_from,
+            interpolation=config.interpolation,
+            id2label=data.id2label,
+            allow_pickle=allow_pickle,
+        )
+    except ValueError as error:
+        raise ValueError(str(error).replace("allow_pickle=True", "--allow-pickle")) from error
     if told:
         print(format_changes(changes), file=sys.stderr)
 

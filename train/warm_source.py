@@ -102,6 +102,8 @@ def _read_file(path: Path, allow_pickle: bool, default_heads: int | None, settin
 
 def _read_pipeline(path: Path) -> Source:
     index = _read_json(path / "model_index.json")
+    if not (path / "transformer").is_dir():
+        raise ValueError(f"{path} is a {index.get('_class_name')} without a transformer, so it holds no SiT or DiT")
     names = index.get("id2label")
     found = _read_transformer(path / "transformer")
     return dataclasses.replace(found, id2label=None if names is None else {int(k): v for k, v in names.items()})

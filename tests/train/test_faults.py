@@ -46,6 +46,7 @@ def log_of(out) -> list[dict]:
         (("--max-broken", "1.5"), "expected a count (0, 1, 2, …) or a share (0.0 to 1.0)"),
         (("--max-broken", "few"), "expected a count (3) or a share (0.01)"),
         (("--image-size", "17"), "patches of 4 do not divide pictures of 17 pixels"),
+        (("--init-from", "attngen/assets/emoji_unet"), "is a UNetClassPipeline without a transformer"),
         (("--trackers", "papyrus"), "unknown tracker 'papyrus'; known: none, all, aim"),
         (("--trackers", "aim"), "the tracker 'aim' is not installed; install it, or choose from: none"),
     ],
@@ -59,6 +60,14 @@ def test_wrong_values_end_before_work(tmp_path, capsys, monkeypatch, options, me
         code = error.code
     assert code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_pickled_file_to_start_from_names_the_option(tmp_path, capsys):
+    torch.save({"x": torch.zeros(1)}, tmp_path / "official.pt")
+    assert run(tmp_path / "run", "--init-from", str(tmp_path / "official.pt")) == 2
+    assert "pass --allow-pickle" in capsys.readouterr().err
+    assert run(tmp_path / "run", "--init-from", str(tmp_path / "official.pt"), "--allow-pickle") == 2
+    assert "holds no SiT or DiT: its tensors begin with x" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_made(tmp_path, capsys):
