@@ -9,13 +9,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub, which reads it once
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
+import zlib
+
 import pytest
 import torch
 
 torch.set_num_threads(min(int(os.environ["OMP_NUM_THREADS"]), torch.get_num_threads()))
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        share = item.get_closest_marker("share")
+        # The same cases everywhere, whatever else is collected.
+        if share and zlib.crc32(item.name.encode()) % share.args[0]:
+            item.add_marker(pytest.mark.slow)
     reasons = {}
     if not torch.cuda.is_available():
         reasons["gpu"] = "needs a CUDA device"

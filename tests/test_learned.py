@@ -402,6 +402,7 @@ def test_half_precision_and_autocast(name, method):
         assert out.dtype == torch.bfloat16 and (out.float() - want).norm() <= 0.1 * want.norm()
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize("sequential", [False, True])
 def test_offloading(method, sequential):
     import accelerate

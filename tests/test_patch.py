@@ -65,6 +65,7 @@ def ignore_cost():
     return warnings.catch_warnings(action="ignore", category=AttnGenWarning)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("method", [*METHODS, *ACTIVE.values(), *EXACT.values()], ids=[*METHODS, *ACTIVE, *EXACT])
 def test_apply_and_remove(host, model, method):
     exact, clean = stock_output(host), snapshot(model)
@@ -218,6 +219,7 @@ def test_the_patch_does_not_keep_a_model_alive():
 # Copies, files, threads
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("method", ["agentsd", TokenMerging(0.5, random=True)], ids=["agentsd", "random"])
 def test_copies_are_patched_and_independent(host, model, method, copied):
@@ -576,6 +578,7 @@ PLAN3 = Plan(
 )
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize(
     ("time", "stage"), [(1.0, 0), (0.9, 0), (0.61, 0), (0.59, 1), (0.4, 1), (0.21, 1), (0.19, 2), (0.0, 2)]
 )

@@ -52,7 +52,8 @@ def close(got, want, tolerance=1e-5):
 
 
 @pytest.mark.parametrize(
-    ("name", "compiled"), [("sd15", whole), ("sd15", by_block), ("flux", in_place), ("sit", whole)]
+    ("name", "compiled"),
+    [("sd15", whole), ("sd15", by_block), ("sit", whole), pytest.param("flux", in_place, marks=pytest.mark.slow)],
 )
 def test_a_graph_for_each_stage_and_no_more(name, compiled):
     host, model, eager, backend = HOSTS[name], slim(name), slim(name), Counter()
@@ -68,9 +69,9 @@ def test_a_graph_for_each_stage_and_no_more(name, compiled):
         assert backend.graphs == len(TIMES)
 
 
-def test_sizes_share_graphs():
+@pytest.mark.parametrize("name", ["sit", pytest.param("sd15", marks=pytest.mark.slow)])
+def test_sizes_share_graphs(name):
     """The second size compiles anew with sizes as variables; from then on none does."""
-    name = "sd15"
     host, model, eager, backend = HOSTS[name], slim(name), slim(name), Counter()
     plan = Plan((Stage(1.0, {"*": AGENTS}),))
     attngen.apply(eager, plan)
@@ -82,8 +83,15 @@ def test_sizes_share_graphs():
     assert backend.graphs <= 3
 
 
-@pytest.mark.parametrize("method", [*ACTIVE.values(), "agentsd", "softmax"], ids=[*ACTIVE, "agentsd", "softmax"])
-def test_every_method_in_one_graph(method):
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("agents", "merging", "downsampled", "linear-elu") else pytest.mark.slow)
+        for name in (*ACTIVE, "agentsd", "softmax")
+    ],
+)
+def test_every_method_in_one_graph(name):
+    method = ACTIVE.get(name, name)
     host, model, eager = HOSTS["pixart"], slim("pixart"), slim("pixart")
     attngen.apply(eager, method)
     attngen.apply(model, method)
@@ -91,7 +99,7 @@ def test_every_method_in_one_graph(method):
         close(host(whole(model, "eager")), host(eager))
 
 
-@pytest.mark.parametrize("name", ["dit", "sd3", "sd35"])
+@pytest.mark.parametrize("name", ["dit", "sd3", pytest.param("sd35", marks=pytest.mark.slow)])
 def test_every_model_in_one_graph(name):
     host, model, eager = HOSTS[name], slim(name), slim(name)
     for method in (AGENTS, TokenMerging(0.5)):
@@ -101,7 +109,9 @@ def test_every_model_in_one_graph(name):
             close(host(whole(model, "eager")), host(eager))
 
 
-@pytest.mark.parametrize(("name", "compiled"), [("sd15", whole), ("flux", in_place)])
+@pytest.mark.parametrize(
+    ("name", "compiled"), [("flux", in_place), pytest.param("sd15", whole, marks=pytest.mark.slow)]
+)
 def test_patching_a_compiled_model_and_taking_it_back(name, compiled):
     host, model, eager = HOSTS[name], slim(name), slim(name)
     run = compiled(model, "eager")
@@ -125,7 +135,7 @@ def test_patching_a_compiled_model_and_taking_it_back(name, compiled):
 
 def test_inductor():
     host, model, eager = HOSTS["sit"], slim("sit"), slim("sit")
-    plan = Plan(PLAN.stages[:2])
+    plan = Plan(PLAN.stages[:1])
     attngen.apply(eager, plan)
     attngen.apply(model, plan)
     run = torch.compile(model, fullgraph=True)

@@ -94,6 +94,7 @@ def test_other_shapes_by_definition(size, grid, method):
 # tomesd
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("size", [(16, 16), (8, 24), (24, 10), (9, 15), (13, 11), (7, 8), (17, 5)])
 @pytest.mark.parametrize("ratio", [0.5, 0.3, 0.75])
 @pytest.mark.parametrize("name", ["sd15", "sd21"])

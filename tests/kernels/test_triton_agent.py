@@ -192,6 +192,7 @@ CASES = [
 ]
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def interpreted_gradients_match_float64(case):
     compare(case)
@@ -206,6 +207,7 @@ def interpreted_all_sizes(tokens, head_dim, agents):
 
 
 # Batch 5 of 2 heads: several programs share the batch of a gradient, and the last has fewer elements.
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("aggregation_bias", "broadcast_bias"),
     [

@@ -130,6 +130,7 @@ COVERING = [
 ]
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(("n", "length", "d", "e", "feature_map"), COVERING)
 def test_output_and_gradients_are_those_of_the_definition(poisoned, n, length, d, e, feature_map):
     check(poisoned, n, length, d, e, feature_map)
@@ -143,6 +144,7 @@ def test_all_sizes(poisoned, n, d, feature_map):
     check(poisoned, n, {1: 63, 63: 256, 256: 1000, 300: 300, 1000: 1}[n], d, d, feature_map)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("feature_map", MAPS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(poisoned, feature_map, dtype):

@@ -341,7 +341,18 @@ def test_every_kind_of_run_ends_with_a_pipeline(tmp_path, options):
 
 
 def test_a_compiled_run_with_changing_numbers_of_mediators(tmp_path):
-    common = ("--steps", "4", "--sample-steps", "1", "--max-grad-norm", "0", "--optimizer", "adamw")
+    common = (
+        "--steps",
+        "4",
+        "--num-layers",
+        "1",
+        "--sample-steps",
+        "1",
+        "--max-grad-norm",
+        "0",
+        "--optimizer",
+        "adamw",
+    )
     try:
         assert run(tmp_path / "compiled", *common, "--compile") == 0
     finally:
