@@ -220,3 +220,10 @@ def test_a_gradient_that_is_not_a_number_stops_at_once(tmp_path, capsys, monkeyp
     assert run(tmp_path, "--steps", "2") == 2
     assert "the norm of the gradient is inf in step 1; there is no checkpoint yet" in capsys.readouterr().err
     assert not list_checkpoints(tmp_path / "checkpoints")
+
+
+def test_a_bar_tells_pictures_a_second_and_the_time_left(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert run(tmp_path, "--steps", "3") == 0
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert "step 3/3: 100%" in last and "24.0/24.0" in last and "pictures/s, loss=" in last
