@@ -66,6 +66,7 @@ class TrainingConfig:
         steps: optimiser steps.
         seed: of weights, data order, noise and label dropout.
         mixed_precision: "no", "bf16" or "fp16".
+        tf32: on GPUs multiply float32 matrices in TensorFloat-32, as the published recipes do; CPUs do not have it.
         compile: compile the network with torch.compile.
         gradient_checkpointing: compute activations again in the backward pass, to save memory.
         log_every: steps between lines of the log.
@@ -123,6 +124,7 @@ class TrainingConfig:
     steps: int = 5000
     seed: int = 0
     mixed_precision: str = "no"
+    tf32: bool = True
     compile: bool = False
     gradient_checkpointing: bool = False
     log_every: int = 1

@@ -11,6 +11,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from train.build import build_model, build_optimizers, compile_model, make_meter
 from train.checkpoint import clean_name, load_checkpoint, load_optimizer, place_like, write_json
 from train.config import TrainingConfig
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 # What may change when a run goes on: nothing that decides what its weights are made of.
 FREE = (
     *("data", "steps", "sample_every", "save_every", "log_every", "keep", "sample_steps", "guidance_scale", "cooldown"),
-    *("balance", "augment", "flip", "max_broken", "workers", "accumulate", "mixed_precision", "compile"),
+    *("balance", "augment", "flip", "max_broken", "workers", "accumulate", "mixed_precision", "tf32", "compile"),
     *("gradient_checkpointing", "fd_every", "fd_pictures", "fd_reference", "fd_weights", "init_from"),
     "interpolation",
 )
@@ -70,7 +72,8 @@ def start(
         compile_model(model, config)
     prepared: Any = accelerator.prepare(model, *optimizers)
     wrapped, *optimizers = prepared
-    ema = EMAModel(wrapped.parameters(), decay=config.ema_decay)
+    # On a GPU a few kernels for all tensors, rather than a few for each, which a small network would wait for.
+    ema = EMAModel(wrapped.parameters(), decay=config.ema_decay, foreach=accelerator.device.type == "cuda")
     ema.to(accelerator.device)
     averages = [PowerAverage(wrapped.parameters(), std) for std in config.ema_stds]
     run = Run(config, data, accelerator, wrapped, optimizers, ema, averages, objective, options.out, meter, distance)
@@ -106,7 +109,14 @@ def _accelerator(options: argparse.Namespace, config: TrainingConfig) -> Acceler
         )
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision is 'fp16', which needs a GPU, and this runs on the CPU; use 'bf16' or 'no'")
+    set_matmul_precision(accelerator.device, config)
     return accelerator
+
+
+def set_matmul_precision(device: torch.device, config: TrainingConfig) -> None:
+    """Of products of float32 matrices on a GPU, for this program."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
 
 
 def tracker_names(names: Sequence[str] | None) -> list[Any]:

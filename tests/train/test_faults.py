@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from train.meter import append_line
 from train.presets import PRESETS
 from train.run import MOST_SKIPPED, Run
 from train.signals import StopOnSignal
+from train.start import set_matmul_precision
 
 
 def log_of(out) -> list[dict]:
@@ -99,6 +101,16 @@ def test_unreadable_pictures_are_counted_in_the_log(tmp_path, capsys):
     assert [line["unreadable"] for line in log_of(tmp_path / "one")][-1] == 1
     assert run(tmp_path / "none", *options, "--max-broken", "0") == 2
     assert "step 1: 1 of 8 pictures cannot be read" in capsys.readouterr().err
+
+
+def test_matmul_precision_is_set_on_gpus_alone():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for device, tf32, wanted in (("cuda", True, "high"), ("cuda", False, "highest"), ("cpu", True, "highest")):
+            set_matmul_precision(torch.device(device), dataclasses.replace(PRESETS["emoji-tiny"], tf32=tf32))
+            assert torch.get_float32_matmul_precision() == wanted
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_a_killed_save_leaves_nothing_behind(tmp_path):
