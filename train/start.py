@@ -57,6 +57,7 @@ def start(
     from diffusers.training_utils import EMAModel
 
     accelerator = _accelerator(options, config)
+    check_same_checkpoint(accelerator, options.out, found)
     distance = open_distance(config, data, accelerator.device) if accelerator.is_main_process else None
     model = build_model(config, data, objective)
     checkpoint = _read(found[-1], config, data) if found else None
@@ -111,6 +112,17 @@ def _accelerator(options: argparse.Namespace, config: TrainingConfig) -> Acceler
         raise ValueError("mixed_precision is 'fp16', which needs a GPU, and this runs on the CPU; use 'bf16' or 'no'")
     set_matmul_precision(accelerator.device, config)
     return accelerator
+
+
+def check_same_checkpoint(accelerator: Any, out: Path, found: Sequence[Path]) -> None:
+    """Raise ValueError unless all processes see the same newest checkpoint; nodes with disks of their own do not."""
+    mine = int(found[-1].name.removeprefix("step-")) if found else 0
+    steps = accelerator.gather(torch.tensor([mine], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        seen = ", ".join(map(str, steps))
+        raise ValueError(
+            f"the processes see different checkpoints in {out} (steps {seen}); put it on a disk they share"
+        )
 
 
 def set_matmul_precision(device: torch.device, config: TrainingConfig) -> None:

@@ -20,7 +20,7 @@ from train.meter import append_line
 from train.presets import PRESETS
 from train.run import MOST_SKIPPED, Run
 from train.signals import StopOnSignal
-from train.start import set_matmul_precision
+from train.start import check_same_checkpoint, set_matmul_precision
 
 
 def log_of(out) -> list[dict]:
@@ -101,6 +101,18 @@ def test_unreadable_pictures_are_counted_in_the_log(tmp_path, capsys):
     assert [line["unreadable"] for line in log_of(tmp_path / "one")][-1] == 1
     assert run(tmp_path / "none", *options, "--max-broken", "0") == 2
     assert "step 1: 1 of 8 pictures cannot be read" in capsys.readouterr().err
+
+
+def test_nodes_with_disks_of_their_own_are_refused(tmp_path):
+    class Two:
+        device = torch.device("cpu")
+
+        def gather(self, mine):
+            return torch.cat([torch.tensor([12]), mine])
+
+    check_same_checkpoint(Two(), tmp_path, [tmp_path / "step-00000006", tmp_path / "step-00000012"])
+    with pytest.raises(ValueError, match=r"\(steps 12, 0\); put it on a disk they share"):
+        check_same_checkpoint(Two(), tmp_path, [])
 
 
 def test_matmul_precision_is_set_on_gpus_alone():
