@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -108,6 +109,8 @@ def _accelerator(options: argparse.Namespace, config: TrainingConfig) -> Acceler
             f"a batch of {config.batch_size} cannot be shared by {accelerator.num_processes} processes in "
             f"{config.accumulate} parts each; batch_size must be a multiple of {parts}"
         )
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") and accelerator.device.type == "cpu":
+        raise ValueError("ACCELERATE_USE_FSDP is set, and accelerate shards on GPUs only, this runs on CPUs; unset it")
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision is 'fp16', which needs a GPU, and this runs on the CPU; use 'bf16' or 'no'")
     set_matmul_precision(accelerator.device, config)

@@ -103,6 +103,12 @@ def test_unreadable_pictures_are_counted_in_the_log(tmp_path, capsys):
     assert "step 1: 1 of 8 pictures cannot be read" in capsys.readouterr().err
 
 
+def test_sharding_on_cpus_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert run(tmp_path / "run") == 2
+    assert "accelerate shards on GPUs only" in capsys.readouterr().err
+
+
 def test_nodes_with_disks_of_their_own_are_refused(tmp_path):
     class Two:
         device = torch.device("cpu")
