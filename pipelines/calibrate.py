@@ -86,6 +86,8 @@ def check_model(options: argparse.Namespace) -> None:
     if classes and options.prompt:
         raise cli.UserError(f"{options.model} draws classes, not texts: give --labels instead of --prompt")
     if not classes:
+        if options.labels and not folder.is_dir():
+            raise cli.UserError(f"there is no folder {options.model}; models of classes are read from folders")
         if options.labels:
             raise cli.UserError(f"{options.model} is no folder of a pipeline of classes: give --prompt, not --labels")
         text2image.check_model(options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -269,3 +270,11 @@ class TrainingConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def describe_fields() -> dict[str, str]:
+    """What each field is, from the docstring of `TrainingConfig`; Python without docstrings (-OO) has none."""
+    text = (TrainingConfig.__doc__ or "").partition("Attributes:")[2]
+    found = re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", text, flags=re.MULTILINE)
+    described = {name: " ".join(words.split()).rstrip(".") for name, words in found}
+    return {field.name: described.get(field.name, "") for field in dataclasses.fields(TrainingConfig)}

@@ -51,12 +51,19 @@ def rows_of(pipe: Any, plans: Sequence[tuple[str, Path]] = ()) -> list[Row]:
 
 
 def swap_rows() -> list[Row]:
-    """Training-free methods: the presets, and agents in every layer, in several numbers."""
-    from attngen import METHODS, AgentAttention, Plan
+    """Training-free methods: the presets, and in every layer agents in several numbers, merging and fewer keys.
+
+    The presets leave layers of few tokens exact, so that they change nothing in a small model.
+    """
+    from attngen import METHODS, AgentAttention, DownsampledKV, Plan, TokenMerging
 
     agents = [Row(f"agent-{n}", Plan.of(AgentAttention(num_agents=n)), kind="agents") for n in (4, 16, 64, 128)]
+    others = [
+        Row("merge-half", Plan.of(TokenMerging(0.5)), kind="everywhere"),
+        Row("keys-quarter", Plan.of(DownsampledKV(2)), kind="everywhere"),
+    ]
     presets = [Row(name, plan, kind="presets") for name, plan in METHODS.items() if name != BASELINE]
-    return [Row(BASELINE, METHODS[BASELINE], kind="presets"), *presets, *agents]
+    return [Row(BASELINE, METHODS[BASELINE], kind="presets"), *presets, *agents, *others]
 
 
 def mediator_rows() -> list[Row]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.broken import parse_max_broken
-from train.config import TrainingConfig
+from train.config import TrainingConfig, describe_fields
 from train.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -52,7 +52,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     parser.add_argument(
         "--trackers", nargs="*", metavar="NAME", help="of accelerate: wandb, … ; default tensorboard where installed"
     )
-    recipe = parser.add_argument_group("the recipe", "every field of the preset can be overridden")
+    recipe = parser.add_argument_group(
+        "the recipe", "every field of a preset can be overridden; the defaults are of emoji"
+    )
     for field in dataclasses.fields(TrainingConfig):
         _add_field(recipe, field)
     options = parser.parse_args(argv)
@@ -83,14 +85,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
 
 
 def _add_field(group: Any, field: dataclasses.Field[Any]) -> None:
-    flag, help_text = "--" + field.name.replace("_", "-"), f"default {field.default!r}, or the preset's"
+    flag = "--" + field.name.replace("_", "-")
+    # argparse formats help texts with %.
+    help_text = f"{describe_fields()[field.name]} (default {field.default!r})".replace("%", "%%")
     if isinstance(field.default, tuple):
         kind = str if field.name == "classes" else float if field.name in _FLOATS else int
         group.add_argument(flag, nargs="*", type=kind, default=None, help=help_text)
     elif isinstance(field.default, bool):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help_text)
     elif field.name == "max_broken":
-        group.add_argument(flag, type=_count_or_share, default=None, help=f"{help_text}; a count (3) or a share (0.01)")
+        group.add_argument(flag, type=_count_or_share, default=None, help=help_text)
     else:
         group.add_argument(flag, type=type(field.default), default=None, help=help_text)
 

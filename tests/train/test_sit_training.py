@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from train import sit
 from train.build import build_model
 from train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, write_json
-from train.config import TrainingConfig
+from train.config import TrainingConfig, describe_fields
 from train.data import open_data
 from train.ema import PowerAverage, Profile, combination, gamma_of
 from train.objectives import make_objective
@@ -547,6 +547,10 @@ def test_a_missing_extra_is_named(tmp_path, capsys, monkeypatch):
 def test_help_is_quick_and_needs_no_torch():
     probe = "import sys; from train.sit import parse_arguments; parse_arguments([]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", probe], cwd=ROOT, check=True)
+
+
+def test_help_says_what_every_field_is():
+    assert all(describe_fields().values())
 
 
 def test_the_loss_falls(tmp_path):
