@@ -228,6 +228,8 @@ def load_pipeline(name: str) -> Any:
     import attngen
 
     folder = Path(name)
+    if (folder / "pipeline" / "model_index.json").is_file():
+        raise ValueError(f"{name} is a training run; pass its pipeline, {folder / 'pipeline'}")
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         config = _json(folder / "config.json")
         if config.get("_class_name") != "SiTTransformer2DModel":

@@ -446,6 +446,10 @@ def test_a_bare_sit_and_other_bare_models(tmp_path, capsys):
     assert "holds UNet2DConditionModel, not a pipeline" in capsys.readouterr().err
     assert run(tmp_path, tmp_path / "x.safetensors") == 2
     assert "cannot read" in capsys.readouterr().err
+    (tmp_path / "run" / "pipeline").mkdir(parents=True)
+    (tmp_path / "run" / "pipeline" / "model_index.json").write_text("{}")
+    assert run(tmp_path / "run", tmp_path / "x.safetensors") == 2
+    assert f"is a training run; pass its pipeline, {tmp_path / 'run' / 'pipeline'}" in capsys.readouterr().err
 
 
 # Inputs
