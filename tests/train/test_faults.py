@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import types
 from pathlib import Path
 
 import accelerate.tracking
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from tests.train.test_sit_training import assert_same, run, weights
+from train.build import compile_model
 from train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, write_json
 from train.meter import append_line
 from train.presets import PRESETS
@@ -129,6 +131,17 @@ def test_matmul_precision_is_set_on_gpus_alone():
             assert torch.get_float32_matmul_precision() == wanted
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_torch_is_told_how_many_graphs_it_will_compile():
+    """It gives up after 8 and goes on uncompiled, without a word."""
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(recompile_limit=8):
+        options = {}
+        model = types.SimpleNamespace(compile=options.update)
+        compile_model(model, dataclasses.replace(PRESETS["emoji-tiny"], mediator_counts=tuple(range(1, 13))))
+        assert torch._dynamo.config.recompile_limit >= 12 and options == {"dynamic": False}
 
 
 def test_a_killed_save_leaves_nothing_behind(tmp_path):
