@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "app"
 PORT = 7860
-QUEUE_PAUSE = 0.02  # seconds
+QUEUE_PAUSE, PROGRESS_PAUSE = 0.02, 0.05  # seconds
 MAX_QUEUE = 16
 MAX_UPLOAD = "20mb"
 PASSWORD = "ATTNGEN_PASSWORD"
@@ -182,7 +182,7 @@ def build_ui(
         add_endpoints(engine, folder, wrap)
     page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1, api_open=False)
     # Gradio looks into an empty queue a thousand times a second, a tenth of a core for a page that nobody uses.
-    page._queue.sleep_when_free = QUEUE_PAUSE
+    page._queue.sleep_when_free, page._queue.progress_update_sleep_when_free = QUEUE_PAUSE, PROGRESS_PAUSE
     return page
 
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from pipelines import cli
 
 PROGRAM = "docs/make_screenshots.py"
-WIDTH, HEIGHT = 1280, 900
+WIDTH, HEIGHT = 1280, 1130
 COLOURS = 256  # of the files, which keeps them small
 WAIT = 600_000  # ms
 EXAMPLES = """

@@ -28,22 +28,25 @@ class Use(NamedTuple):
 
     @property
     def label(self) -> str:
-        """A few words that tell it from other uses: the name, and the options that are not the default."""
+        """A few words that tell it from other uses: the name, counts, and other options that are not the default."""
         info = find_method(self.method)
         defaults = {option.name: option for option in info.options}
-        told = [
-            "" if name == PLAN else str(value) if defaults[name].kind == "counts" else f"{name} {_plain(value)}"
-            for name, value in self.options.items()
-            if name in defaults and value != defaults[name].default
-        ]
-        return " ".join([info.name if info.name != UNCHANGED else "unchanged", *filter(None, told)])
+        told = [info.name if info.name != UNCHANGED else "unchanged"]
+        for name, value in self.options.items():
+            if name in defaults and defaults[name].kind == "counts":
+                told.append(str(value))
+            elif name in defaults and name != PLAN and value != defaults[name].default:
+                told.append(f"{name} {_plain(value)}")
+        return " ".join(told)
 
     @property
     def text(self) -> str:
         """The text that `parse_use` reads; only options that are not the default."""
-        defaults = {option.name: option.default for option in find_method(self.method).options}
-        options = [f"{name}={_plain(value)}" for name, value in self.options.items() if value != defaults.get(name)]
-        return " ".join([self.method, *options])
+        known = find_method(self.method).options
+        defaults = {option.name: option.default for option in known}
+        told = {name: _plain(value) for name, value in self.options.items() if value != defaults.get(name)}
+        first = [told.pop(known[0].name)] if known and known[0].name in told else []
+        return " ".join([self.method, *first, *(f"{name}={value}" for name, value in told.items())])
 
 
 def parse_use(typed: str) -> Use:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 MAX_PARTS = 16
 MAX_COUNT = 1 << 16
 WIDTH, HEIGHT, MARGIN = 640, 150, 12  # of the picture, in pixels
-BAR, BAR_EXACT, INK, QUIET = (78, 121, 167), (196, 200, 208), (32, 34, 40), (110, 114, 122)
+# Readable on a light page and on a dark one, which shows through.
+BAR, BAR_EXACT, INK, QUIET = (78, 121, 167), (196, 200, 208), (32, 34, 40), (124, 128, 136)
 
 
 class Part(NamedTuple):
@@ -96,15 +97,18 @@ def draw_parts(parts: Sequence[Part], title: str) -> Image.Image:
     """Bars over time, noise on the left and the picture on the right.
 
     Args:
-        parts: by falling start, the first at 1.
-        title: stands above the bars.
+        parts: by falling start, the first at 1; none for the title alone.
+        title: stands above the bars, or in their place.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    picture = Image.new("RGBA", (WIDTH, HEIGHT), (255, 255, 255, 0))
     draw = ImageDraw.Draw(picture)
     font, small = ImageFont.load_default(size=15), ImageFont.load_default(size=13)
-    draw.text((MARGIN, 8), title, INK, font)
+    if not parts:
+        draw.text((WIDTH / 2, HEIGHT / 2), _fitting(title, WIDTH - 2 * MARGIN, font), QUIET, font, anchor="mm")
+        return picture
+    draw.text((MARGIN, 8), title, QUIET, font)
     top, floor, span = 36, HEIGHT - 30, WIDTH - 2 * MARGIN
     for part, end in zip(parts, [*(later.start for later in parts[1:]), 0.0], strict=True):
         left, right = MARGIN + span * (1 - part.start), MARGIN + span * (1 - end)

@@ -39,7 +39,7 @@ class CalibrateTab:
         )
         self.fits = gr.Textbox(_verdict(form.first), label="This model", interactive=False, elem_id="calibrate-model")
         with gr.Row():
-            self.kind = gr.Radio([BY_ERROR, BY_SPEED], value=BY_ERROR, label="Bound", elem_id="bound-kind")
+            self.kind = gr.Radio([BY_ERROR, BY_SPEED], value=BY_ERROR, label="What is bounded", elem_id="bound-kind")
             self.bound = gr.Number(
                 0.05, label="Bound", info="error: relative to the exact result; speed-up: times, of attention",
                 minimum=0.0001, maximum=1000, elem_id="bound",
@@ -62,7 +62,7 @@ class CalibrateTab:
             )  # fmt: skip
             with gr.Column():
                 self.text = gr.Textbox(label="Plan", lines=10, max_lines=16, interactive=False, elem_id="plan-text")
-                self.file = gr.File(label="Plan file", interactive=False, elem_id="plan-file")
+                self.file = gr.File(label="Plan file", interactive=False, height=90, elem_id="plan-file")
                 self.use = gr.Button("Draw with this plan", interactive=False, elem_id="use-plan")
         self._wire()
 
@@ -147,5 +147,5 @@ def outcome(plan: Any) -> str:
 
 def _verdict(model: Model) -> str:
     if PLAN in model.refused:
-        return f"{model.name} cannot be calibrated: {model.refused[PLAN]}"
+        return f"{model.name} cannot be calibrated; choose another model on Generate. {model.refused[PLAN]}"
     return f"{model.name} can be calibrated."

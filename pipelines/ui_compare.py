@@ -46,7 +46,7 @@ class CompareTab:
                     max_choices=MAX_METHODS,
                     allow_custom_value=True,
                     label="Methods to compare",
-                    info="The first is what the others are compared with. Type your own: agent agents=64 min_tokens=0",
+                    info="The first is what the others are compared with. Type your own: agent 64 min_tokens=0",
                     elem_id="methods",
                 )
                 self.add = gr.Button("Add the method chosen on Generate", size="sm", elem_id="add-method")
@@ -82,7 +82,7 @@ class CompareTab:
                     elem_classes=["tiny-pictures"],
                 )  # fmt: skip
                 self.apart = gr.Image(
-                    label=f"Difference, {DIFFERENCE_GAIN} times as bright", format="png", height=260,
+                    label=f"Difference, {DIFFERENCE_GAIN} times as bright", type="filepath", format="png", height=260,
                     interactive=False, buttons=["download"], elem_id="difference", elem_classes=["tiny-pictures"],
                 )  # fmt: skip
         with gr.Accordion("All pictures on one sheet: a row a method, a column a seed", open=False):
@@ -137,12 +137,12 @@ class CompareTab:
         files = [save(row.result, self.folder).files for row in found.rows]
         shown = []
         for i, row in enumerate(found.rows):
-            shown.append((row.label, str(self._large(found, i)), found.difference(i)))
+            shown.append((row.label, self._large(row.result.pictures[0]), self._large(found.difference(i))))
         sheet = self._write("sheet", comparison_sheet(found))
         settings = found.rows[0].result.settings
         last = len(shown) - 1
         return {
-            self.status: f"Done: {settings.prompt}, seed {settings.seed}, {settings.steps} steps."
+            self.status: f"Done: {settings.prompt}, seed {settings.seed}, steps: {settings.steps}."
             " The warm-up is in no number.",
             self.table: found.table(),
             self.against: gr.update(choices=[(row.label, i) for i, row in enumerate(found.rows)], value=last),
@@ -153,10 +153,9 @@ class CompareTab:
             self.shown: shown,
         }
 
-    def _large(self, found: Comparison, row: int) -> Path:
-        """A file with a picture large enough for the slider, which smooths what it enlarges."""
-        picture = found.rows[row].result.pictures[0]
-        return self._write("shown", enlarge(picture, max(1, SHOWN_SIZE * 2 // max(picture.size))))
+    def _large(self, picture: Any) -> str:
+        """A file with the picture, large enough for the slider, which smooths what it enlarges."""
+        return str(self._write("shown", enlarge(picture, max(1, SHOWN_SIZE * 2 // max(picture.size)))))
 
     def _write(self, stem: str, picture: Any) -> Path:
         path = self.folder / f"{stem}-{secrets.token_hex(6)}.png"
@@ -203,11 +202,11 @@ def suggestions(model: Model) -> list[str]:
     """Methods worth comparing on a model, as texts."""
     found = ["none"]
     if MEDIATORS not in model.refused:
-        found += [f"{MEDIATORS} mediators=4", f"{MEDIATORS} mediators=1:4,0.5:16,0.2:25", f"{MEDIATORS} mediators=25"]
+        found += [f"{MEDIATORS} 4", f"{MEDIATORS} 1:4,0.5:16,0.2:25", f"{MEDIATORS} 25"]
     if "agent" not in model.refused:
         small = max(model.size or (512, 512)) <= 64
         rest = " min_tokens=0" if small else ""
-        found += [f"agent agents=64{rest}", "tome", f"agent agents=16{rest}", "todo", "agentsd", "softmax"]
+        found += [f"agent 64{rest}", "tome", f"agent 16{rest}", "todo", "agentsd", "softmax"]
     return found
 
 

@@ -48,8 +48,7 @@ class Form:
                 self.engine.models.names,
                 value=model.name,
                 label="Model",
-                info="One that ships"
-                + ("" if self.engine.models.allowed else ", a hub id, a folder or a .safetensors file"),
+                info="or type a hub id, folder or file" if self.engine.models.allowed is None else "Loaded when chosen",
                 allow_custom_value=self.engine.models.allowed is None,
                 elem_id="model",
             )
@@ -120,7 +119,13 @@ class Form:
         height, width = model.size or (512, 512)
         with gr.Row():
             self.steps = gr.Slider(
-                1, min(250, limits.steps), value=min(model.steps, limits.steps), step=1, label="Steps", elem_id="steps"
+                1,
+                min(250, limits.steps),
+                value=min(model.steps, limits.steps),
+                step=1,
+                label="Steps",
+                info="of the sampler",
+                elem_id="steps",
             )
             self.guidance = gr.Slider(
                 0,

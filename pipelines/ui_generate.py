@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from pipelines.method_catalogue import MEDIATORS
 from pipelines.models import CLASSES
 from pipelines.recall import recall
 from pipelines.results import Progress, Result, save
-from pipelines.ui_events import EXPECTED, Wrap, as_gradio_error, follow, merged, started_and_stopped
+from pipelines.ui_events import EXPECTED, Wrap, as_gradio_error, follow, merged, message_of, started_and_stopped
 from pipelines.ui_form import Form
 
 MAX_HISTORY = 60
@@ -73,7 +74,7 @@ class GenerateTab:
             label="Pictures",
             format="png",
             columns=2,
-            height=380,
+            height="auto",
             object_fit="contain",
             fit_columns=False,
             buttons=["download", "fullscreen"],
@@ -112,7 +113,14 @@ class GenerateTab:
         else:
             rows, parts = [[prompt] for prompt in EXAMPLE_PROMPTS], [form.prompt]
         if rows:
-            gr.Examples(rows, parts, label="Examples", elem_id="examples", examples_per_page=6, api_name=None)
+            shown = gr.Examples(rows, parts, label="Examples", elem_id="examples", examples_per_page=6, api_name=None)
+            form.model.change(
+                lambda name: gr.update(visible=name == model.name),  # other models have other classes and methods
+                [form.model],
+                [shown.dataset],
+                show_progress="hidden",
+                api_visibility="private",
+            )
 
     @property
     def outputs(self) -> list[Any]:
@@ -146,7 +154,7 @@ class GenerateTab:
     @property
     def _fill_outputs(self) -> list[Any]:
         form = self.form
-        parts = [form.model, *form.model_outputs, *form.outputs, self.status, form.keep_settings]
+        parts = [form.model, *form.model_outputs, *form.outputs, self.dropped, self.status]
         return list(dict.fromkeys(parts))
 
     def draw(self, keep_settings: bool, past: list[str], *values: Any) -> Generator[dict[Any, Any], None, None]:
@@ -154,7 +162,7 @@ class GenerateTab:
         try:
             settings = self.engine.check(self.form.settings(*values))
         except EXPECTED as error:
-            yield {self.status: f"Not done: {error}"}
+            yield {self.status: f"Not done: {message_of(error)}"}
             raise as_gradio_error(error) from error
         yield {self.gallery: None, self.files: None, self.cost: "", self.report: "", self.form.seed: settings.seed}
 
@@ -170,8 +178,10 @@ class GenerateTab:
             kept = [*files, *past][:MAX_HISTORY]
             return {
                 self.status: f"Done: {done.settings.prompt}, seed {done.settings.seed}, {done.settings.width} x"
-                f" {done.settings.height}, {done.settings.steps} steps, {done.settings.use.label}.",
-                self.gallery: gr.update(value=list(zip(files, seeds, strict=True)), selected_index=None),
+                f" {done.settings.height}, steps: {done.settings.steps}, {done.settings.use.label}.",
+                self.gallery: gr.update(
+                    value=list(zip(files, seeds, strict=True)), selected_index=None, columns=columns_for(len(files))
+                ),
                 self.files: files,
                 self.cost: done.summary(),
                 self.report: "" if done.report is None else str(done.report),
@@ -182,8 +192,8 @@ class GenerateTab:
 
         yield from follow(self.engine.generate(settings), self.status, show, finish)
 
-    def fill(self, path: str | None) -> dict[Any, Any]:
-        """Fill the form from a dropped picture."""
+    def fill(self, path: str | None) -> Generator[dict[Any, Any], None, None]:
+        """Fill the form from a dropped picture, and be ready for the next one."""
         try:
             if path is None:
                 raise UserError("drop a PNG file")
@@ -193,14 +203,20 @@ class GenerateTab:
             for part, value in self.form.values_of(found.settings).items():
                 updates[part] = merged(updates.get(part), value)
         except EXPECTED as error:
+            yield {self.dropped: None, self.status: f"Not done: {message_of(error)}"}
             raise as_gradio_error(error) from error
         for note in found.notes:
             gr.Warning(_escaped(note), duration=20)
         told = " ".join(f"{note}." for note in found.notes)
-        return {**updates, self.status: f"The settings are back. {told}".strip()}
+        yield {**updates, self.dropped: None, self.status: f"The settings are back. {told}".strip()}
 
     def _hide_preview(self) -> Any:
         return gr.update(visible=False)
+
+
+def columns_for(pictures: int) -> int:
+    """Columns that keep so many pictures in view: two for up to four of them, four for sixteen."""
+    return min(4, max(2, math.ceil(pictures**0.5)))
 
 
 def _escaped(text: str) -> str:

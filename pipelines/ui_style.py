@@ -13,6 +13,10 @@ CSS = """
 /* Classes: small pictures in rows of seven under the label, which would cover the first ones. */
 #labels { height: auto !important; min-height: 0 !important; }
 #labels .grid-wrap { height: auto !important; min-height: 0 !important; max-height: 13rem; }
+/* All pictures in view, however many. */
+#gallery { min-height: 340px; height: auto !important; }
+#gallery .grid-wrap { height: auto !important; max-height: none !important; }
+#files .file-preview-holder { max-height: 14rem; overflow-y: auto; }
 #labels .grid-wrap, #gallery .grid-wrap, #side .grid-wrap, #history .grid-wrap { padding-top: 1.9rem; }
 #labels .grid-container { grid-template-rows: none !important; grid-auto-rows: min-content !important;
   height: auto !important; grid-template-columns: repeat(7, minmax(0, 1fr)) !important;
@@ -25,6 +29,10 @@ CSS = """
   #left, #right { display: contents; }
   #columns { flex-direction: column; }
   #choice { order: 1; } #buttons { order: 2; } #output { order: 3; } #more { order: 4; }
+  #labels .grid-container { grid-template-columns: repeat(5, minmax(0, 1fr)) !important; }
+  #labels .grid-wrap { max-height: 16rem; }
+  #table table { min-width: 64rem; } /* it scrolls */
+  #gallery .grid-container:has(> :only-child) { grid-template-columns: 1fr !important; }
   .gradio-container main { padding: 0.5rem !important; }
 }
 """
@@ -64,4 +72,4 @@ def theme() -> Any:
         primary_hue="indigo",
         font=(sans, "ui-sans-serif", "system-ui", "sans-serif"),
         font_mono=(mono, "ui-monospace", "monospace"),
-    )
+    ).set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")  # as dark as reading needs

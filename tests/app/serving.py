@@ -24,6 +24,7 @@ FLAGS = [
 PAGE = (str(ROOT / "app.py"),)
 FAULTY = ("-m", "tests.app.faulty")  # the same page with a model that fails for these two seeds
 OUT_OF_MEMORY, NOT_FINITE = 770_001, 770_002
+POLLING = 200  # ms; by default a condition is looked at in every frame, which costs more than the page
 
 
 class Server:
@@ -102,9 +103,45 @@ class Visit:
     def _is_foreign(url, address):
         return not url.startswith((address, "data:", "blob:"))
 
+    def reset(self, steps):
+        """The form of a page that was used before, as on a new one, but for the number of steps."""
+        self.page.set_viewport_size({"width": 1280, "height": 900})
+        self.show("Generate")
+        self.open_details()
+        if self.page.input_value("#model input") != "emoji":
+            self.choose("model", "emoji")
+            self.page.wait_for_selector("#method input[value=mediators]")
+        self.choose("label", "face")
+        self.page.check("#method input[value=none]")
+        self.page.check("#new-seed input")
+        for name, value in (("steps", steps), ("images", 1), ("width", 32), ("height", 32)):
+            self.set(name, value)
+
+    def show(self, tab):
+        """Go to a tab."""
+        self.page.get_by_role("tab", name=tab).click()
+
+    def press(self, button, status="status"):
+        """Press a button that starts something, and forget what was said before."""
+        self.page.evaluate("name => { document.querySelector(`#${name} textarea`).value = ''; }", status)
+        self.page.click(f"#{button}")
+
+    def recall(self, path):
+        """Give the page a picture, as if it were dropped there."""
+        if not self.page.is_visible("#recall"):
+            self.page.locator("#recall-part button").first.click()
+        self.page.evaluate("document.querySelector('#status textarea').value = ''")
+        self.page.set_input_files("#recall input[type=file]", path)
+
     def status(self, name="status"):
         """The text of a status line."""
         return self.page.input_value(f"#{name} textarea")
+
+    def toast(self, words):
+        """Wait for a message in the corner, and put it away."""
+        body = self.page.locator("[data-testid=toast-body]").filter(has_text=words)
+        body.first.wait_for()
+        body.first.locator("[data-testid=toast-close]").click()
 
     def wait_for(self, start, name="status", seconds=120):
         """Wait until a status line starts with a text; returns the line."""
@@ -112,6 +149,7 @@ class Visit:
             "([name, start]) => document.querySelector(`#${name} textarea`).value.startsWith(start)",
             arg=[name, start],
             timeout=seconds * 1000,
+            polling=POLLING,
         )
         return self.status(name)
 
@@ -128,15 +166,38 @@ class Visit:
 
     def open_details(self):
         """Unfold size, steps and seed."""
-        self.page.locator("#details button").first.click()
-        self.page.wait_for_selector("#steps input[type=number]", state="visible")
+        if not self.page.is_visible("#steps input[type=number]"):
+            self.page.locator("#details button").first.click()
+            self.page.wait_for_selector("#steps input[type=number]", state="visible")
 
     def overflow(self):
         """Pixels that the page is wider than its window."""
         return self.page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
 
-    def close(self):
-        """Close it; nothing may have gone wrong and no other host may have been asked."""
-        self.context.close()
+    def check(self):
+        """Nothing may have gone wrong, and no other host may have been asked."""
         assert not self.foreign, f"other hosts were asked: {self.foreign}"
         assert not self.faults, f"faults on the page: {self.faults}"
+
+
+class Pages:
+    """The page that tests share, for opening one takes seconds; after a failure they get a new one."""
+
+    def __init__(self, browser, address):
+        self.browser, self.address = browser, address
+        self.visit = None
+
+    def open(self, path="/", width=1280, height=900):
+        """A new page."""
+        return Visit(self.browser, self.address, path, width, height)
+
+    def shared(self):
+        """The page that is open."""
+        self.visit = self.visit or self.open()
+        return self.visit
+
+    def close(self):
+        """Close the shared page."""
+        if self.visit is not None:
+            self.visit.context.close()
+            self.visit = None
