@@ -108,3 +108,13 @@ def test_nothing_kept_fills_nothing(memory):
     for raw in ("", "{", "[1]", "7", None, "x" * 10**6, '{"remember": 1, "label": "heart"}', "[" * 10**5):
         assert all(isinstance(value, dict) or value is False for value in memory.fill(raw).values()), raw
     assert memory.fill('{"remember": false}') == {memory.form.remember: False}
+
+
+def test_methods_to_compare_are_those_of_the_model(memory):
+    from pipelines.ui_compare import usable_methods
+
+    typed = ["none", "mediators 4", "agent 16 min_tokens=0", "agent x", "magic", 7, None]
+    models = memory.models
+    assert usable_methods(typed, models.get(memory.form.first.name)) == ["none", "mediators 4"]
+    assert usable_methods(typed, models.get(memory.second)) == ["none", "agent 16 min_tokens=0"]
+    assert usable_methods("none", models.get(memory.second)) == []
