@@ -81,6 +81,10 @@ class Run:
 
     def run(self, checkpoint: Path | None) -> int:
         """Train from a checkpoint, or from nothing; measures before and after; returns the exit code."""
+        with StopOnSignal() as stop:
+            return self._run(checkpoint, stop)
+
+    def _run(self, checkpoint: Path | None, stop: StopOnSignal) -> int:
         from tqdm import tqdm
 
         step = self.load(checkpoint) if checkpoint else 0
@@ -89,8 +93,7 @@ class Run:
             self.before = measure(self.pair, held_out)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "config.json", self.settings())
-        stop, started = StopOnSignal(), time.monotonic()
-        total = self.options.steps
+        started, total = time.monotonic(), self.options.steps
         bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty())
         while step < total:
             losses = self.step(step)
@@ -101,7 +104,7 @@ class Run:
             minutes = (time.monotonic() - started) / 60
             if stop.requested or (self.options.max_minutes is not None and minutes > self.options.max_minutes):
                 break
-            if step % self.options.save_every == 0:
+            if step % self.options.save_every == 0 and step < total:
                 self.save(step)
         bar.close()
         self.save(step)

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class StopOnSignal:
-    """Handles SIGTERM and SIGINT from here on; a second Ctrl+C ends the program at once.
+    """Handles SIGTERM and SIGINT in a `with` block; a second Ctrl+C ends the program at once.
 
     Attributes:
         requested: whether one came.
@@ -17,9 +17,17 @@ class StopOnSignal:
 
     def __init__(self) -> None:
         self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(ValueError):  # not in the main thread, where a caller handles signals
-                signal.signal(number, self._request)
+                self._before[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _request(self, number: int, frame: Any) -> None:
         if self.requested and number == signal.SIGINT:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from train.data import Data
     from train.objectives import Objective
     from train.run import Run
+    from train.signals import StopOnSignal
 
 _FLOATS = ("mediator_starts", "ema_stds")
 
@@ -159,12 +160,18 @@ def train(options: argparse.Namespace, config: TrainingConfig) -> int:
 
 def loop(options: argparse.Namespace, run: Run, step: int) -> int:
     """Step until the end, or until asked to stop; returns the exit status."""
-    from train.data_prefetch import Prefetcher
     from train.signals import StopOnSignal
+
+    with StopOnSignal() as stop:
+        return _loop(options, run, step, stop)
+
+
+def _loop(options: argparse.Namespace, run: Run, step: int, stop: StopOnSignal) -> int:
+    from train.data_prefetch import Prefetcher
 
     config, accelerator = run.config, run.accelerator
     part = slice(accelerator.process_index, None, accelerator.num_processes)
-    stop, started, last_saved = StopOnSignal(), time.monotonic(), step
+    started, last_saved = time.monotonic(), step
     bar = _bar(run, step)
     with Prefetcher(
         run.data, _schedule(run), config.workers, part=part, start=step, stop=config.steps, draw=run.draw

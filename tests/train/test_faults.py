@@ -154,16 +154,13 @@ def test_a_killed_save_leaves_nothing_behind(tmp_path):
 
 def test_a_second_interrupt_ends_at_once(capsys):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    try:
-        stop = StopOnSignal()
+    with StopOnSignal() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.requested and "again" in capsys.readouterr().err
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    finally:
-        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
-            signal.signal(number, handler)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_mediator_recipes_of_higher_resolutions():
