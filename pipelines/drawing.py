@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from attngen import Report
 
-PREVIEW_SECONDS = 0.1  # at least so long between two previews
+PREVIEW_SECONDS = 0.25  # at least so long between two previews, which a browser pays for too
 
 
 def fit(settings: Settings, model: Model, limits: Limits) -> Settings:

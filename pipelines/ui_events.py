@@ -19,6 +19,7 @@ QUEUE = "model"  # all that draws waits in one line
 STOPPED = "Stopped. Nothing was written."
 # Late progress of a stopped event arrives after it; the message that stays is written after that.
 SETTLE_SECONDS = 0.4
+TELL_SECONDS = 0.1  # at least so long between two updates of the page
 
 
 def message_of(error: BaseException) -> str:
@@ -52,13 +53,15 @@ def follow(
         show: progress -> updates beside that of the status.
         finish: the result -> updates; it may raise what is expected.
     """
+    told = 0.0
     try:
         with closing(events):
             for event in events:
-                if isinstance(event, Progress):
-                    yield {status: str(event), **show(event)}
-                else:
+                if not isinstance(event, Progress):
                     yield finish(event)
+                elif event.preview is not None or time.monotonic() - told >= TELL_SECONDS:
+                    told = time.monotonic()
+                    yield {status: str(event), **show(event)}
     except EXPECTED as error:
         yield {status: f"Not done: {message_of(error)}"}
         raise as_gradio_error(error) from error
