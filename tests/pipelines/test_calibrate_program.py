@@ -66,4 +66,7 @@ def test_wrong_usage(arguments, capsys):
 
 def test_labels_of_no_model_of_classes(tmp_path, capsys):
     assert run("--model", tmp_path / "none", "--labels", "face", "--speedup", 2) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    assert run("--model", tmp_path, "--labels", "face", "--speedup", 2) == 2
     assert "give --prompt" in capsys.readouterr().err
