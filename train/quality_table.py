@@ -29,7 +29,17 @@ python -m train.quality --model stable-diffusion-v1-5/stable-diffusion-v1-5 --na
 ```
 
 `imagenet.txt` has a class a line; `imagenet-512` is a folder of pictures, or a file of statistics that `train.fid`
-reads."""
+reads.
+
+`sit-softmax` is the SiT that ships with softmax attention in place of mediators, trained on (the first 201 of these
+steps ran with the learning rates of a run of 400):
+
+```bash
+python -m train.sit --preset emoji --attention softmax --init-from attngen/assets/emoji --steps 232 --warmup-steps 20 \\
+    --cooldown 0.6 --out runs/emoji-softmax
+```
+
+Its 64 tokens are few: five sixths of a layer's operations are projections, which count as attention here."""
 
 
 def write_page(results: Path, page: Path) -> None:
