@@ -88,7 +88,7 @@ class GenerateTab:
         self.files = gr.File(label="Download", file_count="multiple", interactive=False, elem_id="files")
         with gr.Accordion("Layer by layer", open=False):
             self.report = gr.Code(label="What the method did to each layer", interactive=False, language=None, lines=4)
-        with gr.Accordion("Earlier in this session", open=False):
+        with gr.Accordion("Earlier pictures", open=False):
             self.history = gr.Gallery(
                 label=f"Earlier pictures, in {self.folder}",
                 columns=6,

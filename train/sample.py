@@ -7,7 +7,6 @@ run was stopped and resumed. Under torchrun or accelerate launch every process d
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
 import signal
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import cli
+from train.signals import StopOnSignal
 
 if TYPE_CHECKING:
     from train.sample_files import SampleFolder
@@ -121,36 +121,13 @@ def interval(text: str) -> tuple[float, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
-    stopped = _Stop()
+    stopped = StopOnSignal("this group")
     with stopped:
         code = cli.run(PROGRAM, lambda: _report(options, sample(options, stopped)))
     return cli.EXIT_INTERRUPTED if code == 0 and stopped.by == signal.SIGINT else code
 
 
-class _Stop:
-    """SIGTERM and Ctrl+C finish the group that is being drawn; a second one ends at once."""
-
-    def __init__(self) -> None:
-        self.by: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Stop:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):  # not in the main thread, where a caller handles signals
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.by is not None:
-            raise KeyboardInterrupt
-        self.by = number
-
-
-def sample(options: argparse.Namespace, stopped: _Stop | None = None) -> dict[str, Any]:
+def sample(options: argparse.Namespace, stopped: StopOnSignal | None = None) -> dict[str, Any]:
     """Draw what is missing of the set that the options describe.
 
     Args:
@@ -167,7 +144,7 @@ def sample(options: argparse.Namespace, stopped: _Stop | None = None) -> dict[st
     from train.sample_files import SampleFolder
     from train.sample_model import Sampler, default_group
 
-    stopped = stopped or _Stop()
+    stopped = stopped or StopOnSignal()
     processes = start_processes(options)
     sampler = Sampler(options, processes.device)
     if processes.device.type == "cpu" and sampler.draws_classes and options.threads is None:
@@ -304,7 +281,7 @@ def draw_share(
     group: int,
     options: argparse.Namespace,
     processes: Any,
-    stopped: _Stop,
+    stopped: StopOnSignal,
 ) -> int:
     """Draw the missing pictures of this process's groups; returns how many it drew."""
     from tqdm import tqdm

@@ -1,4 +1,4 @@
-"""Asked to stop: SIGTERM and Ctrl+C finish the step, save and end a run instead of losing it."""
+"""Asked to stop: SIGTERM and Ctrl+C finish what is being done, save and end a run instead of losing it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,22 @@ from typing import Any
 class StopOnSignal:
     """Handles SIGTERM and SIGINT in a `with` block; a second Ctrl+C ends the program at once.
 
+    Args:
+        finishing: what is finished first, for the message after Ctrl+C.
+
     Attributes:
-        requested: whether one came.
+        by: number of the signal that came first, or None.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, finishing: str = "this step") -> None:
+        self.finishing = finishing
+        self.by: int | None = None
         self._before: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal came."""
+        return self.by is not None
 
     def __enter__(self) -> StopOnSignal:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -32,6 +41,7 @@ class StopOnSignal:
     def _request(self, number: int, frame: Any) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        if self.by is None:
+            self.by = number
         if number == signal.SIGINT:
-            print("\nstopping after this step, to save; Ctrl+C again stops at once", file=sys.stderr)
+            print(f"\nstopping after {self.finishing}, to save; Ctrl+C again stops at once", file=sys.stderr)
