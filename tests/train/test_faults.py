@@ -33,6 +33,12 @@ def log_of(out) -> list[dict]:
     ("options", "message"),
     [
         (("--threads", "0"), "--threads must be at least 1, got 0"),
+        (("--attention", "sofmax"), "sofmax"),
+        (("--patch-size", "5"), "patches of 5"),
+        (("--mediator-counts", "99"), "1 to 16"),
+        (("--classes", "dragonfly"), "dragonfly"),
+        (("--batch-size", "0"), "batch_size"),
+        (("--balance", "2"), "balance"),
         (("--max-minutes", "-3"), "--max-minutes must be a number of at least 0, got -3.0"),
         (("--max-minutes", "nan"), "--max-minutes must be a number of at least 0, got nan"),
         (("--save-every", "-1"), "save_every must be at least 0, got -1"),

@@ -115,26 +115,6 @@ def test_a_run_is_not_overwritten_and_another_model_not_resumed(tmp_path, capsys
     assert "num_layers = 2, not 3" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "option,message",
-    [
-        (("--attention", "sofmax"), "sofmax"),
-        (("--patch-size", "5"), "patches of 5"),
-        (("--mediator-counts", "99"), "1 to 16"),
-        (("--classes", "dragonfly"), "dragonfly"),
-        (("--batch-size", "0"), "batch_size"),
-        (("--balance", "2"), "balance"),
-    ],
-)
-def test_wrong_options_end_before_work(tmp_path, capsys, option, message):
-    try:
-        code = run(tmp_path / "run", *option)
-    except SystemExit as error:
-        code = error.code
-    assert code == 2 and message in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, capsys, monkeypatch):
     draw = Run.draw
 
