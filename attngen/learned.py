@@ -23,12 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from attngen.files import write_file
 from attngen.hosts.families import default_grid, halved, halvings
 from attngen.hosts.install import attention_modules, learnable_layers
 from attngen.hosts.learned import CORE, copy_projections, sizes_of
 from attngen.methods._checks import check_count
 from attngen.methods.learned import LEARNED_METHODS, STARTS, HiddenModule, LayerSizes, LearnedCore, LearnedMethod
-from attngen.plan import Plan, Stage, write_file
+from attngen.plan import Plan, Stage
 
 FORMAT, VERSION = "attngen-layers", 1
 METADATA_KEY = "attngen"

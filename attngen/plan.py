@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from attngen.files import write_file
 from attngen.methods import AttentionMethod, SoftmaxAttention, method_from_dict
 from attngen.methods._checks import check_count
 from attngen.schedule import check_starts
@@ -175,19 +175,6 @@ class Plan:
             raise ValueError(f"cannot read the plan file {os.fspath(path)}: {error}") from error
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a reader sees the old file or the new one, never half of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _stage_from_dict(data: Any) -> Stage:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -94,10 +93,10 @@ def read(made: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
 
 
 def write(path: Path | None, result: dict[str, Any]) -> None:
-    """Write measurements, through a temporary file; nothing for None."""
+    """Write measurements; nothing for None."""
+    from attngen.files import write_file
+
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_file(path, (json.dumps(result, indent=2) + "\n").encode())

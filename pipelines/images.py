@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -127,19 +126,11 @@ def _shorten(text: str, font: Any, width: float) -> str:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write `content` so that a reader, or a full disk, leaves the old file or the new one, never half of one."""
+    """Write `content` as `attngen.files.write_file` does, and make the folder for it."""
+    from attngen.files import write_file as write
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write(path, content)
 
 
 def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any]) -> None:

@@ -351,13 +351,13 @@ MUTATIONS = {
         ("tests/test_plan.py::test_bad_files_name_themselves_and_the_value",),
     ),
     "a plan is written in place": Mutation(
-        "attngen/plan.py",
-        '    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")\n',
-        "    handle, temporary = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), str(path)\n",
+        "attngen/files.py",
+        '    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")\n',
+        "    temporary = path\n",
         (f"{_PROMISE}test_files.py::test_files_are_written_whole_and_readable_by_all",),
     ),
     "files that only their owner reads": Mutation(
-        "attngen/plan.py",
+        "attngen/files.py",
         "        os.chmod(temporary, 0o644)\n",
         "",
         (f"{_PROMISE}test_files.py::test_files_are_written_whole_and_readable_by_all",),

@@ -281,7 +281,7 @@ def test_saving_is_atomic(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("the disk is full")
 
-    for name in ("replace", "fdopen"):
+    for name in ("replace", "fsync", "chmod"):
         with monkeypatch.context() as patch:
             patch.setattr(os, name, full)
             with pytest.raises(OSError, match="full"):

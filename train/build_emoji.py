@@ -10,10 +10,8 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import re
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -234,18 +232,9 @@ def write_archive(path: Path, members: dict[str, bytes]) -> None:
             info.create_system = 3  # Unix on every machine, or the bytes would differ
             info.external_attr = 0o644 << 16
             archive.writestr(info, content, compresslevel=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(stream.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    from pipelines.images import write_file
+
+    write_file(path, stream.getvalue())
 
 
 def build(font_path: str | Path, emoji_test: str | Path, out: str | Path, size: int = 64) -> dict[str, int]:

@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pictures", type=int, default=130, help="pictures drawn to look for copies")
     options = parser.parse_args(argv)
 
-    from train.checkpoint import write_file, write_json  # after --help has been answered
+    from attngen.files import write_file  # after --help has been answered
+    from train.checkpoint import write_json
 
     facts = {**training_facts(options.run), **copying_facts(options.pipeline, options.run, options.pictures)}
     facts["commands"] = options.commands

@@ -14,41 +14,10 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from attngen.files import sync_folder, write_file
+
 _NAME = re.compile(r"step-(\d{8})")
 _MARKER = "state.json"
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a reader sees the old file or the new one, never half of it.
-
-    Raises:
-        OSError: if it cannot be written, naming it.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on disk, too, where the system can; a crash would forget a rename otherwise."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint import write_file
+from attngen.files import write_file
 
 PLOT = "curves.png"
 

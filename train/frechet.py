@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from train.checkpoint import write_file
+from attngen.files import write_file
 from train.emoji import EmojiDataset, check_classes
 from train.features import FeatureExtractor, default_extractor, features_of
 from train.seeds import generator_for

@@ -153,7 +153,7 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
 
 def trim_log(path: Path, step: int) -> None:
     """Drop lines of steps after a checkpoint, which a killed run has left and the one that goes on makes again."""
-    from train.checkpoint import write_file
+    from attngen.files import write_file
 
     if not path.is_file():
         return

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from attngen.files import write_whole
 from train.sample_files import SampleFolder, read_shard
 from train.sample_subjects import Subject
 
@@ -18,22 +18,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 NPZ = "samples.npz"
-
-
-def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Let `write` fill a file that takes its name when it is whole; for files too large for memory."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def pack_shards(folder: SampleFolder, subjects: Sequence[Subject]) -> None:
@@ -44,6 +28,7 @@ def pack_shards(folder: SampleFolder, subjects: Sequence[Subject]) -> None:
         subjects: what each picture shows.
     """
     for number in range(folder.num_shards):
+        folder.shard(number).parent.mkdir(exist_ok=True)
         if not folder.shard(number).is_file():
             write_whole(folder.shard(number), lambda file, n=number: _fill_shard(file, folder, n, subjects))
         for index in folder.in_shard(number):

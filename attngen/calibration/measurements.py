@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from attngen.files import write_file
 from attngen.methods import AttentionMethod, method_from_dict
-from attngen.plan import write_file
 
 FORMAT, VERSION = "attngen-measurements", 1
 

@@ -76,7 +76,7 @@ def _name(cell: Cell) -> str:
 def _save(figure: Any, path: Path) -> None:
     import io
 
-    from attngen.plan import write_file
+    from attngen.files import write_file
 
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=130)
