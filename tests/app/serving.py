@@ -24,6 +24,15 @@ FLAGS = [
 PAGE = (str(ROOT / "app.py"),)
 FAULTY = ("-m", "tests.app.faulty")  # the same page with a model that fails for these two seeds
 OUT_OF_MEMORY, NOT_FINITE = 770_001, 770_002
+# A message in the corner leaves by itself after some seconds, on a busy machine before a test has looked.
+KEEP_MESSAGES = """
+window.messagesShown = [];
+new MutationObserver(() => {
+    for (const body of document.querySelectorAll("[data-testid=toast-body]")) {
+        if (!window.messagesShown.includes(body.innerText)) window.messagesShown.push(body.innerText);
+    }
+}).observe(document, {childList: true, subtree: true, characterData: true});
+"""
 POLLING = 200  # ms; by default a condition is looked at in every frame, which costs more than the page
 
 
@@ -87,6 +96,7 @@ class Visit:
         self.context = browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True)
         self.page = self.context.new_page()
         self.page.set_default_timeout(60_000)
+        self.page.add_init_script(KEEP_MESSAGES)
         self.faults, self.foreign = [], []
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("response", lambda got: got.status >= 400 and self.faults.append(f"{got.status} {got.url}"))
@@ -138,10 +148,13 @@ class Visit:
         return self.page.input_value(f"#{name} textarea")
 
     def toast(self, words):
-        """Wait for a message in the corner, and put it away."""
-        body = self.page.locator("[data-testid=toast-body]").filter(has_text=words)
-        body.first.wait_for()
-        body.first.locator("[data-testid=toast-close]").click()
+        """Wait until a message with these words has been in the corner, and put away what is still there."""
+        self.page.wait_for_function(
+            "words => window.messagesShown.some(text => text.includes(words))", arg=words, polling=POLLING
+        )
+        self.page.evaluate("document.querySelectorAll('[data-testid=toast-close]').forEach(button => button.click())")
+        self.page.locator("[data-testid=toast-body]").first.wait_for(state="detached")
+        self.page.evaluate("window.messagesShown.length = 0")
 
     def wait_for(self, start, name="status", seconds=120):
         """Wait until a status line starts with a text; returns the line."""
