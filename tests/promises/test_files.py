@@ -267,7 +267,11 @@ WRITERS = ["plan", "learned", "picture", "run-weights", "statistics"]
 def test_files_are_written_whole_and_readable_by_all(name, tmp_path, monkeypatch):
     reader = READERS[name]
     path = tmp_path / reader.name
-    reader.write(path)
+    mask = os.umask(0o077)  # of somebody whose new files are for himself
+    try:
+        reader.write(path)
+    finally:
+        os.umask(mask)
     files = [file for file in [path, *path.rglob("*")] if file.is_file()]
     assert files and all(file.suffix in (".json", ".safetensors", ".png") for file in files)
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o644}
