@@ -14,11 +14,16 @@ import zlib
 import pytest
 import torch
 
+# Files that take minutes, longest first: where several processes share the tests, none is left with one of them at the
+# end while the others have nothing to do.
+LONG = ("test_sit_training.py", "test_triton_agent.py", "test_page.py", "test_compile.py", "test_triton_linear.py")
+
 torch.set_num_threads(min(int(os.environ["OMP_NUM_THREADS"]), torch.get_num_threads()))
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     for item in items:
         share = item.get_closest_marker("share")
         # The same cases everywhere, whatever else is collected.

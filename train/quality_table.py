@@ -31,15 +31,22 @@ python -m train.quality --model stable-diffusion-v1-5/stable-diffusion-v1-5 --na
 `imagenet.txt` has a class a line; `imagenet-512` is a folder of pictures, or a file of statistics that `train.fid`
 reads.
 
-`sit-softmax` is the SiT that ships with softmax attention in place of mediators, trained on (the first 201 of these
-steps ran with the learning rates of a run of 400):
+Operations of a picture are those of the formulas. Those of the attention layers are as computed, projections
+included: a layer with few agents, mediators or merged tokens absorbs projections where that is less work."""
+
+# What a reader has to know of a model that is not one of those that ship, by the name of its results.
+NOTES = {
+    "sit-softmax": """\
+The SiT that ships with softmax attention in place of mediators, trained on (the first 201 of these steps ran with the
+learning rates of a run of 400):
 
 ```bash
 python -m train.sit --preset emoji --attention softmax --init-from attngen/assets/emoji --steps 232 --warmup-steps 20 \\
     --cooldown 0.6 --out runs/emoji-softmax
 ```
 
-Its 64 tokens are few: five sixths of a layer's operations are projections, which count as attention here."""
+Its 64 tokens are few: five sixths of a layer's operations are projections, which count as attention here.""",
+}
 
 
 def write_page(results: Path, page: Path) -> None:
@@ -96,7 +103,9 @@ def section(name: str, result: Mapping[str, Any], plot: str) -> list[str]:
         f"guidance {result['guidance_scale'] or 'off'}, {result['scheduler']}, {result['device']}, torch "
         f"{result['versions'].get('torch', '?')}{floor}."
     )
-    return [f"## {name}", f"`{result['command']}`", facts, "\n".join(lines), f"![Quality against operations]({plot})"]
+    note = [NOTES[name]] if name in NOTES else []
+    table = "\n".join(lines)
+    return [f"## {name}", *note, f"`{result['command']}`", facts, table, f"![Quality against operations]({plot})"]
 
 
 def _cells(row: Mapping[str, Any], first: Mapping[str, Any], with_attention: bool) -> list[str]:
