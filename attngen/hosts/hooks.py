@@ -27,6 +27,7 @@ from attngen.schedule import ChangeSchedule, stage_at
 from attngen.step import CHANNEL_KEY, StepInfo
 
 PROCESSORS = (AttnGenProcessor, JointAttnGenProcessor, FluxAttnGenProcessor)
+INNER_HOOK = -1  # torch numbers hooks from 0
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -229,7 +230,13 @@ class StripHook(Hook):
 
 def add_hook(module: nn.Module, hook: Any) -> None:
     """Register a hook of ours; the root's comes before those of other tools."""
-    module.register_forward_pre_hook(hook, with_kwargs=True, prepend=isinstance(hook, RootHook))
+    if isinstance(hook, RootHook):
+        module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+        return
+    # As registering does, but by one number in every layer: torch gives each hook its own, and compilers that compare
+    # them (2.10) make a graph for each block, where blocks alike can share one.
+    module._forward_pre_hooks[INNER_HOOK] = hook
+    module._forward_pre_hooks_with_kwargs[INNER_HOOK] = True
 
 
 def add_inner_hooks(model: nn.Module, family: Family, metric: bool) -> None:

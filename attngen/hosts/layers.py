@@ -98,7 +98,8 @@ def chosen_backend(processor: Any, original: Any) -> AttentionBackendName | None
     return AttentionBackendName.XFORMERS if type(original).__name__.startswith("XFormers") else None
 
 
-@dataclass(frozen=True)
+# Compared and hashed by identity: a compiler of torch 2.10 hashes what is called before its fields are there.
+@dataclass(frozen=True, eq=False)
 class BackendAttention:
     """Exact attention over (B, H, N, D) through a diffusers backend; see `attngen.methods.base.Attention`.
 

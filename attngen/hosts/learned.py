@@ -16,6 +16,7 @@ from attngen.kernels.absorbed import (
     layer_projections,
     why_not_absorbed,
 )
+from attngen.kernels.autocast import autocast_dtype
 from attngen.kernels.dispatch import Choice, wanted_kernel
 from attngen.methods._checks import Grid
 from attngen.methods.agent import pool_tokens
@@ -87,8 +88,7 @@ def core_for(attn: Any, hidden_states: Tensor) -> Any:
     if parameter.device != hidden_states.device:
         core.to(hidden_states.device)
     if parameter.dtype != hidden_states.dtype and not parameter.requires_grad:
-        device = hidden_states.device.type
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        if autocast_dtype(hidden_states.device.type) is None:
             core.to(hidden_states.dtype)
     return core
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from attngen.kernels import dispatch
+from attngen.kernels.autocast import autocast_dtype
 from attngen.kernels.dispatch import AUTO, AbsorbedCost
 from attngen.methods._checks import check_bias
 
@@ -525,10 +526,7 @@ def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return None
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return None if x.dtype == torch.float64 else autocast_dtype(x.device.type)
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:

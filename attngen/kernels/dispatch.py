@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from attngen.kernels import matmul, reference, sdpa, triton_agent, triton_linear
+from attngen.kernels.autocast import autocast_dtype
 from attngen.kernels.reference import Convolution
 
 AUTO = "auto"
@@ -347,13 +348,10 @@ def _nearest(size: int, axis: Iterable[int]) -> int:
 
 def _computing_dtype(x: Tensor) -> str:
     """The dtype that attention over `x` runs in, or the one of those measured whose paths rank alike."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    else:
-        dtype = x.dtype
+    wanted = None if x.dtype == torch.float64 else autocast_dtype(x.device.type)
+    dtype = wanted or x.dtype
     if dtype == torch.float16:
-        return "bfloat16" if device == "cuda" else "float32"  # CPUs compute float16 in float32
+        return "bfloat16" if x.device.type == "cuda" else "float32"  # CPUs compute float16 in float32
     return "float32" if dtype == torch.float64 else str(dtype).removeprefix("torch.")
 
 

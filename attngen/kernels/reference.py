@@ -25,7 +25,7 @@ class Convolution(NamedTuple):
     bias: Tensor | None
     grid: tuple[int, int]
 
-    def __call__(self, value: Tensor) -> Tensor:
+    def on_heads(self, value: Tensor) -> Tensor:
         """Convolve (B, H, N, E), zero beyond the edges; returns (B, H, N, E)."""
         return self.on_tokens(value.transpose(1, 2).flatten(2)).unflatten(2, value.shape[1::2]).transpose(1, 2)
 
@@ -111,7 +111,7 @@ def add_branches(output: Tensor, value: Tensor, shortcut: float, convolution: Co
     """`output` + `shortcut` · `value` + `convolution`(`value`), (B, H, N, E) each."""
     if shortcut != 0:
         output = torch.add(output, value, alpha=shortcut)
-    return output if convolution is None else output + convolution(value)
+    return output if convolution is None else output + convolution.on_heads(value)
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attngen.kernels import triton_common as common
+from attngen.kernels.autocast import autocast_dtype
 from attngen.kernels.reference import Convolution
 
 MAX_HEAD_DIM = 256
@@ -89,10 +90,9 @@ def agent_attention(
 
 
 def _cast_like_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    dtype = autocast_dtype(tensors[0].device.type)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
