@@ -46,6 +46,13 @@ python -m train.sit --preset emoji --attention softmax --init-from attngen/asset
 ```
 
 Its 64 tokens are few: five sixths of a layer's operations are projections, which count as attention here.""",
+    "sit-256": """\
+A smaller SiT of 256 tokens, two thirds of whose attention's operations are the products of queries, keys and values:
+
+```bash
+python -m train.sit --preset emoji-experiment --num-layers 6 --steps 2000 --warmup-steps 50 --ema-decay 0.995 \\
+    --sample-every 500 --save-every 200 --fd-every 400 --fd-pictures 256 --out runs/emoji-256
+```""",
 }
 
 
