@@ -219,7 +219,9 @@ def load(model: str, read: Callable[[], T]) -> T:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return read()
+            loaded = read()
+            _check_complete(loaded)
+            return loaded
     except Exception as error:  # damaged files, a missing repository, no network: each raises its own kind
         if Path(model).exists():
             raise OSError(f"cannot load {model}: {first_line(error)}") from error
@@ -231,6 +233,15 @@ def load(model: str, read: Callable[[], T]) -> T:
         logging.set_verbosity(level)
         hub_logging.set_verbosity(hub_level)
         logging.enable_progress_bar()
+
+
+def _check_complete(loaded: Any) -> None:
+    """ValueError if a network lacks weights in its files, which diffusers leaves without values, as it only logs."""
+    for name, part in getattr(loaded, "components", {}).items():
+        weights = part.named_parameters() if hasattr(part, "named_parameters") else ()
+        missing = [weight for weight, tensor in weights if tensor.is_meta]
+        if missing:
+            raise ValueError(f"weights are missing in the files of its {name}: {', '.join(missing[:3])}")
 
 
 def prepare_hub() -> None:

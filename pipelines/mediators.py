@@ -38,7 +38,7 @@ def check_mediators(pipe: Any, mediators: Any, height: int | None, width: int | 
     """Every number of mediators, also one whose turn comes late or never, has to fit the picture.
 
     Args:
-        pipe: a pipeline whose network has mediators.
+        pipe: a pipeline; with mediators given, one whose network has them.
         mediators: what `make_mediators` gave, or None.
         height: of the picture in pixels, or None for the trained size.
         width: likewise.
@@ -46,6 +46,9 @@ def check_mediators(pipe: Any, mediators: Any, height: int | None, width: int | 
     Raises:
         UserError: naming the number and the most there can be.
     """
+    counts = list(counts_of(mediators))
+    if not counts:
+        return  # also for networks that are no transformers
     config = pipe.transformer.config
     trained = config["sample_size"]
     scale = pipe.vae_scale_factor
@@ -55,7 +58,7 @@ def check_mediators(pipe: Any, mediators: Any, height: int | None, width: int | 
         for given, side in zip((height, width), sides, strict=True)
     )
     most = rows * columns
-    for count in counts_of(mediators):
+    for count in counts:
         if isinstance(count, int) and count > most:
             raise UserError(
                 f"mediators: {count} is more than {most}, the {rows} x {columns} tokens of this picture;"

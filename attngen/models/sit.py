@@ -414,7 +414,11 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         state_dict = read_checkpoint(checkpoint, allow_pickle=allow_pickle)
         settings, weights = convert_original(state_dict, config)
         model = cls(**settings)
-        model.load_state_dict(weights)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            origin = "the checkpoint" if isinstance(checkpoint, Mapping) else checkpoint
+            raise ValueError(f"{origin} does not fit: {error}") from error
         dtype = next(iter(weights.values())).dtype
         if dtype != model.dtype:
             # ModelMixin.to would warn about modules kept in float32; there are none here.

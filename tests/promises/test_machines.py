@@ -90,14 +90,16 @@ def test_out_of_memory_in_a_step(kind, method, request):
     pipe = KINDS[kind].build()
     exact = KINDS[kind](pipe)
     clean = snapshots(pipe)
-    _, kept = allocations(lambda: KINDS[kind](pipe))
+    total, kept = allocations(lambda: KINDS[kind](pipe))
+    # Tables of the run before that the scheduler had not replaced yet stay in some stock pipelines.
+    kept_failing = max(kept, fail_at(lambda: KINDS[kind](pipe), total // 2))
     attngen.apply(pipe, METHODS[method])
     want = KINDS[kind](pipe)
     total, kept_patched = allocations(lambda: KINDS[kind](pipe))
     assert total > 100 and kept_patched <= kept
     number = 30 if "slow" in request.config.option.markexpr else 5
     for at in sorted(random.Random(0).sample(range(1, total), number)):
-        assert fail_at(lambda: KINDS[kind](pipe), at) <= kept, f"operation {at} of {total}"
+        assert fail_at(lambda: KINDS[kind](pipe), at) <= kept_failing, f"operation {at} of {total}"
         assert at % 3 or torch.equal(KINDS[kind](pipe), want), at
     assert torch.equal(KINDS[kind](pipe), want)
     attngen.remove(pipe)

@@ -22,6 +22,7 @@ from train.sample_files import SampleFolder, read_shard
 from train.sample_model import Sampler, make_mediators
 from train.sample_subjects import choose_labels, class_prompts, picture_seed, read_prompts, repeat
 
+ROOT = Path(__file__).parents[2]
 CLASSES = ["face", "heart", "animal", "clock", "fruit"]
 
 
@@ -356,6 +357,14 @@ def test_mediators():
     assert make_mediators("change:4,16:0.7").ratios == (0.7,)
     with pytest.raises(UserError, match="--mediators 'many'"):
         make_mediators("many")
+
+
+def test_a_unet_draws_its_classes(tmp_path):
+    """The one that ships, which is no transformer and has no mediators."""
+    done = draw(ROOT / "attngen/assets/emoji_unet", tmp_path / "set", "--num", 2, "--steps", 1, "--group-size", 2)
+    assert not done["missing"] and len(list((tmp_path / "set").rglob("*.png"))) == 2
+    with pytest.raises(UserError, match="UNetClassPipeline takes no num_mediators"):
+        draw(ROOT / "attngen/assets/emoji_unet", tmp_path / "other", "--num", 2, "--mediators", "4")
 
 
 def test_a_change_driven_schedule_looks_at_one_picture_at_a_time(model, tmp_path):
