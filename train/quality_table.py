@@ -145,6 +145,12 @@ def draw_plot(result: Mapping[str, Any], path: Path) -> None:
     axes = figure.subplots()
     for kind in dict.fromkeys(row["kind"] for row in rows):
         _draw_kind(axes, kind, [row for row in rows if row["kind"] == kind])
+    means = [row["mean"] for row in rows]
+    if rows and min(means) > 0 and max(means) > 8 * min(means):  # or one failure presses all others onto a line
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+    axes.margins(x=0.12)  # for the names of points
     axes.axhline(result["rows"][0]["mean"], color="grey", linewidth=0.8, linestyle=":")
     in_attention = rows and rows[0]["attention_gflop"] is not None
     axes.set_xlabel("GFLOP of the attention layers, one picture" if in_attention else "GFLOP of one picture")
