@@ -11,7 +11,7 @@ import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -231,12 +231,12 @@ class StripHook(Hook):
 def add_hook(module: nn.Module, hook: Any) -> None:
     """Register a hook of ours; the root's comes before those of other tools."""
     if isinstance(hook, RootHook):
-        module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
-        return
-    # As registering does, but by one number in every layer: torch gives each hook its own, and compilers that compare
-    # them (2.10) make a graph for each block, where blocks alike can share one.
-    module._forward_pre_hooks[INNER_HOOK] = hook
-    module._forward_pre_hooks_with_kwargs[INNER_HOOK] = True
+        module.register_forward_pre_hook(cast("Any", hook), with_kwargs=True, prepend=True)
+    else:
+        # As registering does, but by one number in every layer: torch gives each hook its own, and compilers that
+        # compare them (2.10) make a graph for each block, where blocks alike can share one.
+        module._forward_pre_hooks[INNER_HOOK] = hook
+        module._forward_pre_hooks_with_kwargs[INNER_HOOK] = True
 
 
 def add_inner_hooks(model: nn.Module, family: Family, metric: bool) -> None:

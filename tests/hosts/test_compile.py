@@ -55,7 +55,11 @@ def close(got, want, tolerance=1e-5):
 
 @pytest.mark.parametrize(
     ("name", "compiled"),
-    [("sd15", whole), ("sd15", by_block), ("sit", whole), pytest.param("flux", in_place, marks=pytest.mark.slow)],
+    [
+        ("sd15", by_block),
+        ("sit", whole),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("sd15", whole), ("flux", in_place))),
+    ],
 )
 def test_a_graph_for_each_stage_and_no_more(name, compiled):
     host, model, eager, backend = HOSTS[name], slim(name), slim(name), Counter()
