@@ -236,12 +236,20 @@ def load(model: str, read: Callable[[], T]) -> T:
 
 
 def _check_complete(loaded: Any) -> None:
-    """ValueError if a network lacks weights in its files, which diffusers leaves without values, as it only logs."""
+    """ValueError if a network of a pipeline lacks weights in its files."""
     for name, part in getattr(loaded, "components", {}).items():
-        weights = part.named_parameters() if hasattr(part, "named_parameters") else ()
-        missing = [weight for weight, tensor in weights if tensor.is_meta]
-        if missing:
+        if missing := missing_weights(part):
             raise ValueError(f"weights are missing in the files of its {name}: {', '.join(missing[:3])}")
+
+
+def missing_weights(network: Any) -> list[str]:
+    """Names of weights that were not in a network's files; diffusers only logs them, and leaves them without values.
+
+    Args:
+        network: what `from_pretrained` gave; anything but a module has none.
+    """
+    weights = network.named_parameters() if hasattr(network, "named_parameters") else ()
+    return [name for name, tensor in weights if tensor.is_meta]
 
 
 def prepare_hub() -> None:

@@ -21,6 +21,7 @@ from attngen.models.convert import (
     read_checkpoint,
 )
 from attngen.models.sit import SiTTransformer2DModel
+from pipelines.cli import missing_weights
 
 _LISTED = 8
 
@@ -94,7 +95,10 @@ def _read_file(path: Path, allow_pickle: bool, default_heads: int | None, settin
         return Source(state_dict, dict(settings))
     if default_heads is not None and original_heads(state_dict) is None:
         settings = {"num_attention_heads": default_heads, **settings}
-    found, weights = convert_original(state_dict, settings)
+    try:
+        found, weights = convert_original(state_dict, settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     found["convolution"] = "values"
     dropped = {"pos_embed": state_dict["pos_embed"]} if "pos_embed" in state_dict else {}
     return Source(weights, found, dropped=dropped)
@@ -121,6 +125,8 @@ def _read_transformer(path: Path) -> Source:
             model = classes[kind].from_pretrained(path)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    if missing := missing_weights(model):
+        raise ValueError(f"{path} lacks weights: {', '.join(missing[:_LISTED])}")
     if isinstance(model, DiTTransformer2DModel):
         settings, weights = convert_diffusers_dit(model.state_dict(), model.config)
         return Source(weights, settings)

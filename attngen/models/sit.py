@@ -412,13 +412,13 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         from attngen.models.convert import convert_original, read_checkpoint
 
         state_dict = read_checkpoint(checkpoint, allow_pickle=allow_pickle)
-        settings, weights = convert_original(state_dict, config)
-        model = cls(**settings)
         try:
+            settings, weights = convert_original(state_dict, config)
+            model = cls(**settings)
             model.load_state_dict(weights)
-        except RuntimeError as error:
+        except (ValueError, RuntimeError) as error:
             origin = "the checkpoint" if isinstance(checkpoint, Mapping) else checkpoint
-            raise ValueError(f"{origin} does not fit: {error}") from error
+            raise ValueError(f"{origin} does not fit: {' '.join(str(error).split())}") from error
         dtype = next(iter(weights.values())).dtype
         if dtype != model.dtype:
             # ModelMixin.to would warn about modules kept in float32; there are none here.

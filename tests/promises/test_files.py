@@ -153,6 +153,27 @@ def test_values_of_another_kind_are_refused_by_name(made):
             assert message is None or path.name in message, (key, value, message)
 
 
+@pytest.mark.parametrize("made", ["pipeline-weights", "official", "official-pickle"], indirect=True)
+def test_a_weight_under_another_name_is_refused(made):
+    reader, path, file = made
+    content = file.read_bytes()
+    for name in (b"modulation_out.weight", b"final_layer.linear.weight"):
+        content = content.replace(name, name.replace(b"weight", b"Weight"))
+    assert content != file.read_bytes()
+    file.write_bytes(content)
+    message = refusal(reader, path)
+    assert message is not None and path.name in message and "\n" not in message
+
+
+@pytest.mark.parametrize("made", ["official-pickle"], indirect=True)
+def test_damage_that_torch_s_reader_does_not_expect_is_refused(made):
+    """It takes a value from its stack, which is empty."""
+    reader, path, file = made
+    file.write_bytes(b"\x80\x02q\x00.")
+    message = refusal(reader, path)
+    assert message is not None and path.name in message
+
+
 @pytest.mark.parametrize("made", ["learned"], indirect=True)
 def test_nothing_is_half_loaded(made):
     """A model that a damaged file was to be put on is as it was."""

@@ -320,7 +320,6 @@ def test_every_kind_of_run_ends_with_a_pipeline(tmp_path, options):
     assert all(0 <= r["waiting_share"] <= 1 and len(r["loss_by_noise"]) == 4 for r in log)
 
 
-@pytest.mark.slow
 def test_a_compiled_run_with_changing_numbers_of_mediators(tmp_path):
     common = (
         "--steps",

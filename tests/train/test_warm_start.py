@@ -451,6 +451,16 @@ def test_what_is_no_source_is_refused(tmp_path):
         warm_start(model, folder)
 
 
+def test_a_folder_without_some_weights_is_refused(tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path)
+    weights = model.state_dict()
+    del weights["class_embedder.weight"]
+    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match="lacks weights: class_embedder.weight"):
+        warm_start(build(1), tmp_path)
+
+
 def test_half_precision_is_converted():
     source, model = build(), build(1)
     warm_start(model, source_of(build().half()))
