@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines import cli, text2image
+from pipelines import cli, samplers, text2image
 
 PROGRAM = "pipelines.calibrate"
 CLASS_PIPELINES = ("SiTPipeline", "UNetClassPipeline")
@@ -35,6 +35,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--cost", choices=["time", "flops"], default="time", help="what to save: measured or counted (default time)")
     add("--stages", type=cli.whole_number(1), default=3, metavar="N", help="parts of the way to a picture (default 3)")
     add("--steps", type=cli.whole_number(1), help="sampling steps (default: the pipeline's)")
+    samplers.add_arguments(parser)
     add("--guidance-scale", type=cli.scale_number, metavar="S", help="(default: the pipeline's)")
     add("--height", type=cli.whole_number(1), help="in pixels (default: as the model was trained)")
     add("--width", type=cli.whole_number(1), help="in pixels (default: as the model was trained)")
@@ -68,6 +69,7 @@ def calibrate(options: argparse.Namespace) -> None:
     check_model(options)
     check_outputs(options)
     pipe = load_pipeline(options)
+    pipe.scheduler = samplers.choose_scheduler(pipe, options)
     arguments = call_arguments(pipe, options)
     plan = find_plan(pipe, options, arguments)
     plan.save(options.out)

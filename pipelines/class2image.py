@@ -75,10 +75,11 @@ def draw(options: argparse.Namespace) -> None:
     """Draw, write and report what the command line asks for."""
     from pipelines.images import save_png
     from pipelines.running import make_engine
+    from pipelines.samplers import interpolant_of
 
     engine = make_engine(options)
     model = engine.models.get(find_model(options.model))
-    model.pipe.scheduler = choose_scheduler(model.pipe.scheduler, options)
+    model.pipe.scheduler = interpolant_of(model.pipe.scheduler, options.sampler, options.solver)
     labels = [model.label_of(typed) for typed in options.labels]
     names = [model.labels.get(label, str(label)) for label in labels]
     path = cli.output_path(options, "-".join(name.split(",")[0] for name in names) + f"-{options.seed}")
@@ -136,19 +137,6 @@ def read_labels(model: str) -> dict[int, str]:
         return {int(number): str(name) for number, name in names.items()}
     except (ValueError, AttributeError) as error:
         raise cli.UserError(f"{model} has damaged names of classes: {error}") from error
-
-
-def choose_scheduler(scheduler: Any, options: argparse.Namespace) -> Any:
-    """The model's scheduler, or one with the sampler and solver of the command line."""
-    from attngen.schedulers.interpolant import InterpolantScheduler
-
-    if options.sampler is None and options.solver is None:
-        return scheduler
-    saved = dict(scheduler.config) if isinstance(scheduler, InterpolantScheduler) else {"sampler": "ode"}
-    sampler = options.sampler or saved["sampler"]
-    default = saved.get("solver") if sampler == saved["sampler"] else None
-    solver = options.solver or default or ("heun" if sampler == "ode" else "euler")
-    return InterpolantScheduler.from_config(saved, sampler=sampler, solver=solver)
 
 
 # The pictures

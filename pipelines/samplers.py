@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 from typing import Any
 
@@ -61,3 +62,51 @@ def make_sampler(pipe: Any, name: str | None) -> Any:
     # As Stable Diffusion has it: the Runge-Kutta steps at the start need four steps, and fail with fewer.
     extra = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
     return kind.from_config(pipe.scheduler.config, **extra)
+
+
+# What a command line asks for
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--sampler and --solver of SiT, --scheduler of any other model."""
+    add = parser.add_argument
+    add("--sampler", choices=["ode", "sde"], help="of SiT: deterministic or with noise (default: the model's)")
+    add("--solver", choices=["euler", "heun"], help="of SiT: heun is two calls a step (default: the model's)")
+    add("--scheduler", metavar="CLASS", help="a scheduler of diffusers, such as DDIMScheduler (default: the model's)")
+
+
+def choose_scheduler(pipe: Any, options: argparse.Namespace) -> Any:
+    """The scheduler that the options of `add_arguments` ask for; the pipeline's own without any.
+
+    Raises:
+        UserError: for a scheduler that does not exist, or options that it does not have.
+    """
+    from attngen import InterpolantScheduler
+
+    scheduler = pipe.scheduler
+    if options.scheduler:
+        import diffusers
+
+        kind = getattr(diffusers, options.scheduler, None)
+        if kind is None or not options.scheduler.endswith("Scheduler"):
+            raise UserError(f"diffusers has no scheduler {options.scheduler!r}; expected a name such as DDIMScheduler")
+        scheduler = kind.from_config(scheduler.config)
+    if options.sampler or options.solver:
+        if not isinstance(scheduler, InterpolantScheduler):
+            name = type(scheduler).__name__
+            raise UserError(f"--sampler and --solver are for SiT's own scheduler, not {name}; use --scheduler alone")
+        scheduler = interpolant_of(scheduler, options.sampler, options.solver)
+    return scheduler
+
+
+def interpolant_of(scheduler: Any, sampler: str | None, solver: str | None) -> Any:
+    """A SiT's scheduler as it is, or one with this sampler and solver."""
+    from attngen import InterpolantScheduler
+
+    if sampler is None and solver is None:
+        return scheduler
+    saved = dict(scheduler.config) if isinstance(scheduler, InterpolantScheduler) else {"sampler": "ode"}
+    sampler = sampler or saved["sampler"]
+    default = saved.get("solver") if sampler == saved["sampler"] else None
+    solver = solver or default or ("heun" if sampler == "ode" else "euler")
+    return InterpolantScheduler.from_config(saved, sampler=sampler, solver=solver)

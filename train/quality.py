@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import cli
+from pipelines import cli, samplers
 
 if TYPE_CHECKING:
     from train.quality_rows import Row
@@ -50,7 +50,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seeds", type=cli.whole_number(1), default=3, help="sets a row, of different noise (default 3)")
     add("--steps", type=cli.whole_number(1), default=25, help="sampling steps (default 25)")
     add("--guidance-scale", type=cli.scale_number, help="(default: none for classes, else the model's own)")
-    add("--scheduler", metavar="CLASS", help="a scheduler of diffusers (default: the model's)")
+    samplers.add_arguments(parser)
     add("--height", type=cli.whole_number(1), help="in pixels (default: as the model was trained)")
     add("--width", type=cli.whole_number(1), help="in pixels (default: as the model was trained)")
     add("--class-names", type=Path, metavar="FILE", help="for a model of texts: a class a line")
@@ -136,6 +136,8 @@ def sample_arguments(options: argparse.Namespace) -> list[str]:
         "--num-pictures": options.pictures,
         "--steps": options.steps,
         "--guidance-scale": options.guidance_scale,
+        "--sampler": options.sampler,
+        "--solver": options.solver,
         "--scheduler": options.scheduler,
         "--height": options.height,
         "--width": options.width,
@@ -164,6 +166,7 @@ def describe(options: argparse.Namespace, sampler: Any) -> dict[str, Any]:
 
     from pipelines.images import versions
 
+    scheduler = sampler.pipe.scheduler
     return {
         "program": PROGRAM,
         "model": sampler.name,
@@ -174,7 +177,9 @@ def describe(options: argparse.Namespace, sampler: Any) -> dict[str, Any]:
         "seeds": options.seeds,
         "steps": options.steps,
         "guidance_scale": options.guidance_scale,
-        "scheduler": type(sampler.pipe.scheduler).__name__,
+        "scheduler": type(scheduler).__name__,
+        "sampler": scheduler.config.get("sampler"),
+        "solver": scheduler.config.get("solver"),
         "reference": None if options.reference is None else options.reference.name,
         "device": torch.cuda.get_device_name() if sampler.pipe.device.type == "cuda" else "cpu",
         "versions": versions(),
@@ -191,6 +196,8 @@ def command(options: argparse.Namespace) -> str:
         "--seeds": options.seeds,
         "--steps": options.steps,
         "--guidance-scale": options.guidance_scale,
+        "--sampler": options.sampler,
+        "--solver": options.solver,
         "--scheduler": options.scheduler,
         "--height": options.height,
         "--width": options.width,

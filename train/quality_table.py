@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ Written by `python -m train.quality --table` from the files in `docs/quality`; c
 Every row draws the same pictures from the same noise, so rows of a table can be compared with each other. `FD-emoji` is
 the Fréchet distance to the training pictures in the features of a small classifier of emoji: lower is better, it is not
 FID, and it falls with the number of pictures, so only sets of one size compare. The spread is the standard deviation
-over sets of other noise; the floor is what as many real emoji get. Operations are those of one picture, all steps
+over sets of other noise; that of the difference to the first row is smaller, as both have the same noise in each set.
+The floor is what as many real emoji get. Operations are those of one picture, all steps
 together, two for a multiply-add; times are medians of the ratio to the first row, measured in turn.
 
 With the weights of Stable Diffusion 1.5, the names of ImageNet's classes and its pictures at 512 px, the protocol of
@@ -87,7 +89,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         for row in result["rows"]:
-            _ = row["row"], row["mean"], row["spread"], row["gflop"], row["speedup"]
+            _ = row["row"], row["mean"], row["values"], row["spread"], row["gflop"], row["speedup"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read as results of train.quality: {error!r}") from error
     if not result["rows"]:
@@ -107,7 +109,7 @@ def section(name: str, result: Mapping[str, Any], plot: str) -> list[str]:
     floor = "" if first.get("floor") is None else f"; floor {first['floor']:.2f}"
     facts = (
         f"{result['model']}, {result['pictures']:,} pictures x {result['seeds']} sets, {result['steps']} steps, "
-        f"guidance {result['guidance_scale'] or 'off'}, {result['scheduler']}, {result['device']}, torch "
+        f"guidance {result['guidance_scale'] or 'off'}, {_scheduler(result)}, {result['device']}, torch "
         f"{result['versions'].get('torch', '?')}{floor}."
     )
     note = [NOTES[name]] if name in NOTES else []
@@ -115,11 +117,17 @@ def section(name: str, result: Mapping[str, Any], plot: str) -> list[str]:
     return [f"## {name}", *note, f"`{result['command']}`", facts, table, f"![Quality against operations]({plot})"]
 
 
+def _scheduler(result: Mapping[str, Any]) -> str:
+    if not result.get("solver"):
+        return str(result["scheduler"])
+    return f"{result['scheduler']} ({result['sampler']}, {result['solver']})"
+
+
 def _cells(row: Mapping[str, Any], first: Mapping[str, Any], with_attention: bool) -> list[str]:
     cells = [
         f"`{row['row']}`",
         f"{row['mean']:.3f} ± {row['spread']:.3f}",
-        f"{row['mean'] / first['mean'] - 1:+.1%}",
+        _against(row, first),
         "" if row["gflop"] is None else f"{row['gflop']:.2f}",
         f"{row['speedup']:.2f}",
     ]
@@ -127,6 +135,13 @@ def _cells(row: Mapping[str, Any], first: Mapping[str, Any], with_attention: boo
         return cells
     now, exact = row["attention_gflop"], row["attention_exact"]
     return [*cells, *(["", ""] if now is None else [f"{now:.2f}", f"{exact / now:.2f}"])]
+
+
+def _against(row: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+    """How much further a row is, with its spread over sets: each is compared with the first row's of the same noise."""
+    whole = f"{row['mean'] / first['mean'] - 1:+.1%}"
+    ratios = [a / b for a, b in zip(row["values"], first["values"], strict=False)]
+    return whole if row is first or len(ratios) < 2 else f"{whole} ± {statistics.stdev(ratios):.1%}"
 
 
 def draw_plot(result: Mapping[str, Any], path: Path) -> None:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import cli
+from pipelines import cli, samplers
 from train.signals import StopOnSignal
 
 if TYPE_CHECKING:
@@ -84,9 +84,7 @@ def _add_model_arguments(parser: cli.Parser) -> None:
         help="a count, time:count pairs (1:4,0.5:16), or counts by change of the picture (change:4,16,25)",
     )
     add("--steps", type=cli.whole_number(1), help="sampling steps (default: 25 for classes, else the pipeline's)")
-    add("--sampler", choices=["ode", "sde"], help="of SiT (default: the model's)")
-    add("--solver", choices=["euler", "heun"], help="of SiT (default: the model's)")
-    add("--scheduler", metavar="CLASS", help="a scheduler of diffusers, such as DDIMScheduler (default: the model's)")
+    samplers.add_arguments(parser)
     add("--guidance-scale", type=cli.scale_number, metavar="S", help="(default: 1, none, for classes, else its own)")
     add("--guidance-channels", type=cli.whole_number(1), metavar="N", help="guide so many channels (SiT's code: 3)")
     add("--guidance-interval", type=interval, metavar="LOW:HIGH", help="guide only at these times, 1 is noise")
@@ -158,15 +156,15 @@ def sample(options: argparse.Namespace, stopped: StopOnSignal | None = None) -> 
         folder.open(settings, write=True)
     processes.wait_for_everyone()
     folder.open(settings, write=False)
+    from accelerate.utils import gather_object  # here, as start_processes has said it if there is no accelerate
 
     start = time.perf_counter()
     drawn = draw_share(sampler, folder, subjects, group, options, processes, stopped)
     seconds = time.perf_counter() - start
-    processes.wait_for_everyone()
+    drawn = sum(gather_object([drawn]))  # of all processes, which wait here for each other
     done: dict[str, Any] = {}
     if processes.is_main_process:
-        done = finish(folder, sampler, subjects, settings, options)
-        done |= {"drawn_by_this_process": drawn, "seconds": round(seconds, 2)}
+        done = finish(folder, sampler, subjects, settings, options) | {"drawn": drawn, "seconds": round(seconds, 2)}
     processes.wait_for_everyone()
     return done
 
@@ -390,10 +388,7 @@ def _report(options: argparse.Namespace, done: Mapping[str, Any]) -> None:
     elif done["missing"]:
         print(f"{done['folder']}: {done['pictures']} pictures, {done['missing']} missing; the same command goes on")
     else:
-        print(
-            f"{done['folder']}: {done['pictures']} pictures, {done['drawn_by_this_process']} drawn now, "
-            f"{done['seconds']:.1f} s"
-        )
+        print(f"{done['folder']}: {done['pictures']} pictures, {done['drawn']} drawn now, {done['seconds']:.1f} s")
 
 
 if __name__ == "__main__":

@@ -156,6 +156,7 @@ def load(source: str, options: argparse.Namespace, device: Any) -> Any:
     """The pipeline on its device, with the scheduler and the attention that were asked for."""
     import attngen
     from attngen import models
+    from pipelines.samplers import choose_scheduler
 
     kind = pipeline_class(source)
     ours = getattr(attngen, kind, None) or getattr(models, kind, None) if kind else None
@@ -163,7 +164,7 @@ def load(source: str, options: argparse.Namespace, device: Any) -> Any:
         pipe = _load_ours(ours, source, options, device)
     else:
         pipe = _load_diffusers(kind, source, options, device)
-    choose_scheduler(pipe, options)
+    pipe.scheduler = choose_scheduler(pipe, options)
     if options.method:
         cli.apply_method(pipe, options.method)
     return pipe
@@ -198,31 +199,6 @@ def _load_diffusers(kind: str, source: str, options: argparse.Namespace, device:
     loading = argparse.Namespace(**{**vars(options), "model": source, "offload": "none"})
     text2image.check_model(loading)
     return text2image.load_pipeline(loading, device)
-
-
-def choose_scheduler(pipe: Any, options: argparse.Namespace) -> None:
-    """Put the scheduler of the command line into a pipeline.
-
-    Raises:
-        UserError: for a scheduler that does not exist or options that it does not have.
-    """
-    import diffusers
-
-    from attngen.schedulers.interpolant import InterpolantScheduler
-    from pipelines.class2image import choose_scheduler as choose_interpolant
-
-    if options.scheduler:
-        kind = getattr(diffusers, options.scheduler, None)
-        if kind is None or not options.scheduler.endswith("Scheduler"):
-            raise cli.UserError(
-                f"diffusers has no scheduler {options.scheduler!r}; expected a name such as DDIMScheduler"
-            )
-        pipe.scheduler = kind.from_config(pipe.scheduler.config)
-    if options.sampler or options.solver:
-        if not isinstance(pipe.scheduler, InterpolantScheduler):
-            name = type(pipe.scheduler).__name__
-            raise cli.UserError(f"--sampler and --solver are for SiT; this model has {name}: choose by --scheduler")
-        pipe.scheduler = choose_interpolant(pipe.scheduler, options)
 
 
 def call_arguments(pipe: Any, options: argparse.Namespace, draws_classes: bool) -> dict[str, Any]:

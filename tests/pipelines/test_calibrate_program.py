@@ -32,6 +32,21 @@ def test_plan_measurements_and_heat_map(model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "calls"),
+    [
+        (("--solver", "euler"), 2),
+        (("--solver", "heun"), 4),
+        (("--scheduler", "FlowMatchEulerDiscreteScheduler"), 2),
+    ],
+)
+def test_calibrated_with_the_sampler_that_will_draw(model, tmp_path, capsys, arguments, calls):
+    sampling = ("--steps", 2, *arguments)
+    asked = ("--labels", "face", "--speedup", 1.2, "--cost", "flops", "--stages", 1, "--out", tmp_path / "p.json")
+    assert run("--model", model, *asked, *sampling, "--json") == 0
+    assert Measurements.load(tmp_path / "p.measurements.json").calls == (calls,)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--prompt", "a cat", "--speedup", 2), "draws classes, not texts"),
@@ -39,6 +54,14 @@ def test_plan_measurements_and_heat_map(model, tmp_path, capsys):
         (("--labels", "face", "--speedup", 0.5), "above 1, got 0.5"),
         (("--labels", "face", "--speedup", 900, "--steps", 3, "--cost", "flops"), "the most these candidates reach"),
         (("--labels", "face", "--max-error", 0.1, "--steps", 2), "3 stages need as many steps"),
+        (
+            ("--labels", "face", "--speedup", 2, "--scheduler", "NoScheduler"),
+            "diffusers has no scheduler 'NoScheduler'",
+        ),
+        (
+            ("--labels", "face", "--speedup", 2, "--scheduler", "FlowMatchEulerDiscreteScheduler", "--solver", "heun"),
+            "--sampler and --solver are for SiT's own scheduler",
+        ),
     ],
 )
 def test_one_sentence_for_what_cannot_be(model, tmp_path, monkeypatch, capsys, arguments, message):

@@ -84,6 +84,27 @@ def test_another_measurement_of_the_same_name_is_refused(models, tmp_path, capsy
     assert "was measured with steps = 2, not 3" in capsys.readouterr().err
 
 
+def test_the_solver_is_given_on_and_told(models, tmp_path, capsys):
+    assert run(models["softmax"], tmp_path, "--rows", "softmax") == 0
+    euler = results(tmp_path)
+    again = [models["softmax"], tmp_path / "heun", "--rows", "softmax", "--solver", "heun"]
+    assert run(*again) == 0
+    heun = results(tmp_path / "heun")
+    assert heun["rows"][0]["gflop"] == pytest.approx(2 * euler["rows"][0]["gflop"])
+    assert "--solver heun" in heun["command"]
+    assert run(models["softmax"], tmp_path, "--rows", "softmax", "--solver", "heun") == 2
+    assert "was measured with solver = 'euler', not 'heun'" in capsys.readouterr().err
+    assert quality.main(["--table", "--results", str(tmp_path / "heun/results"), "--page", str(tmp_path / "q.md")]) == 0
+    assert "InterpolantScheduler (ode, heun), cpu" in (tmp_path / "q.md").read_text()
+
+
+def test_a_difference_has_the_spread_over_sets_of_one_noise():
+    first = {"values": [1.0, 2.0], "mean": 1.5}
+    row = {"values": [1.2, 2.6], "mean": 1.9}
+    assert quality_table._against(row, first) == "+26.7% ± 7.1%"
+    assert quality_table._against(first, first) == "+0.0%"
+
+
 def test_a_model_with_mediators_is_drawn_with_numbers_of_them(models, tmp_path, capsys):
     assert run(models["mediator"], tmp_path, "--rows", "mediators-4", "by-time-1-4-16", "by-change-4-9-16") == 0
     four, by_time, _ = results(tmp_path)["rows"]

@@ -108,7 +108,9 @@ def test_two_real_processes_draw_the_same_set(model, whole, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "train.sample"]
     command += ["--model", model, "--out", tmp_path / "set", "--device", "cpu", "--steps", 2, "--guidance-scale", 2]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    subprocess.run([*map(str, command), "--num-pictures", "40", "--npz"], check=True, env=environment, timeout=600)
+    command = [*map(str, command), "--num-pictures", "40", "--npz"]
+    done = subprocess.run(command, check=True, env=environment, timeout=600, stdout=subprocess.PIPE, text=True)
+    assert "40 pictures, 40 drawn now" in done.stdout
     assert files(tmp_path / "set") == files(whole)
 
 
@@ -176,9 +178,9 @@ def test_a_stopped_set_goes_on_and_equals_a_whole_one(model, tmp_path, form):
     for looks, there in ((1, 16), (1, 32)):
         done = draw(model, stopped, "--num", 40, "--format", form, "--npz", stopped=StopAfter(looks))
         assert done["missing"] == 40 - there and not (stopped / "samples.npz").exists()
-    assert draw(model, stopped, "--num", 40, "--format", form, "--npz")["drawn_by_this_process"] == 8
+    assert draw(model, stopped, "--num", 40, "--format", form, "--npz")["drawn"] == 8
     assert files(stopped) == files(whole)
-    assert draw(model, stopped, "--num", 40, "--format", form, "--npz")["drawn_by_this_process"] == 0
+    assert draw(model, stopped, "--num", 40, "--format", form, "--npz")["drawn"] == 0
     assert files(stopped) == files(whole)
 
 
@@ -187,7 +189,7 @@ def test_damaged_and_missing_pictures_are_drawn_again(model, whole, tmp_path):
     pictures = tmp_path / "set" / "pictures"
     (pictures / "000003.png").unlink()
     (pictures / "000020.png").write_bytes(b"half")
-    assert draw(model, tmp_path / "set", "--num", 40, "--npz")["drawn_by_this_process"] == 2
+    assert draw(model, tmp_path / "set", "--num", 40, "--npz")["drawn"] == 2
     assert files(tmp_path / "set") == files(whole)
 
 
@@ -195,7 +197,7 @@ def test_a_journal_cut_short_costs_one_picture(model, whole, tmp_path):
     draw(model, tmp_path / "set", "--num", 40, "--npz", stopped=StopAfter(1))
     (journal,) = (tmp_path / "set" / ".journal").iterdir()
     journal.write_text(journal.read_text()[:-10])
-    assert draw(model, tmp_path / "set", "--num", 40, "--npz")["drawn_by_this_process"] == 25
+    assert draw(model, tmp_path / "set", "--num", 40, "--npz")["drawn"] == 25
     assert files(tmp_path / "set") == files(whole)
 
 
