@@ -11,7 +11,14 @@ from attngen.calibration import calibrate
 from attngen.hosts.hooks import AttnGenWarning
 from attngen.hosts.registry import register
 from attngen.learned import LearnedLayers
-from attngen.methods import AgentAttention, DownsampledKV, LinearAttention, SoftmaxAttention, TokenMerging
+from attngen.methods import (
+    AgentAttention,
+    DownsampledKV,
+    FocalAttention,
+    LinearAttention,
+    SoftmaxAttention,
+    TokenMerging,
+)
 from attngen.methods.learned import LearnedLinear, LearnedMediators
 from attngen.models import SiTPipeline, SiTTransformer2DModel, UNetClassPipeline
 from attngen.patch import AttentionPatch, apply, remove
@@ -32,6 +39,7 @@ __all__ = [
     "AttnGenWarning",
     "ChangeSchedule",
     "DownsampledKV",
+    "FocalAttention",
     "InterpolantScheduler",
     "LearnedLayers",
     "LearnedLinear",

@@ -3,6 +3,7 @@
 
 from attngen.methods.agent import agent_attention, agent_grid, pool_tokens
 from attngen.methods.downsample import downsample_tokens
+from attngen.methods.focal import focal_attention
 from attngen.methods.linear import focused_feature_map, linear_attention
 from attngen.methods.merge import TokenMatching, match_tokens
 
@@ -11,6 +12,7 @@ __all__ = [
     "agent_attention",
     "agent_grid",
     "downsample_tokens",
+    "focal_attention",
     "focused_feature_map",
     "linear_attention",
     "match_tokens",

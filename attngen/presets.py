@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from attngen.methods import AgentAttention, DownsampledKV, LinearAttention, SoftmaxAttention, TokenMerging
+from attngen.methods import (
+    AgentAttention,
+    DownsampledKV,
+    FocalAttention,
+    LinearAttention,
+    SoftmaxAttention,
+    TokenMerging,
+)
 from attngen.plan import Plan, Stage
 
 METHODS: Mapping[str, Plan] = {
@@ -24,6 +31,8 @@ METHODS: Mapping[str, Plan] = {
     "tome": Plan.of(TokenMerging(ratio=0.5, stride=2), max_levels=1),
     # arXiv 2402.13573.
     "todo": Plan.of(DownsampledKV(factor=2), max_levels=1),
+    # arXiv 2107.00641 with plain means in place of learned pooling: near tokens exactly, far ones as 64 cells.
+    "focal": Plan.of(FocalAttention(), min_tokens=1024),
     # For models trained with it; without training the picture is lost.
     "linear": Plan.of(LinearAttention(feature_map="elu"), min_tokens=1024),
 }

@@ -58,6 +58,13 @@ def _todo_plan(options: Mapping[str, Any]) -> Any:
     return Plan.of(DownsampledKV(factor=options["factor"]), max_levels=1)
 
 
+def _focal_plan(options: Mapping[str, Any]) -> Any:
+    from attngen import FocalAttention, Plan
+
+    method = FocalAttention(options["window"], options["margin"], options["num_cells"])
+    return Plan.of(method, min_tokens=options["min_tokens"])
+
+
 def _linear_plan(options: Mapping[str, Any]) -> Any:
     from attngen import LinearAttention, Plan
 
@@ -182,6 +189,18 @@ _INFOS: Sequence[MethodInfo] = (
         "Keys and values come from a coarser grid.",
         (Option("factor", "Times coarser a side", "whole", 2, 1, 16, 1),),
         _todo_plan,
+    ),
+    MethodInfo(
+        "focal",
+        "Near exactly, far in cells",
+        "Each window of the picture sees the tokens around it one by one and the rest as means of cells.",
+        (
+            Option("window", "Window, tokens a side", "whole", 8, 1, 64, 1),
+            Option("margin", "Tokens seen around it", "whole", 4, 0, 64, 1),
+            Option("num_cells", "Cells for the rest", "whole", 64, 1, 4096, 1),
+            _MIN_TOKENS,
+        ),
+        _focal_plan,
     ),
     MethodInfo(
         "linear",

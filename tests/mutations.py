@@ -28,6 +28,8 @@ _PATCH = "tests/test_patch.py::"
 _PROMISE = "tests/promises/"
 _REFERENCE = "attngen/kernels/reference.py"
 _AGENT = "attngen/methods/agent.py"
+_FOCAL = "attngen/methods/focal.py"
+_FOCAL_TESTS = (f"{_FUNCTIONAL}test_focal_attention_equals_oracle",)
 _MATCHING = "attngen/methods/matching.py"
 _LINEAR = "attngen/methods/linear.py"
 _HOOKS = "attngen/hosts/hooks.py"
@@ -117,6 +119,22 @@ MUTATIONS = {
         'mode="nearest-exact"',
         'mode="nearest"',
         (f"{_FUNCTIONAL}test_downsample_tokens_equals_oracle",),
+    ),
+    "cells count once": Mutation(
+        _FOCAL, "outside.log().clamp_min(_NOTHING)", "(outside / outside).log().clamp_min(_NOTHING)", _FOCAL_TESTS
+    ),
+    "cells count what is seen already": Mutation(_FOCAL, "columns - within)", "columns)", _FOCAL_TESTS),
+    "regions leave the picture": Mutation(
+        _FOCAL,
+        "first.clamp(0, self.grid[axis] - self.region[axis])",
+        "first.clamp(0, self.grid[axis] - 1)",
+        _FOCAL_TESTS,
+    ),
+    "half precision rounds the counts": Mutation(
+        _FOCAL,
+        "(bias - coarse).to(keys.dtype)",
+        "0",
+        (f"{_FUNCTIONAL}test_the_count_of_a_cell_is_exact_in_half_precision",),
     ),
     # The patch
     "a hook stays": Mutation(

@@ -98,6 +98,56 @@ def downsampled_attention(
     return softmax_attention(query, key, value, scale)
 
 
+def focal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: tuple[int, int],
+    window: int = 8,
+    margin: int = 4,
+    cells: tuple[int, int] = (8, 8),
+    context: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Each query weighs the tokens around its window by exp(q . k), each cell by how many of its tokens are not there.
+
+    The cell with the set of tokens C weighs |C without the region| exp(q . mean of k over C) and gives the mean of v.
+    Tokens of `context` are weighed like those of the region. `cells` are rows and columns.
+    """
+    query, key, value = query.double(), key.double(), value.double()
+    (height, width), (rows, columns) = grid, cells
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+
+    def near(at: int, length: int) -> range:
+        side = min(window, length)
+        reach = min(side + 2 * margin, length)
+        first = max(0, min(at // side * side - margin, length - reach))
+        return range(first, first + reach)
+
+    members: dict[tuple[int, int], list[int]] = {}
+    for y in range(height):
+        for x in range(width):
+            members.setdefault((y * rows // height, x * columns // width), []).append(y * width + x)
+    assert len(members) == rows * columns
+    out = torch.zeros(*query.shape[:3], value.shape[3], dtype=torch.float64)
+    for b in range(query.shape[0]):
+        for h in range(query.shape[1]):
+            for i in range(height * width):
+                region = [y * width + x for y in near(i // width, height) for x in near(i % width, width)]
+                logits = [query[b, h, i] @ key[b, h, j] * scale for j in region]
+                values = [value[b, h, j] for j in region]
+                for cell in members.values():
+                    outside = len(set(cell) - set(region))
+                    if outside:
+                        logits.append(query[b, h, i] @ key[b, h, cell].mean(0) * scale + math.log(outside))
+                        values.append(value[b, h, cell].mean(0))
+                if context is not None:
+                    logits += list(context[0][b, h].double() @ query[b, h, i] * scale)
+                    values += list(context[1][b, h].double())
+                out[b, h, i] = softmax(torch.stack(logits)) @ torch.stack(values)
+    return out
+
+
 # Linear attention
 
 

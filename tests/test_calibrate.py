@@ -309,7 +309,7 @@ def test_stages_lie_between_steps():
 
 def test_the_usual_candidates():
     kinds = {candidate.kind for candidate in DEFAULT_CANDIDATES}
-    assert kinds == {"agent", "downsampled-kv", "token-merging"}
+    assert kinds == {"agent", "downsampled-kv", "focal", "token-merging"}
     assert LinearAttention not in map(type, DEFAULT_CANDIDATES)
 
 

@@ -19,6 +19,7 @@ from attngen import (
     AttnGenWarning,
     ChangeSchedule,
     DownsampledKV,
+    FocalAttention,
     LinearAttention,
     Plan,
     SoftmaxAttention,
@@ -82,7 +83,7 @@ def test_apply_and_remove(host, model, method):
     if method == "softmax" or method in EXACT.values():
         assert not active
     elif method in ACTIVE.values():
-        assert active == (not (host.rotary and isinstance(method, LinearAttention)))
+        assert active == (not (host.rotary and isinstance(method, (FocalAttention, LinearAttention))))
     assert list(model.state_dict()) == clean["state"]
     handle.remove()
     assert not handle.is_applied

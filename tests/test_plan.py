@@ -12,6 +12,7 @@ from attngen import (
     METHODS,
     AgentAttention,
     DownsampledKV,
+    FocalAttention,
     LinearAttention,
     Plan,
     SoftmaxAttention,
@@ -29,6 +30,8 @@ ALL = [
     TokenMerging(),
     TokenMerging(0.25, 4, 0.9, True, 0.5, 0.0),
     DownsampledKV(3),
+    FocalAttention(),
+    FocalAttention(4, 0, 9),
     *(LinearAttention(name) for name in ("elu", "relu", "focused", "identity")),
 ]
 WRITTEN = Plan(
@@ -238,6 +241,11 @@ BAD_OPTIONS = {
         "shortcut": [float("inf")],
     },
     DownsampledKV: {"factor": [0, -1, 2.0, True, None, float("nan")]},
+    FocalAttention: {
+        "window": [0, -1, 2.5, True, None, "8"],
+        "margin": [-1, 0.5, True, None],
+        "num_cells": [0, -4, 1.5, True, None, float("nan")],
+    },
     LinearAttention: {"feature_map": ["tanh", "", None, 3]},
 }
 

@@ -146,7 +146,7 @@ def test_exact_operations_are_what_pytorch_counts(name, size):
     assert all(layer.stages[0].flops == layer.flops_exact for layer in report.patched)
 
 
-@pytest.mark.parametrize("method", ["agents", "downsampled", "linear-elu", "merging", "merging-agents"])
+@pytest.mark.parametrize("method", ["agents", "downsampled", "focal", "linear-elu", "merging", "merging-agents"])
 def test_operations_of_methods_are_what_pytorch_counts(name, method):
     """Up to what is not a product of matrices (pooling, the shortcut, a normaliser): a few operations a channel."""
     model, host = fresh(name), HOSTS[name]

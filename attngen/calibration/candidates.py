@@ -6,7 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from attngen.methods import AgentAttention, AttentionMethod, DownsampledKV, SoftmaxAttention, TokenMerging
+from attngen.methods import (
+    AgentAttention,
+    AttentionMethod,
+    DownsampledKV,
+    FocalAttention,
+    SoftmaxAttention,
+    TokenMerging,
+)
 from attngen.methods.learned import LearnedMethod
 
 DEFAULT_CANDIDATES: tuple[AttentionMethod, ...] = (
@@ -14,11 +21,15 @@ DEFAULT_CANDIDATES: tuple[AttentionMethod, ...] = (
     *(AgentAttention(num_agents=count, correction="nystrom") for count in (16, 64, 256)),
     *(AgentAttention(num_agents=count, agents="merged", correction="nystrom") for count in (16, 64, 256)),
     AgentAttention(num_agents=64, agents="strided", correction="nystrom"),
+    *(FocalAttention(window=8, margin=4, num_cells=count) for count in (64, 256)),
+    *(FocalAttention(window=4, margin=2, num_cells=count) for count in (16, 64, 256)),
+    FocalAttention(window=4, margin=4, num_cells=64),
+    FocalAttention(window=4, margin=1, num_cells=16),
     DownsampledKV(factor=2),
     TokenMerging(ratio=0.5, stride=2),
     TokenMerging(ratio=0.75, stride=4),
 )
-"""Those that were the best somewhere in a trained UNet, and the same with more agents; see docs/calibration.md."""
+"""Those that were the best somewhere in a trained UNet or SiT, and the same with more agents; docs/calibration.md."""
 
 EXPONENTS = (0.0, 0.3, 0.5, 0.75, 1.0, 1.3)
 """Sharpnesses of the broadcast that are tried; 1 is the usual scale, and was the best most often."""

@@ -165,6 +165,8 @@ def label(method: AttentionMethod) -> str:
     if method.kind == "agent":
         made = "" if options.get("agents", "pooled") == "pooled" else f" {options['agents']}"
         return f"agent {options['num_agents']}{made}{'' if options.get('correction') is None else ' N'}"
+    if method.kind == "focal":
+        return f"focal {options['window']}+{options['margin']} {options['num_cells']}"
     short = {"softmax": "exact", "downsampled-kv": "kv", "token-merging": "merge"}.get(method.kind, method.kind)
     number = options.get("factor", options.get("ratio", ""))
     return f"{short} {number}".strip()

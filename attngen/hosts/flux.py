@@ -61,7 +61,7 @@ class FluxAttnGenProcessor:
             text = (_rotate(text[0], cos, sin), _rotate(text[1], cos, sin), text[2])
         selection = select(method, image_states, attngen)
         image, agents = image_heads(attn, selection, method, attngen, rotate)
-        mixed_image, mixed_text = mix(method, image, text, agents, attention_of(self, original, spec))
+        mixed_image, mixed_text = mix(method, image, text, agents, attention_of(self, original, spec), attngen)
         assert mixed_text is not None
         if in_one_sequence:
             restored = mixed_image if selection.restore is None else selection.restore(mixed_image)

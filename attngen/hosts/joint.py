@@ -51,7 +51,7 @@ class JointAttnGenProcessor:
         selection = select(method, hidden_states, attngen)
         image, agents = image_heads(attn, selection, method, attngen)
         text = None if encoder_hidden_states is None else text_heads(attn, encoder_hidden_states)
-        mixed_image, mixed_text = mix(method, image, text, agents, attention)
+        mixed_image, mixed_text = mix(method, image, text, agents, attention, attngen)
         output = attn.to_out[1](attn.to_out[0](mixed_image))
         output = output if selection.restore is None else selection.restore(output)
         if mixed_text is None:
@@ -103,11 +103,18 @@ def text_heads(attn: Any, encoder_hidden_states: Tensor) -> Heads:
 
 
 def mix(
-    method: AttentionMethod, image: Heads, text: Heads | None, agents: Tensor | None, attention: Attention
+    method: AttentionMethod,
+    image: Heads,
+    text: Heads | None,
+    agents: Tensor | None,
+    attention: Attention,
+    info: StepInfo | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Image by the method, text exactly: (B, N, H · D) and (B, T, H · D) or None."""
     context = None if text is None else (text[1], text[2])
-    mixed = method.attend(*image, agents=agents, context=context, attention=attention)
+    mixed = method.attend(
+        *image, grid=None if info is None else info.grid, agents=agents, context=context, attention=attention
+    )
     mixed_image = join_heads(mixed).to(image[0].dtype)
     if text is None:
         return mixed_image, None

@@ -90,6 +90,7 @@ def _attend(
         to_heads(attn, query, "norm_q"),
         to_heads(attn, key, "norm_k"),
         split_heads(value, attn.heads),
+        grid=None if info is None else info.grid,
         agents=agents,
         context=None,
         attention=attention,

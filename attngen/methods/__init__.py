@@ -9,12 +9,14 @@ from typing import Any
 from attngen.methods.agent import AgentAttention
 from attngen.methods.base import AttentionMethod
 from attngen.methods.downsample import DownsampledKV
+from attngen.methods.focal import FocalAttention
 from attngen.methods.linear import LinearAttention
 from attngen.methods.merge import TokenMerging
 from attngen.methods.softmax import SoftmaxAttention
 
 METHOD_CLASSES: Mapping[str, type[AttentionMethod]] = {
-    cls.kind: cls for cls in (SoftmaxAttention, AgentAttention, TokenMerging, DownsampledKV, LinearAttention)
+    cls.kind: cls
+    for cls in (SoftmaxAttention, AgentAttention, FocalAttention, TokenMerging, DownsampledKV, LinearAttention)
 }
 
 

@@ -217,6 +217,7 @@ class AgentAttention(AttentionMethod):
         key: Tensor,
         value: Tensor,
         *,
+        grid: Grid | None,
         agents: Tensor | None,
         context: tuple[Tensor, Tensor] | None,
         attention: Attention,

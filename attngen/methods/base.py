@@ -168,6 +168,7 @@ class AttentionMethod(ABC):
         key: Tensor,
         value: Tensor,
         *,
+        grid: Grid | None,
         agents: Tensor | None,
         context: tuple[Tensor, Tensor] | None,
         attention: Attention,
@@ -178,6 +179,7 @@ class AttentionMethod(ABC):
             query: (B, H, N, D).
             key: (B, H, L, D), image keys.
             value: (B, H, L, D), image values.
+            grid: (height, width) of the layer's tokens; None where the layer is only exact.
             agents: (B, H, M, D), or None.
             context: keys and values (B, H, T, D) of the text in joint attention, or None.
             attention: exact attention through the backend in force.

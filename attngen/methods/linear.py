@@ -139,6 +139,7 @@ class LinearAttention(AttentionMethod):
         key: Tensor,
         value: Tensor,
         *,
+        grid: Grid | None,
         agents: Tensor | None,
         context: tuple[Tensor, Tensor] | None,
         attention: Attention,

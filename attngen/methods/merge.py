@@ -89,6 +89,7 @@ class TokenMerging(AttentionMethod):
         key: Tensor,
         value: Tensor,
         *,
+        grid: Grid | None,
         agents: Tensor | None,
         context: tuple[Tensor, Tensor] | None,
         attention: Attention,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import attngen
-from attngen import AgentAttention, DownsampledKV, LinearAttention, SoftmaxAttention, TokenMerging
+from attngen import AgentAttention, DownsampledKV, FocalAttention, LinearAttention, SoftmaxAttention, TokenMerging
 
 TEXT = 16
 """Width of the text tokens of all models."""
@@ -253,6 +253,7 @@ ACTIVE = {
     "merging-random": TokenMerging(ratio=0.5, random=True),
     "merging-agents": TokenMerging(ratio=0.25, stride=4, agent_ratio=0.9),
     "downsampled": DownsampledKV(2),
+    "focal": FocalAttention(2, 1, 4),
     **{f"linear-{name}": LinearAttention(name) for name in ("elu", "relu", "focused", "identity")},
 }
 """Methods that change something at the small sizes of these tests."""
@@ -262,6 +263,7 @@ EXACT = {
     "too-many-agents": AgentAttention(num_agents=10_000),
     "ratio-0": TokenMerging(ratio=0.0),
     "factor-1": DownsampledKV(1),
+    "region-too-large": FocalAttention(8, 4, 64),
     "cells-too-large": TokenMerging(ratio=0.5, stride=64),
 }
 """Methods that must leave everything as it is at these sizes."""

@@ -6,10 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attngen import AgentAttention, DownsampledKV, LinearAttention, TokenMerging
+from attngen import AgentAttention, DownsampledKV, FocalAttention, LinearAttention, TokenMerging
 from tests import oracles
 
-POOLED = {((8, 8), 4): (2, 2), ((4, 12), 12): (2, 6), ((12, 4), 12): (6, 2), ((5, 7), 6): (2, 3), ((8, 8), 9): (3, 3)}
+POOLED = {
+    ((8, 8), 4): (2, 2),
+    ((4, 12), 4): (1, 4),
+    ((4, 12), 12): (2, 6),
+    ((12, 4), 12): (6, 2),
+    ((5, 7), 6): (2, 3),
+    ((8, 8), 9): (3, 3),
+}
 """(grid, number of agents) -> rows and columns of the agents."""
 
 
@@ -98,6 +105,9 @@ def wanted(attn, method, x, grid, text=None, tables=None, text_length=0) -> Tens
         kept = torch.tensor(centres(grid, tuple(max(1, side // method.factor) for side in grid)))
         key = rotate(key[:, :, kept], tables, text_length + kept)
         mixed = attend(rotate(query, tables, everywhere), key, value[:, :, kept])
+    elif isinstance(method, FocalAttention):
+        cells, read = POOLED[grid, method.num_cells], None if text is None else (text[1], text[2])
+        mixed = oracles.focal_attention(query, key, value, grid, method.window, method.margin, cells, read)
     elif isinstance(method, LinearAttention):
         mixed = oracles.linear_attention(query, key, value, method.feature_map)
         if text is not None:

@@ -92,7 +92,9 @@ def test_sizes_share_graphs(name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if name in ("agents", "merging", "downsampled", "linear-elu") else pytest.mark.slow)
+        pytest.param(
+            name, marks=() if name in ("agents", "merging", "downsampled", "focal", "linear-elu") else pytest.mark.slow
+        )
         for name in (*ACTIVE, "agentsd", "softmax")
     ],
 )

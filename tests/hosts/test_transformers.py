@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import attngen
-from attngen import AgentAttention, DownsampledKV, LinearAttention, Plan, Stage, TokenMerging
+from attngen import AgentAttention, DownsampledKV, FocalAttention, LinearAttention, Plan, Stage, TokenMerging
 from tests import oracles
 from tests.hosts.models import HOSTS, flux_ids, fresh, normal
 from tests.hosts.numbers import assert_close, heads, project, recorded, rotate, wanted
@@ -12,7 +12,14 @@ from tests.hosts.test_unet import Spy, seen  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning")
 MADE = AgentAttention(9, agents="strided", gain=0.7, correction="nystrom")
-METHODS = [AgentAttention(4), AgentAttention(9, 1.0, 0.0), DownsampledKV(2), MADE, LinearAttention("elu")]
+METHODS = [
+    AgentAttention(4),
+    AgentAttention(9, 1.0, 0.0),
+    DownsampledKV(2),
+    MADE,
+    FocalAttention(2, 1, 4),
+    LinearAttention("elu"),
+]
 
 
 @pytest.fixture(autouse=True)

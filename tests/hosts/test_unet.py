@@ -8,7 +8,7 @@ import tomesd
 import torch
 
 import attngen
-from attngen import METHODS, AgentAttention, DownsampledKV, LinearAttention, Plan, Stage, TokenMerging
+from attngen import METHODS, AgentAttention, DownsampledKV, FocalAttention, LinearAttention, Plan, Stage, TokenMerging
 from attngen.hosts.single import AttnGenProcessor
 from attngen.methods.base import Selection
 from tests.hosts.models import HOSTS, TEXT, fresh, normal, self_attention
@@ -23,6 +23,7 @@ MADE = [
     AgentAttention(9, agents="merged", gain=1.2),
     AgentAttention(4, agents="strided", correction="nystrom"),
 ]
+FOCAL = [FocalAttention(2, 1, 4), FocalAttention(3, 1, 9)]
 LINEAR = [LinearAttention(name) for name in ("elu", "relu", "focused")]
 
 
@@ -43,7 +44,7 @@ def layers_at(model, host, tokens):
 
 
 @pytest.mark.parametrize("name", SINGLE)
-@pytest.mark.parametrize("method", POOLING + MADE + LINEAR, ids=repr)
+@pytest.mark.parametrize("method", POOLING + MADE + FOCAL + LINEAR, ids=repr)
 def test_a_layer_by_definition(name, method):
     host, model = HOSTS[name], fresh(name)
     names = layers_at(model, host, 64)

@@ -99,6 +99,7 @@ def test_a_method_that_changes_nothing_says_so(engine, softmax):
         ("agentsd", {}, "agentsd"),
         ("tome", {}, "tome"),
         ("todo", {}, "todo"),
+        ("focal", {}, "focal"),
         ("linear", {}, "linear"),
     ],
 )

@@ -15,7 +15,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 import attngen
-from attngen import AgentAttention, DownsampledKV, LinearAttention, Plan, SoftmaxAttention, Stage, TokenMerging
+from attngen import (
+    AgentAttention,
+    DownsampledKV,
+    FocalAttention,
+    LinearAttention,
+    Plan,
+    SoftmaxAttention,
+    Stage,
+    TokenMerging,
+)
 from attngen.hosts.families import denoisers_of
 from tests.hosts.models import _CONTROLNET, _SD3, _SDXL, TEXT, fresh, normal, randomised, snapshot
 
@@ -27,6 +36,7 @@ METHODS: dict[str, Any] = {
     "agents": AGENTS,
     "merging": TokenMerging(0.5, random=True),
     "downsampled": DownsampledKV(2),
+    "focal": FocalAttention(2, 1, 4),
     "linear": LinearAttention("elu"),
     "stages": STAGES,
 }

@@ -17,7 +17,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import attngen
-from attngen import AgentAttention, AttnGenWarning, DownsampledKV, LinearAttention, SiTTransformer2DModel, TokenMerging
+from attngen import (
+    AgentAttention,
+    AttnGenWarning,
+    DownsampledKV,
+    FocalAttention,
+    LinearAttention,
+    SiTTransformer2DModel,
+    TokenMerging,
+)
 from attngen import functional as F
 from tests import oracles
 from tests.hosts.models import HOSTS, fresh, normal, randomised
@@ -90,6 +98,22 @@ def downsampled_case(draw: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @st.composite
+def focal_case(draw: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    grid = draw(st.integers(1, 7)), draw(st.integers(1, 7))
+    tokens, options = grid[0] * grid[1], (draw(st.integers(1, 4)), draw(st.integers(0, 3)))
+    query, key, value, _ = draw(heads(tokens, keys=tokens))
+    num_cells = draw(st.integers(1, tokens))
+    context = None
+    if draw(st.booleans()):
+        context = key[:, :, :1] * 0.5, value[:, :, :1] * 0.5
+    got = F.focal_attention(
+        query, key, value, grid, window=options[0], margin=options[1], num_cells=num_cells, context=context
+    )
+    cells = F.agent_grid(num_cells, grid)
+    return got, oracles.focal_attention(query, key, value, grid, *options, cells, context)
+
+
+@st.composite
 def merging_case(draw: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Wide float64 tokens: with rounding, which of two alike tokens is merged is a matter of taste."""
     height, width = draw(st.integers(1, 8)), draw(st.integers(1, 8))
@@ -116,6 +140,7 @@ CASES = {
     "agent": agent_case(),
     "linear": linear_case(),
     "downsampled": downsampled_case(),
+    "focal": focal_case(),
     "merging": merging_case(),
     "pooling": pooling_case(),
 }
@@ -134,8 +159,8 @@ def check(name: str, examples: int) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_hundred_random_cases(name):
-    """Twenty of each method."""
-    check(name, 20)
+    """Seventeen of each method."""
+    check(name, 17)
 
 
 @pytest.mark.slow
@@ -146,7 +171,13 @@ def test_two_thousand_random_cases(name):
 
 # Any size of picture
 
-METHODS = (AgentAttention(num_agents=4), TokenMerging(0.5), DownsampledKV(2), LinearAttention("elu"))
+METHODS = (
+    AgentAttention(num_agents=4),
+    TokenMerging(0.5),
+    DownsampledKV(2),
+    FocalAttention(2, 1, 4),
+    LinearAttention("elu"),
+)
 
 
 @pytest.mark.parametrize("name", ["sd15", "pixart", "sit"])
@@ -235,7 +266,13 @@ def test_methods_that_keep_everything_are_softmax_attention(kind):
     exact = KINDS[kind](pipe)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AttnGenWarning)
-        for method in ("softmax", AgentAttention(num_agents=4096), TokenMerging(0.0), DownsampledKV(1)):
+        for method in (
+            "softmax",
+            AgentAttention(num_agents=4096),
+            TokenMerging(0.0),
+            DownsampledKV(1),
+            FocalAttention(64),
+        ):
             with attngen.apply(pipe, method):
                 assert (KINDS[kind](pipe) - exact).abs().max() <= 1e-5
     assert all(not hasattr(module, "attngen") for model in denoisers(pipe).values() for module in model.modules())

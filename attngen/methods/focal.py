@@ -1,0 +1,262 @@
+"""Focal attention: tokens nearby one by one, those farther away as means of cells, so cost grows linearly with tokens.
+
+Paper: Focal Self-attention, Yang et al. 2021, arXiv 2107.00641, section 3.1. Its cells are pooled by learned weights;
+here they are plain means that count as often as tokens they stand for, which needs no training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attngen.methods._checks import Grid, check_count, check_heads
+from attngen.methods.agent import agent_grid
+from attngen.methods.base import Attention, AttentionMethod, LayerShape
+
+_NOTHING = -50.0
+"""Bias of a cell that counts for nothing. Its mean is among the region's tokens, so no logit can make up for it."""
+
+
+def focal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: Grid,
+    *,
+    window: int = 8,
+    margin: int = 4,
+    num_cells: int = 64,
+    context: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention in which each window of queries sees near keys one by one and all others as means of cells.
+
+    The grid is cut into windows of `window` x `window` queries. A window's region reaches `margin` tokens beyond it on
+    each side; at the border of the grid it is moved inwards, so that all regions have one size. The grid is also cut
+    into `num_cells` cells. Of a query's logits, those of its region are q · k · s, and a cell with n > 0 tokens outside
+    the region adds one of q · mean(k) · s + log n with the value mean(v), both means over the whole cell.
+
+    Args:
+        query: (B, H, N, D), image tokens in row-major order.
+        key: (B, H, N, D).
+        value: (B, H, N, E).
+        grid: (height, width), N = height · width.
+        window: side of a window, in tokens.
+        margin: tokens beyond the window on each side, at least 0.
+        num_cells: most cells, arranged by `agent_grid`.
+        context: keys and values (B, H, T, ·) that every query sees one by one, such as those of a text.
+        scale: s; D**-0.5 if None.
+
+    Returns:
+        (B, H, N, E) in the dtype of `value`.
+
+    Raises:
+        ValueError: for a wrong rank, head size, batch or dtype, tokens that do not fill the grid, or a count below 1.
+    """
+    check_heads(query, key, value)
+    tokens = math.prod(grid)
+    if min(grid) < 1 or query.shape[2] != tokens or key.shape[2] != tokens:
+        raise ValueError(
+            f"{query.shape[2]} queries and {key.shape[2]} keys do not fill a grid of {grid[0]} x {grid[1]} = {tokens}"
+        )
+    _check_options(window, margin, num_cells)
+    return _Regions(grid, window, margin, num_cells).attend(query, key, value, context, scale)
+
+
+class _Regions:
+    """How a grid is cut: windows of queries, the region of keys of each, and cells.
+
+    Attributes:
+        grid: (height, width) of the tokens.
+        window: sides of a window.
+        windows: rows and columns of windows; the last of a row or column may reach beyond the grid.
+        region: sides of a region.
+        cells: rows and columns of cells.
+    """
+
+    def __init__(self, grid: Grid, window: int, margin: int, num_cells: int) -> None:
+        self.grid = grid
+        self.window = min(window, grid[0]), min(window, grid[1])
+        self.windows = -(-grid[0] // self.window[0]), -(-grid[1] // self.window[1])
+        self.region = min(self.window[0] + 2 * margin, grid[0]), min(self.window[1] + 2 * margin, grid[1])
+        self.cells = agent_grid(num_cells, grid)
+        self._margin = margin
+
+    @property
+    def num_keys(self) -> int:
+        """Keys of a query."""
+        return math.prod(self.region) + math.prod(self.cells)
+
+    @property
+    def num_queries(self) -> int:
+        """Queries of all windows, with those beyond the grid."""
+        return math.prod(self.windows) * math.prod(self.window)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        context: tuple[Tensor, Tensor] | None,
+        scale: float | None,
+        attention: Attention | Callable[..., Tensor] = F.scaled_dot_product_attention,
+    ) -> Tensor:
+        """See `focal_attention`; by `attention`, which needs to know no bias and no mask.
+
+        The bias is a channel of the keys instead, against ones in the queries. Fused attention kernels run like that,
+        and with a bias only some of them do: 4 times slower on a CPU.
+        """
+        batch, heads, _, size = query.shape
+        scale = float(size**-0.5) if scale is None else scale
+        width = _padded(max(size + 2, value.shape[3]))
+        text_key, text_value = context or (None, None)
+        queries = self._cut(_widen(query, width, 1.0))
+        keys = self._gather(_widen(key, width), None if text_key is None else _widen(text_key, width))
+        values = self._gather(_widen(value, width), None if text_value is None else _widen(text_value, width))
+        bias = self._bias(torch.promote_types(query.dtype, torch.float32), query.device) / scale
+        # In two parts, for half precision: what the first channel rounds off is in the second.
+        coarse = bias.to(keys.dtype)
+        keys[:, :, : bias.shape[1], size] = coarse
+        keys[:, :, : bias.shape[1], size + 1] = (bias - coarse).to(keys.dtype)
+        mixed = attention(queries, keys, values, scale=scale)
+        return self._join(mixed[..., : value.shape[3]]).unflatten(0, (batch, heads))
+
+    # Windows of queries
+
+    def _cut(self, x: Tensor) -> Tensor:
+        """(B, H, N, D) -> (B · H, windows, tokens of a window, D), zeros beyond the grid."""
+        (rows, columns), (height, width) = self.windows, self.window
+        image = x.flatten(0, 1).unflatten(1, self.grid)
+        image = F.pad(image, (0, 0, 0, columns * width - self.grid[1], 0, rows * height - self.grid[0]))
+        cut = image.unflatten(2, (columns, width)).unflatten(1, (rows, height))
+        return cut.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+    def _join(self, x: Tensor) -> Tensor:
+        """What `_cut` gives, back to (B · H, N, D)."""
+        image = x.unflatten(2, self.window).unflatten(1, self.windows).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return image[:, : self.grid[0], : self.grid[1]].flatten(1, 2)
+
+    # Keys of each window
+
+    def _gather(self, x: Tensor, text: Tensor | None) -> Tensor:
+        """(B, H, N, D) -> (B · H, windows, keys, D): the region's tokens, the means of all cells, and those of text."""
+        image = x.flatten(0, 1)
+        parts = [image, self._means(image.unflatten(1, self.grid))]
+        parts += [] if text is None else [text.flatten(0, 1)]
+        rows, columns = (self._positions(axis, x.device) for axis in (0, 1))
+        near = rows[:, None, :, None] * self.grid[1] + columns[None, :, None, :]
+        near = near.flatten(2).flatten(0, 1)  # (windows, tokens of a region)
+        others = torch.arange(image.shape[1], sum(part.shape[1] for part in parts), device=x.device)
+        index = torch.cat([near, others.expand(near.shape[0], -1)], dim=1)
+        return torch.cat(parts, dim=1).index_select(1, index.flatten()).unflatten(1, index.shape)
+
+    def _positions(self, axis: int, device: torch.device) -> Tensor:
+        """(windows, region) rows or columns of the region of each window."""
+        first = torch.arange(self.windows[axis], device=device) * self.window[axis] - self._margin
+        first = first.clamp(0, self.grid[axis] - self.region[axis])
+        return first[:, None] + torch.arange(self.region[axis], device=device)
+
+    # Cells
+
+    def _members(self, axis: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(cells, tokens) 1 where a row or column belongs to a cell; each belongs to one."""
+        cell = torch.arange(self.grid[axis], device=device) * self.cells[axis] // self.grid[axis]
+        return (cell == torch.arange(self.cells[axis], device=device)[:, None]).to(dtype)
+
+    def _means(self, image: Tensor) -> Tensor:
+        """(B · H, h, w, D) -> (B · H, cells, D), by products, which sum in one order on every device."""
+        exact = torch.promote_types(image.dtype, torch.float32)
+        rows, columns = (self._members(axis, exact, image.device) for axis in (0, 1))
+        rows, columns = ((x / x.sum(1, keepdim=True)).to(image.dtype) for x in (rows, columns))
+        half = (rows @ image.flatten(2)).unflatten(2, image.shape[2:])  # (B · H, cell rows, w, D)
+        return (columns @ half).flatten(1, 2)
+
+    def _bias(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(windows, region and cells) log of how many tokens a key stands for, `_NOTHING` for cells in the region."""
+        inside = []
+        for axis in (0, 1):
+            members, positions = self._members(axis, dtype, device), self._positions(axis, device)
+            inside.append(members[:, positions].sum(-1).T)  # (windows, cells) of rows or columns
+        rows, columns = (self._members(axis, dtype, device).sum(1) for axis in (0, 1))
+        within = inside[0][:, None, :, None] * inside[1][None, :, None, :]
+        outside = (rows[:, None] * columns - within).flatten(2).flatten(0, 1)
+        return F.pad(outside.log().clamp_min(_NOTHING), (math.prod(self.region), 0))
+
+
+def _padded(channels: int) -> int:
+    """Fused kernels want queries, keys and values of one width, a multiple of 8."""
+    return -(-channels // 8) * 8
+
+
+def _widen(x: Tensor, width: int, fill: float = 0.0) -> Tensor:
+    """Further channels of one value."""
+    return F.pad(x, (0, width - x.shape[-1]), value=fill)
+
+
+def _check_options(window: int, margin: int, num_cells: int) -> None:
+    check_count("window", window)
+    check_count("margin", margin, at_least=0)
+    check_count("num_cells", num_cells)
+
+
+@dataclass(frozen=True)
+class FocalAttention(AttentionMethod):
+    """Training-free focal attention: exact where attention looks nearby, blurred with distance. See `focal_attention`.
+
+    A layer stays exact where a region and the cells together are no fewer keys than the tokens.
+
+    Attributes:
+        window: side of a window of queries that share their keys, in tokens of the layer.
+        margin: tokens beyond the window that they see one by one, on each side.
+        num_cells: most cells that stand for all that is farther away.
+    """
+
+    window: int = 8
+    margin: int = 4
+    num_cells: int = 64
+
+    kind: ClassVar[str] = "focal"
+    # The mean of keys that were rotated by position has lost what the rotation was for.
+    supports_rotary: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_options(self.window, self.margin, self.num_cells)
+
+    def why_exact(self, grid: Grid) -> str | None:
+        regions, tokens = self._regions(grid), math.prod(grid)
+        if regions.num_queries * regions.num_keys < tokens * tokens:
+            return None
+        (height, width), cells = regions.region, math.prod(regions.cells)
+        return f"a region of {height} x {width} and {cells} cells are no fewer keys than {tokens} tokens"
+
+    def _regions(self, grid: Grid) -> _Regions:
+        return _Regions(grid, self.window, self.margin, self.num_cells)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        grid: Grid | None,
+        agents: Tensor | None,
+        context: tuple[Tensor, Tensor] | None,
+        attention: Attention,
+    ) -> Tensor:
+        assert grid is not None, "a host that runs a method knows the grid"
+        return self._regions(grid).attend(query, key, value, context, None, attention)
+
+    def flops(self, shape: LayerShape) -> int:
+        regions = self._regions(shape.grid)
+        width = shape.num_heads * _padded(shape.width // shape.num_heads + 2)
+        core = 4 * width * regions.num_queries * (regions.num_keys + shape.context)
+        text = 4 * shape.width * shape.context * (shape.tokens + shape.context)
+        rows, columns = regions.cells
+        means = 2 * 2 * width * rows * shape.grid[1] * (shape.grid[0] + columns)
+        return shape.projection_flops(shape.tokens, shape.tokens) + core + text + means
