@@ -6,7 +6,7 @@ every step and for every number of mediators.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,12 +25,17 @@ if TYPE_CHECKING:
 BATCH_SIZE = 64
 
 
+class Stopped(Exception):
+    """Asked to stop before all pictures were drawn."""
+
+
 def frechet_distances(
     model: SiTTransformer2DModel,
     objective: Objective,
     config: TrainingConfig,
     data: Data,
     inception: InceptionDistance | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """The distance by number of mediators where several are trained.
 
@@ -40,17 +45,36 @@ def frechet_distances(
         config: of the training.
         data: of the training.
         inception: for FID; without it FD-emoji to the training pictures is measured.
+        stopped: asked before every batch of pictures.
 
     Returns:
         Numbers by name, and `pictures`, how many were drawn.
+
+    Raises:
+        Stopped: if `stopped` said so.
     """
+    from tqdm import tqdm
+
     pipe = pipeline_of(model, objective, data)
     measure = inception or EmojiDistance(config, data)
     found: dict[str, Any] = {}
-    for count in (config.mediator_counts if config.attention == "mediator" else ()) or (None,):
-        name, value, more = measure(_batches(pipe, config, measure.labels, count))
-        found[name if count is None else f"{name} {count} mediators"] = round(value, 4)
-        found |= more
+    counts = (config.mediator_counts if config.attention == "mediator" else ()) or (None,)
+    total = len(counts) * len(measure.labels)
+    with tqdm(total=total, desc="measuring", unit=" pictures", leave=False, disable=None) as bar:
+
+        def watched(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+            while not stopped():
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                bar.update(len(batch))
+                yield batch
+            raise Stopped
+
+        for count in counts:
+            name, value, more = measure(watched(_batches(pipe, config, measure.labels, count)))
+            found[name if count is None else f"{name} {count} mediators"] = round(value, 4)
+            found |= more
     return {**found, "pictures": len(measure.labels)}
 
 

@@ -48,6 +48,15 @@ python -m train.sit --preset emoji --attention softmax --init-from attngen/asset
 ```
 
 Its 64 tokens are few: five sixths of a layer's operations are projections, which count as attention here.""",
+    "sit-1024": """\
+The same at 64 px: 1,024 tokens, so that eight ninths of its attention's operations are the products of queries, keys
+and values. It starts from the weights of the one of 256 tokens:
+
+```bash
+python -m train.sit --preset emoji-experiment --num-layers 6 --image-size 64 --attention softmax --mediator-counts \\
+    --init-from runs/emoji-256/pipeline --batch-size 8 --steps 1000 --warmup-steps 20 --cooldown 0.5 --ema-decay 0.98 \\
+    --sample-every 500 --save-every 100 --fd-every -1 --out runs/emoji-1024
+```""",
     "sit-256": """\
 A smaller SiT of 256 tokens, two thirds of whose attention's operations are the products of queries, keys and values:
 

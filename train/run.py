@@ -317,13 +317,19 @@ class Run:
             lambda: sample_grid(model, self.objective, self.config, self.data, self.out, step),
         )
 
-    def evaluate(self, step: int) -> None:
-        """The Fréchet distance, for each number of mediators that is trained."""
-        from train.evaluate import frechet_distances
+    def evaluate(self, step: int, stopped: Callable[[], bool]) -> None:
+        """The Fréchet distance, for each number of mediators that is trained; given up, and said so, once `stopped`."""
+        from train.evaluate import Stopped, frechet_distances
 
         model = self.averaged_model()
-        if self.accelerator.is_main_process:
-            self._tell(step, frechet_distances(model, self.objective, self.config, self.data, self.distance))
+        if not self.accelerator.is_main_process:
+            return
+        try:
+            found = frechet_distances(model, self.objective, self.config, self.data, self.distance, stopped)
+        except Stopped:
+            print(f"train.sit: the distance of step {step} was not measured, as the run is to stop", file=sys.stderr)
+            return
+        self._tell(step, found)
 
     def export(self) -> None:
         """The averaged weights as a pipeline folder, in half precision."""

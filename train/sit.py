@@ -192,15 +192,15 @@ def _loop(options: argparse.Namespace, run: Run, step: int, stop: StopOnSignal) 
             if config.sample_every and step % config.sample_every == 0:
                 run.sample(step)
             if config.fd_every > 0 and step % config.fd_every == 0 and step < config.steps:
-                run.evaluate(step)
+                run.evaluate(step, lambda: stop.requested)
     bar.close()
     if last_saved != step:
         run.save(step)
     if step >= config.steps:
+        run.export()  # before what may take long and is not needed to draw
         run.sample(step)
         if config.fd_every >= 0:
-            run.evaluate(step)
-        run.export()
+            run.evaluate(step, lambda: stop.requested)
     elif accelerator.is_main_process:
         print(f"stopped after step {step} of {config.steps}; --resume goes on", file=sys.stderr)
     run.end_trackers()

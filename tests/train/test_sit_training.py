@@ -19,7 +19,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from train import sit
+from train import evaluate, sit
 from train.build import build_model
 from train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, write_json
 from train.config import TrainingConfig, describe_fields
@@ -557,3 +557,29 @@ def test_the_distance_in_the_loop(tmp_path):
         names = [key for key in line if key.startswith("FD-emoji[")]
         assert [name.partition("] ")[2] for name in names] == ["1 mediators", "4 mediators"]
         assert all(line[name] > line["floor"] / 2 for name in names) and line["pictures"] == 8
+
+
+def test_a_stop_ends_a_long_measurement_and_loses_nothing(tmp_path, monkeypatch, capsys):
+    """Someone who asks to stop does not wait for a thousand pictures, and has a pipeline where training was over."""
+    options = ("--steps", "3", "--fd-every", "1", "--fd-pictures", "8", "--sample-steps", "2")
+    batches, drawn = evaluate._batches, []
+
+    def signalled(*arguments):
+        for batch in batches(*arguments):
+            drawn.append(len(batch))
+            signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(evaluate, "BATCH_SIZE", 4)
+    monkeypatch.setattr(evaluate, "_batches", signalled)
+    assert run(tmp_path, *options) == 0
+    assert drawn == [4] and "distance of step 1 was not measured, as the run is to stop" in capsys.readouterr().err
+    assert list_checkpoints(tmp_path / "checkpoints")[-1].name == "step-00000002"  # one step more, which hears of it
+    assert not (tmp_path / "pipeline").exists()
+
+    assert run(tmp_path, *options, "--resume") == 0  # the measurement at the end is stopped too
+    assert drawn == [4, 4] and (tmp_path / "pipeline" / "model_index.json").is_file()
+    monkeypatch.setattr(evaluate, "_batches", batches)
+    with pytest.warns(UserWarning, match="8 pictures"):
+        assert run(tmp_path, *options, "--resume") == 0
+    assert "FD-emoji" in (tmp_path / "log.jsonl").read_text().splitlines()[-1]
