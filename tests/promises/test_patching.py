@@ -1,7 +1,7 @@
 """Promises 1, 2, 6, 12, 13: every pipeline class, every method, everything people do to a pipeline.
 
 A share of the matrix runs always: every class patched and restored, and each action on one class. The whole of it takes
-about an hour: `python -m pytest -m slow tests/promises/test_patching.py`.
+an hour and a half of one core, two thirds of it compiling: `python -m pytest -m slow tests/promises/test_patching.py`.
 """
 
 from __future__ import annotations
