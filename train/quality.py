@@ -6,8 +6,8 @@
 
 The first row is what the others are compared with. Every row draws the same pictures, each from a seed of its own, with
 `train.sample`; a set that is there is not drawn again, so a run that was stopped goes on. Models of the emoji are
-measured by FD-emoji, any other against --reference by FID (see `train.fid`). The results are JSON, and --table makes
-docs/quality.md and its plots of them.
+measured by FD-emoji, any other against --reference by FID (see `train.fid`). The results are JSON, with the first
+pictures of each row beside it, and --table makes docs/quality.md and its plots of them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 PROGRAM = "train.quality"
 RESULTS = Path("docs/quality")
+SHOWN, SHOWN_SIZE = 12, 64
+"""Pictures of a row that are shown, and their least side in pixels."""
 EXAMPLES = """
 examples:
   python -m train.quality --model attngen/assets/emoji --name sit --pictures 10000
@@ -109,11 +111,17 @@ def measure(options: argparse.Namespace) -> None:
         sets = [measure_set(options, sampler, row, name, seed) for seed in range(options.seeds)]
         done[row.name] = {"row": row.name, "kind": row.kind, **_means(sets), **cost[row.name]}
         path.parent.mkdir(parents=True, exist_ok=True)
-        ordered = [done[row.name] for row in rows if row.name in done]
-        others = [record for key, record in done.items() if key not in {row.name for row in rows}]
-        write_file(path, json.dumps({**settings, "rows": [*ordered, *others]}, indent=1).encode())
+        done = in_order(done, rows)
+        write_file(path, json.dumps({**settings, "rows": list(done.values())}, indent=1).encode())
+    if done:
+        write_sheet(options.out / name, list(in_order(done, rows)), path.with_suffix(".png"))
     for record in done.values():
         print(f"{record['row']}: {record['metric']} {record['mean']:.3f} ± {record['spread']:.3f}")
+
+
+def in_order(done: dict[str, dict[str, Any]], rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Records in the order of the rows, then those of rows that were not asked for now."""
+    return {row.name: done[row.name] for row in rows if row.name in done} | done
 
 
 def choose_rows(rows: Sequence[Row], wanted: Sequence[str] | None) -> list[Row]:
@@ -253,6 +261,25 @@ def measure_set(options: argparse.Namespace, sampler: Any, row: Row, name: str, 
     return fd_of(folder, list(sampler.id2label.values()))
 
 
+def pictures_of(folder: Path) -> list[Path]:
+    """Files of a set, in the order of their numbers."""
+    return sorted(folder.glob("pictures/**/*.png"))
+
+
+def write_sheet(sets: Path, rows: Sequence[str], path: Path) -> None:
+    """The first pictures of every row, the same noise below each other, or nothing where a row's are not here."""
+    from PIL import Image
+
+    from pipelines.images import grid, save_png
+
+    files = {row: pictures_of(sets / row / "seed-0")[:SHOWN] for row in rows}
+    if not all(files.values()):
+        return
+    pictures = [[Image.open(file).convert("RGB") for file in files[row]] for row in rows]
+    scale = -(-SHOWN_SIZE // max(pictures[0][0].size))
+    save_png(grid(pictures, row_labels=list(rows), scale=scale), path, {"program": PROGRAM, "rows": list(rows)})
+
+
 def fd_of(folder: Path, classes: Sequence[str]) -> dict[str, Any]:
     """FD-emoji of a set in the data's frequencies."""
     import warnings
@@ -263,7 +290,7 @@ def fd_of(folder: Path, classes: Sequence[str]) -> dict[str, Any]:
 
     from train.frechet import fd_emoji
 
-    pictures = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("pictures/**/*.png"))]
+    pictures = [np.asarray(Image.open(path).convert("RGB")) for path in pictures_of(folder)]
     stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pictures are fewer than")  # the table names the number and floor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -86,6 +87,10 @@ def write_page(results: Path, page: Path) -> None:
         plot = page.parent / "images" / f"quality-{path.stem}.png"
         draw_plot(result, plot)
         parts += section(path.stem, result, f"images/{plot.name}")
+        sheet = path.with_suffix(".png")
+        if sheet.is_file():
+            where = Path(os.path.relpath(sheet, page.parent)).as_posix()
+            parts.append(f"The first pictures of each row, the same noise below each other:\n\n![Pictures]({where})")
     write_file(page, ("\n\n".join(parts) + "\n").encode())
 
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from attngen import AgentAttention, InterpolantScheduler, Plan, SiTPipeline, SiTTransformer2DModel, Stage
 from train import quality, quality_cost, quality_rows, quality_table
@@ -70,11 +71,15 @@ def test_rows_are_measured_once_and_make_a_page(models, tmp_path, capsys):
     assert [row["row"] for row in again["rows"]] == ["softmax", "mine", "agent-16"]
     assert again["rows"][0] == exact and again["rows"][2] == agents
 
+    with Image.open(tmp_path / "results" / "tiny.png") as sheet:
+        assert sheet.width > 6 * 64 and sheet.height > 3 * 64
+
     page = tmp_path / "docs" / "quality.md"
     assert quality.main(["--table", "--results", str(tmp_path / "results"), "--page", str(page)]) == 0
     text = page.read_text()
     assert f"| `agent-16` | {agents['mean']:.3f} ± {agents['spread']:.3f} |" in text
     assert "![Quality against operations](images/quality-tiny.png)" in text
+    assert "![Pictures](../results/tiny.png)" in text
     assert (page.parent / "images" / "quality-tiny.png").stat().st_size > 5000
 
 
