@@ -36,7 +36,7 @@ from benchmarks.models import MODELS, build_random, random_inputs, structural_co
 if TYPE_CHECKING:
     from torch import nn
 
-DEFAULT_METHODS = ("softmax", "agent", "agentsd", "tome", "todo", "linear")
+DEFAULT_METHODS = ("softmax", "agent", "agentsd", "tome", "todo", "focal", "linear")
 DEFAULT_METHODS_OF_SIT = ("softmax", "values:4", "input:4")
 CONVOLUTIONS = ("values", "input")
 

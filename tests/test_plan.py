@@ -301,7 +301,7 @@ def test_saving_is_atomic(tmp_path, monkeypatch):
 
 
 def test_presets():
-    assert list(METHODS) == ["softmax", "agent", "agentsd", "tome", "todo", "linear"]
+    assert list(METHODS) == ["softmax", "agent", "agentsd", "tome", "todo", "focal", "linear"]
     assert METHODS["agentsd"].starts == (1.0, 0.6)
     assert METHODS["agentsd"].methods_for("x") == (
         TokenMerging(ratio=0.4, stride=4, agent_ratio=0.95, broadcast_exponent=0.3, shortcut=0.075),

@@ -162,12 +162,15 @@ def test_a_folder_gives_the_same_pictures(tmp_path):
     torch.testing.assert_close(draw(pipe, ["red fox"]), draw(loaded, ["red fox"]), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["agent", "agentsd", "tome", "todo", "linear", "softmax"])
+@pytest.mark.parametrize("method", ["agent", "agentsd", "tome", "todo", "focal", "linear", "softmax"])
 def test_patches_and_back(method):
     pipe = make_pipe()
     before = draw(pipe, [0, 1])
-    plan = attngen.Plan.of(attngen.AgentAttention(num_agents=4))  # the preset's 256 agents are more than tokens here
-    if method != "agent":
+    # The presets' 256 agents, and regions of 16 x 16, are more than the tokens here.
+    small = {"agent": attngen.AgentAttention(num_agents=4), "focal": attngen.FocalAttention(2, 1, 4)}
+    if method in small:
+        plan = attngen.Plan.of(small[method])
+    else:
         plan = method if method == "softmax" else dataclasses.replace(attngen.METHODS[method], min_tokens=16)
     handle = attngen.apply(pipe, plan)
     report = str(handle.report())
