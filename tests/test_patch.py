@@ -407,7 +407,7 @@ def test_a_plan_file_and_a_path(tmp_path):
 # What is refused, before anything is changed
 
 BAD_METHODS = {
-    "unknown name": ("no-such-method", "no-such-method.*softmax, agent, agentsd, tome, todo, linear"),
+    "unknown name": ("no-such-method", "no-such-method.*softmax, agent, agentsd, tome, todo, focal, linear"),
     "empty name": ("", "known: softmax"),
     "None": (None, "None"),
     "a class": (AgentAttention, "AgentAttention"),
