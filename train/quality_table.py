@@ -64,7 +64,9 @@ A smaller SiT of 256 tokens, two thirds of whose attention's operations are the 
 ```bash
 python -m train.sit --preset emoji-experiment --num-layers 6 --steps 2000 --warmup-steps 50 --ema-decay 0.995 \\
     --sample-every 500 --save-every 200 --fd-every 400 --fd-pictures 256 --out runs/emoji-256
-```""",
+```
+
+The plans for 1.2 and 2 times were found before `FocalAttention` was among the candidates.""",
 }
 
 
