@@ -1110,6 +1110,13 @@ def test_the_count_of_a_cell_is_exact_in_half_precision(dtype):
     method.attend(query, key, value, grid=(8, 8), agents=None, context=None, attention=Backend())
 
 
+def test_focal_attention_of_a_tiny_scale_is_finite():
+    """A count over the scale is more than float16 holds then."""
+    query, key, value = (normal(1, 1, 64, 8, seed=i, dtype=torch.float16) for i in range(3))
+    got = F.focal_attention(query, key, value, (8, 8), window=2, margin=1, num_cells=4, scale=1e-6)
+    assert got.isfinite().all()
+
+
 def test_gradients_of_focal_attention():
     tensors = [normal(1, 2, 12, 4, seed=i, dtype=torch.float64).requires_grad_() for i in range(3)]
     options = {"window": 2, "margin": 1, "num_cells": 2}
@@ -1124,6 +1131,8 @@ def test_gradients_of_focal_attention():
         ({"margin": -1}, "margin must be a whole number >= 0, got -1"),
         ({"num_cells": 0}, "num_cells must be a whole number >= 1, got 0"),
         ({"key": torch.zeros(1, 2, 12, 6)}, "key has head size 6, but query has 4"),
+        ({"context": (torch.zeros(1, 2, 3, 6), torch.zeros(1, 2, 3, 4))}, "key has head size 6, but query has 4"),
+        ({"scale": 0.0}, "scale must not be 0"),
     ],
 )
 def test_focal_attention_refuses(change, message):

@@ -57,9 +57,14 @@ def focal_attention(
         (B, H, N, E) in the dtype of `value`.
 
     Raises:
-        ValueError: for a wrong rank, head size, batch or dtype, tokens that do not fill the grid, or a count below 1.
+        ValueError: for a wrong rank, head size, batch or dtype, tokens that do not fill the grid, a count below 1, or a
+            scale of 0.
     """
     check_heads(query, key, value)
+    if context is not None:
+        check_heads(query, *context)
+    if scale == 0:
+        raise ValueError("scale must not be 0: how often a cell counts could not be told by its logit")
     tokens = math.prod(grid)
     if min(grid) < 1 or query.shape[2] != tokens or key.shape[2] != tokens:
         raise ValueError(
@@ -119,7 +124,9 @@ class _Regions:
         queries = self._cut(_widen(query, width, 1.0))
         keys = self._gather(_widen(key, width), None if text_key is None else _widen(text_key, width))
         values = self._gather(_widen(value, width), None if text_value is None else _widen(text_value, width))
+        largest = torch.finfo(keys.dtype).max
         bias = self._bias(torch.promote_types(query.dtype, torch.float32), query.device) / scale
+        bias = bias.clamp(-largest, largest)
         # In two parts, for half precision: what the first channel rounds off is in the second.
         coarse = bias.to(keys.dtype)
         keys[:, :, : bias.shape[1], size] = coarse
