@@ -40,8 +40,8 @@ included: a layer with few agents, mediators or merged tokens absorbs projection
 # What a reader has to know of a model beside its numbers, by the name of its results.
 NOTES = {
     "sit": """\
-The SiT that ships, by its number of mediators. By the change of the picture nothing changes here: in ten steps of an ODE
-the ratios of 0.8 and 0.5 are never reached, so that row has 4 mediators throughout.""",
+The SiT that ships, by its number of mediators. By the change of the picture nothing changes here: in ten steps of an
+ODE the ratios of 0.8 and 0.5 are never reached, so that row has 4 mediators throughout.""",
     "sit-softmax": """\
 The SiT that ships with softmax attention in place of mediators, trained on (the first 201 of these steps ran with the
 learning rates of a run of 400):
