@@ -36,7 +36,7 @@ def test_plan_measurements_and_heat_map(model, tmp_path, capsys):
     [
         (("--solver", "euler"), 2),
         (("--solver", "heun"), 4),
-        (("--scheduler", "FlowMatchEulerDiscreteScheduler"), 2),
+        (("--scheduler", "FlowMatchHeunDiscreteScheduler"), 3),
     ],
 )
 def test_calibrated_with_the_sampler_that_will_draw(model, tmp_path, capsys, arguments, calls):
