@@ -1,16 +1,17 @@
 """attngen: attention at linear cost for Hugging Face diffusers.
 
-`attngen.apply(pipe, "agent")` changes the attention of a pipeline, `handle.remove()` takes it back.
+`attngen.apply(pipe, "agent")` changes the attention of a pipeline, `handle.remove()` restores it, bit for bit.
 """
 
 # diffusers looks up these two names in a library that holds components of a pipeline.
-from diffusers import ModelMixin, SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin  # noqa: F401
 
 from attngen import functional
 from attngen.calibration import calibrate
 from attngen.hosts.hooks import AttnGenWarning
 from attngen.hosts.registry import register
-from attngen.learned import LearnedLayers
+from attngen.learned.file import LearnedLayers
+from attngen.learned.methods import LearnedLinear, LearnedMediators
 from attngen.methods import (
     AgentAttention,
     DownsampledKV,
@@ -19,45 +20,44 @@ from attngen.methods import (
     SoftmaxAttention,
     TokenMerging,
 )
-from attngen.methods.learned import LearnedLinear, LearnedMediators
-from attngen.models import SiTPipeline, SiTTransformer2DModel, UNetClassPipeline
 from attngen.patch import AttentionPatch, apply, remove
 from attngen.plan import Plan, Stage
-from attngen.presets import METHODS
+from attngen.presets import PRESETS
 from attngen.report import Report
 from attngen.schedule import ChangeSchedule, Schedule
-from attngen.schedulers import InterpolantScheduler
-
-__version__ = "0.1.0"
+from attngen.sit.model import SiTTransformer2DModel
+from attngen.sit.pipeline import SiTPipeline
+from attngen.sit.scheduler import InterpolantScheduler
+from attngen.sit.unet_pipeline import UNetClassPipeline
+from attngen.version import __version__  # noqa: F401
 
 register()
 
+# In groups: patch, methods, plans, models.
 __all__ = [
-    "METHODS",
-    "AgentAttention",
     "AttentionPatch",
     "AttnGenWarning",
-    "ChangeSchedule",
+    "Report",
+    "apply",
+    "remove",
+    "AgentAttention",
     "DownsampledKV",
     "FocalAttention",
-    "InterpolantScheduler",
     "LearnedLayers",
     "LearnedLinear",
     "LearnedMediators",
     "LinearAttention",
-    "ModelMixin",
+    "SoftmaxAttention",
+    "TokenMerging",
+    "functional",
+    "PRESETS",
+    "ChangeSchedule",
     "Plan",
-    "Report",
     "Schedule",
-    "SchedulerMixin",
+    "Stage",
+    "calibrate",
+    "InterpolantScheduler",
     "SiTPipeline",
     "SiTTransformer2DModel",
-    "SoftmaxAttention",
-    "Stage",
-    "TokenMerging",
     "UNetClassPipeline",
-    "apply",
-    "calibrate",
-    "functional",
-    "remove",
 ]

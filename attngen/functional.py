@@ -1,11 +1,11 @@
 """The pure functions, for people who build their own layers. Tensors are (batch, heads, tokens, head size), as in
 `torch.nn.functional.scaled_dot_product_attention`, unless a docstring says otherwise."""
 
-from attngen.methods.agent import agent_attention, agent_grid, pool_tokens
-from attngen.methods.downsample import downsample_tokens
+from attngen.methods.agent import agent_attention
 from attngen.methods.focal import focal_attention
 from attngen.methods.linear import focused_feature_map, linear_attention
 from attngen.methods.merge import TokenMatching, match_tokens
+from attngen.tokens import agent_grid, downsample_tokens, pool_tokens
 
 __all__ = [
     "TokenMatching",

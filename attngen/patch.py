@@ -12,16 +12,17 @@ from typing import Any
 
 from torch import nn
 
+from attngen.checks import Grid, check_count
 from attngen.hosts import hooks
 from attngen.hosts.describe import default_size, describe_model, left_alone
 from attngen.hosts.families import denoisers_of
 from attngen.hosts.install import attention_modules, install, patchable_layers, refused_layers, uninstall
 from attngen.hosts.owners import check_owner, note_owner
 from attngen.kernels.dispatch import AUTO, check_kernel
-from attngen.learned import SUFFIX, LearnedLayers
+from attngen.learned.file import SUFFIX, LearnedLayers
+from attngen.learned.methods import LearnedMethod
+from attngen.learned.modules import HiddenModule
 from attngen.methods import AttentionMethod, SoftmaxAttention
-from attngen.methods._checks import Grid, check_count
-from attngen.methods.learned import HiddenModule, LearnedMethod
 from attngen.plan import Plan
 from attngen.presets import resolve_preset
 from attngen.report import LayerReport, Report
@@ -46,7 +47,7 @@ def apply(
 
     Args:
         target: a pipeline (its UNet, transformer and ControlNets are patched) or a bare model.
-        method: a preset's name (`attngen.METHODS`), a method such as `AgentAttention(num_agents=64)`, a `Plan`, the
+        method: a preset's name (`attngen.PRESETS`), a method such as `AgentAttention(num_agents=64)`, a `Plan`, the
             path of a plan file (.json), or `LearnedLayers` or the path of a file of them (.safetensors).
         min_tokens: overrides the plan's.
         seed: of random token merging; the global random state is never read.

@@ -10,9 +10,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from attngen.checks import check_count
 from attngen.files import write_file
 from attngen.methods import AttentionMethod, SoftmaxAttention, method_from_dict
-from attngen.methods._checks import check_count
 from attngen.schedule import check_starts
 
 FORMAT, VERSION = "attngen-plan", 1

@@ -1,4 +1,4 @@
-"""METHODS: what `apply` makes of a preset's name."""
+"""PRESETS: what `apply` makes of a preset's name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attngen.methods import (
 )
 from attngen.plan import Plan, Stage
 
-METHODS: Mapping[str, Plan] = {
+PRESETS: Mapping[str, Plan] = {
     # Exact attention everywhere, bit for bit: to compare with, and to give older models diffusers' attention backends.
     "softmax": Plan.of(SoftmaxAttention()),
     # Agents pooled from the queries; no merging, no gather. The paper's number of agents at 512 px.
@@ -40,6 +40,6 @@ METHODS: Mapping[str, Plan] = {
 
 def resolve_preset(name: str) -> Plan:
     """The plan of a preset; ValueError lists the known names."""
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}, or the path of a plan file (.json)")
-    return METHODS[name]
+    if name not in PRESETS:
+        raise ValueError(f"unknown method {name!r}; known: {', '.join(PRESETS)}, or the path of a plan file (.json)")
+    return PRESETS[name]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from attngen.methods._checks import Grid
+from attngen.checks import Grid
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from attngen.methods._checks import Grid
+from attngen.checks import Grid
 
 CHANNEL_KEY = "attngen"
 """Key of the payload in diffusers' attention kwargs, and name of the processors' argument."""

@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from attngen.functional import agent_attention, agent_grid, linear_attention, pool_tokens
 from attngen.kernels.absorbed import Projection, absorbed_agent_attention
 from attngen.kernels.dispatch import choose_agent_kernel
-from attngen.methods.mediator import MediatorMixer, convolve_tokens, join_heads, split_heads
+from attngen.layers.mediator import MediatorMixer
+from attngen.tokens import convolve_tokens, join_heads, split_heads
 from benchmarks.shapes import Shape
 
 VARIANTS = ("plain", "shortcut", "values", "input")

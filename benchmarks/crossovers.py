@@ -1,7 +1,7 @@
 """Measure where which path of agent and linear attention is fastest on this machine: what `kernel="auto"` looks up.
 
     python -m benchmarks.crossovers                  # writes this device's part of attngen/kernels/crossovers.json
-    python -m benchmarks.crossovers --device cuda --out mine.json && ATTNGEN_CROSSOVERS=mine.json python …
+    python -m benchmarks.crossovers --device cuda --out mine.json
 
 For each dtype, pass (forward, or forward and backward) and size: the fastest path of the attention itself, pooling of
 the agents and shortcut included, and how many times faster it is than the fastest softmax attention of torch. For whole
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     import torch
 
-    from attngen.kernels.dispatch import device_key, read_crossovers
+    from attngen.kernels.crossovers import device_key, read_crossovers
 
     if options.device != "cpu" and not torch.cuda.is_available():
         parser.error(f"there is no device {options.device!r} here")
@@ -97,7 +97,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from tqdm import tqdm
 
-    from attngen.kernels.dispatch import call_kind, layer_kind
+    from attngen.kernels.crossovers import call_kind, layer_kind
     from benchmarks.machine import machine
 
     sizes = TINY if options.tiny else CPU if options.device == "cpu" else CUDA
@@ -362,7 +362,7 @@ def fit(layers: Sequence[LayerTime]) -> dict[str, float]:
 
     Among equals those whose predicted ratios are nearest to the measured ones.
     """
-    from attngen.kernels.dispatch import AbsorbedCost
+    from attngen.kernels.crossovers import AbsorbedCost
 
     best, best_rank = None, (math.inf, math.inf)
     steps = [round(0.5 * 1.15**i, 3) for i in range(16)]
@@ -381,7 +381,7 @@ def fit(layers: Sequence[LayerTime]) -> dict[str, float]:
 
 def worst_loss(layers: Sequence[LayerTime], cost: dict[str, float]) -> float:
     """How many times longer than the better way the model's choice takes at worst."""
-    from attngen.kernels.dispatch import AbsorbedCost
+    from attngen.kernels.crossovers import AbsorbedCost
 
     weights = AbsorbedCost(**cost)
     return max(

@@ -60,7 +60,10 @@ _TINY_MODEL = "--small --size 256 --rounds 1"
 
 PARTS = (
     Part(
-        "tests", "pytest -m gpu -q -x --no-header", 150, tiny="pytest -m gpu -q --collect-only tests/test_absorbed.py"
+        "tests",
+        "pytest -m gpu -q -x --no-header",
+        150,
+        tiny="pytest -m gpu -q --collect-only tests/kernels/test_absorbed.py",
     ),
     Part(
         "crossovers",
@@ -206,10 +209,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def _use_crossovers(part: Part, measured: dict[str, Any], options: argparse.Namespace) -> None:
     """Let the parts that follow choose their kernels by what was measured here."""
-    if part.name == "crossovers" and "ATTNGEN_CROSSOVERS" not in os.environ and not options.tiny:
-        path = (options.out / "crossovers.json").absolute()
-        cli.write(path, measured)
-        os.environ["ATTNGEN_CROSSOVERS"] = str(path)
+    if part.name == "crossovers" and options.crossovers is None and not options.tiny:
+        options.crossovers = (options.out / "crossovers.json").absolute()
+        cli.write(options.crossovers, measured)
 
 
 def _selected(options: argparse.Namespace) -> list[Part]:
@@ -227,6 +229,8 @@ def _run(part: Part, options: argparse.Namespace, limit: float) -> tuple[dict[st
             arguments += ["--device", options.device, "--out", str(out)]
             if options.threads and part.name != "crossovers":  # which sets them itself
                 arguments += ["--threads", str(options.threads)]
+            if options.crossovers and part.name != "crossovers":
+                arguments += ["--crossovers", str(options.crossovers)]
         command = [sys.executable, "-m", *arguments]
         start = time.monotonic()
         with log.open("wb") as stream:

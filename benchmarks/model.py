@@ -21,12 +21,10 @@ optimiser.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import options as cli
@@ -100,18 +98,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     reference = None
     for name in options.methods:
         kernel = split_kernel(name)[1] or options.kernel
-        with _environment_kernel(kernel):
-            model, patch, comparable = _with_method(options, name, exact, dtype)
-            training = options.passes == "training"
-            run, given = _block(model, inputs, training) if options.block else (_whole(model, inputs), [])
-            with torch.no_grad():
-                output, flops = _count(run)
+        model, patch, comparable = _with_method(options, name, exact, dtype)
+        training, given_inputs = options.passes == "training", inputs
+        if kernel is not None and patch is None and not comparable:
+            given_inputs = {**inputs, "attention_kwargs": {"kernel": kernel}}
+        run, given = _block(model, given_inputs, training) if options.block else (_whole(model, given_inputs), [])
+        with torch.no_grad():
+            output, flops = _count(run)
         reference = output if reference is None else reference
         error = ((output - reference).norm() / reference.norm()).item() if comparable else None
         rows[name] = {"method": name, "flops": flops, "error": error, **_layers(patch, model)}
         if options.compile:
             (model.transformer_blocks[0] if options.block else model).compile()
-        functions[name] = _in_environment(run, kernel)
+        functions[name] = run
         leaves[name] = [*(model.transformer_blocks[0] if options.block else model).parameters(), *given]
     base = options.methods[0]
     timed = compare(
@@ -199,32 +198,6 @@ def plan_of(name: str) -> Any:
         raise MethodError(f"a number goes with agent, plain, values and input, as in agent:64, got {name!r}")
     options: dict[str, Any] = {"broadcast_exponent": 1.0, "shortcut": 0.0} if kind == "plain" else {}
     return Plan.of(AgentAttention(num_agents=int(count), **options), min_tokens=16 * int(count))
-
-
-@contextmanager
-def _environment_kernel(kernel: str | None) -> Iterator[None]:
-    """ATTNGEN_KERNEL as asked for: models with learned mediators are not patched, and read it."""
-    before = os.environ.get("ATTNGEN_KERNEL")
-    if kernel is not None:
-        os.environ["ATTNGEN_KERNEL"] = kernel
-    try:
-        yield
-    finally:
-        if kernel is not None:
-            os.environ.pop("ATTNGEN_KERNEL")
-            if before is not None:
-                os.environ["ATTNGEN_KERNEL"] = before
-
-
-def _in_environment(run: Callable[[], Any], kernel: str | None) -> Callable[[], Any]:
-    if kernel is None:
-        return run
-
-    def wrapped() -> Any:
-        with _environment_kernel(kernel):
-            return run()
-
-    return wrapped
 
 
 def _mediators(options: argparse.Namespace, convolution: str, count: str, dtype: Any) -> nn.Module:

@@ -22,6 +22,7 @@ def parser(program: str, description: str | None) -> argparse.ArgumentParser:
     )
     made.add_argument("--device", default="cpu", type=device, help="cpu, cuda or cuda:1")
     made.add_argument("--threads", type=at_least(1), help="CPU threads; torch's default if not given")
+    made.add_argument("--crossovers", type=Path, help="choose kernels by these measurements of benchmarks.crossovers")
     made.add_argument("--out", type=Path, help="write the measurements as JSON")
     made.add_argument("--show", type=Path, help="print the table of a file written before, and stop")
     return made
@@ -73,6 +74,13 @@ def prepare(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         made.error(f"there is no {options.device} device here; leave --device out to measure on the CPU")
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.crossovers is not None:
+        from attngen.kernels.crossovers import use_crossovers
+
+        try:
+            use_crossovers(options.crossovers)
+        except ValueError as error:
+            made.error(str(error))
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:

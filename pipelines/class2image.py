@@ -43,7 +43,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", help="pipeline folder or hub id (default: the small model in the package)")
     add("--steps", type=cli.whole_number(1), default=25, help="sampling steps (default 25)")
     add("--guidance-scale", type=cli.scale_number, default=2.0, metavar="S", help="1 is none (default 2)")
-    add("--method", metavar="NAME", help="attention method: a name in attngen.METHODS, or a plan file (.json)")
+    add("--method", metavar="NAME", help="attention method: a name in attngen.PRESETS, or a plan file (.json)")
     add(
         "--mediators",
         type=counts_argument,

@@ -45,7 +45,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--stages", type=cli.whole_number(1), metavar="N", help="enlargements (default: none more than doubles a side)")
     add("--base-size", type=cli.whole_number(1), metavar="SIDE", help="of the first stage (default: as trained)")
     add("--image", type=Path, metavar="FILE", help="enlarge this picture instead of drawing a small one")
-    add("--method", default="agent", metavar="NAME", help="when enlarging: a name in attngen.METHODS, a plan, or none")
+    add("--method", default="agent", metavar="NAME", help="when enlarging: a name in attngen.PRESETS, a plan, or none")
     add("--no-tiling", action="store_true", help="encode and decode in one piece, not in tiles")
     add("--max-memory", type=gibibytes, metavar="GIB", help="refuse to draw what is estimated to need more")
     add("--dry-run", action="store_true", help="say the stages and the memory they need, and stop")

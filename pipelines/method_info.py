@@ -76,7 +76,7 @@ class MethodInfo:
     """A method as it is offered.
 
     Attributes:
-        name: key; that of `attngen.METHODS` where it is one of its presets.
+        name: key; that of `attngen.PRESETS` where it is one of its presets.
         title: for people.
         about: one sentence.
         options: in the order of the page.

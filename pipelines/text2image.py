@@ -47,7 +47,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--negative-prompt", metavar="TEXT", help="what not to draw")
     add("--steps", type=cli.whole_number(1), help="sampling steps (default: the pipeline's)")
     add("--guidance-scale", type=cli.scale_number, metavar="S", help="(default: the pipeline's)")
-    add("--method", default="agent", metavar="NAME", help="a name in attngen.METHODS, a plan file, or none")
+    add("--method", default="agent", metavar="NAME", help="a name in attngen.PRESETS, a plan file, or none")
     add("--compare", action="store_true", help="draw with unchanged attention too, and say how long each took")
     add("--report", action="store_true", help="print what became of each layer")
     cli.add_common_arguments(parser)

@@ -41,11 +41,11 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture
-def unmeasured(monkeypatch, tmp_path):
+def unmeasured(monkeypatch):
     """No path's speed is known: the tests' tiny layers, on which every method loses time, are not warned about."""
-    path = tmp_path / "nothing-measured.json"
-    path.write_text('{"format": "attngen-crossovers", "version": 1, "devices": {}}')
-    monkeypatch.setenv("ATTNGEN_CROSSOVERS", str(path))
+    from attngen.kernels import crossovers
+
+    monkeypatch.setattr(crossovers, "_in_force", {"tables": {}})
 
 
 @pytest.fixture

@@ -34,12 +34,12 @@ _MATCHING = "attngen/methods/matching.py"
 _LINEAR = "attngen/methods/linear.py"
 _HOOKS = "attngen/hosts/hooks.py"
 _INSTALL = "attngen/hosts/install.py"
-_SINGLE = "attngen/hosts/single.py"
+_SINGLE = "attngen/hosts/image.py"
 _JOINT = "attngen/hosts/joint.py"
 _FLUX = "attngen/hosts/flux.py"
-_SIT = "attngen/models/sit.py"
-_PIPELINE = "attngen/models/sit_pipeline.py"
-_INTERPOLANT = "attngen/schedulers/interpolant.py"
+_SIT = "attngen/sit/model.py"
+_PIPELINE = "attngen/sit/pipeline.py"
+_INTERPOLANT = "attngen/sit/scheduler.py"
 
 _PATHS = ("tests/kernels/test_dispatch.py",)
 _ORACLE_AGENTS = (f"{_FUNCTIONAL}test_agent_attention_equals_oracle",)
@@ -48,9 +48,9 @@ _MERGING = (f"{_FUNCTIONAL}test_golden_agentsd_merge", f"{_FUNCTIONAL}test_match
 _APPLY = (f"{_PATCH}test_apply_and_remove",)
 _SWITCH = (f"{_PATCH}test_applying_again_and_switching_methods",)
 _UNET = ("tests/hosts/test_unet.py",)
-_GOLDEN_SIT = ("tests/models/test_sit.py::test_golden_models",)
-_SAMPLING = ("tests/schedulers/test_interpolant.py::test_sampling_equals_the_reference",)
-_GUIDANCE = ("tests/models/test_sit_pipeline.py::test_guidance_of_all_channels_is_the_formula",)
+_GOLDEN_SIT = ("tests/sit/test_model.py::test_golden_models",)
+_SAMPLING = ("tests/sit/test_scheduler.py::test_sampling_equals_the_reference",)
+_GUIDANCE = ("tests/sit/test_pipeline.py::test_guidance_of_all_channels_is_the_formula",)
 
 MUTATIONS = {
     # Formulas
@@ -151,7 +151,7 @@ MUTATIONS = {
         _APPLY,
     ),
     "learned weights stay": Mutation(
-        _INSTALL, "        drop_core(layer)\n", "", ("tests/test_learned.py::test_nothing_of_it_shows_or_stays",)
+        _INSTALL, "        drop_core(layer)\n", "", ("tests/learned/test_file.py::test_nothing_of_it_shows_or_stays",)
     ),
     "a second patch wraps the first": Mutation(
         _INSTALL,
@@ -172,7 +172,7 @@ MUTATIONS = {
         "attngen/patch.py",
         "                hook.paused = value\n",
         "                pass\n",
-        ("tests/test_learned.py::test_paused_is_exact_and_reapply_brings_the_same_weights_back",),
+        ("tests/learned/test_file.py::test_paused_is_exact_and_reapply_brings_the_same_weights_back",),
     ),
     "patterns that match nothing": Mutation(
         "attngen/patch.py",
@@ -337,7 +337,7 @@ MUTATIONS = {
         _SIT,
         "class_labels = class_labels.masked_fill(drop_labels, null)",
         "class_labels = class_labels.masked_fill(drop_labels, 0)",
-        ("tests/models/test_sit.py::test_label_dropout_in_training_and_gradient_of_the_null_class",),
+        ("tests/sit/test_model.py::test_label_dropout_in_training_and_gradient_of_the_null_class",),
     ),
     "guidance of one time more": Mutation(
         _PIPELINE,
@@ -350,7 +350,7 @@ MUTATIONS = {
         _PIPELINE,
         "output = -output  #",
         "pass  #",
-        ("tests/models/test_sit_pipeline.py::test_flow_matching_euler_is_the_euler_ode",),
+        ("tests/sit/test_pipeline.py::test_flow_matching_euler_is_the_euler_ode",),
     ),
     "the noise of the SDE is too small": Mutation(
         _INTERPOLANT, "torch.sqrt(2 * dt * diffusion)", "torch.sqrt(dt * diffusion)", _SAMPLING
@@ -381,13 +381,13 @@ MUTATIONS = {
         (f"{_PROMISE}test_files.py::test_files_are_written_whole_and_readable_by_all",),
     ),
     "pickles without a flag": Mutation(
-        "attngen/models/convert.py",
+        "attngen/sit/checkpoints.py",
         "    if not allow_pickle:\n",
         "    if False:\n",
-        ("tests/models/test_sit.py::test_checkpoints_from_files",),
+        ("tests/sit/test_model.py::test_checkpoints_from_files",),
     ),
     "pickles of anything": Mutation(
-        "attngen/models/convert.py",
+        "attngen/sit/checkpoints.py",
         "weights_only=True)",
         "weights_only=False)",
         (
@@ -405,13 +405,13 @@ MUTATIONS = {
         _PIPELINE,
         "if not torch.isfinite(latents).all():",
         "if False:",
-        ("tests/models/test_sit_pipeline.py::test_nan_is_no_picture",),
+        ("tests/sit/test_pipeline.py::test_nan_is_no_picture",),
     ),
     "a picture of a broken VAE is written": Mutation(
         _PIPELINE,
         "if not torch.isfinite(pixels).all():",
         "if False:",
-        ("tests/models/test_sit_pipeline.py::test_nan_from_the_vae_is_no_picture",),
+        ("tests/sit/test_pipeline.py::test_nan_from_the_vae_is_no_picture",),
     ),
 }
 """Name of the fault -> what it is."""

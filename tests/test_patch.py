@@ -14,7 +14,7 @@ from torch import nn
 
 import attngen
 from attngen import (
-    METHODS,
+    PRESETS,
     AgentAttention,
     AttnGenWarning,
     ChangeSchedule,
@@ -67,7 +67,7 @@ def ignore_cost():
 
 
 @pytest.mark.share(2)
-@pytest.mark.parametrize("method", [*METHODS, *ACTIVE.values(), *EXACT.values()], ids=[*METHODS, *ACTIVE, *EXACT])
+@pytest.mark.parametrize("method", [*PRESETS, *ACTIVE.values(), *EXACT.values()], ids=[*PRESETS, *ACTIVE, *EXACT])
 def test_apply_and_remove(host, model, method):
     exact, clean = stock_output(host), snapshot(model)
     with ignore_cost():
@@ -91,7 +91,7 @@ def test_apply_and_remove(host, model, method):
     assert torch.equal(host(model), exact)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_where_they_are_active(name):
     """At the sizes above most presets are exact by their least number of tokens; here each does what it is for."""
     host, model, size = HOSTS["sd15"], fresh("sd15"), (32, 32)
@@ -326,7 +326,7 @@ def test_min_tokens_overrides_the_plan():
         assert {layer.tokens for layer in handle.report().layers if layer.is_active} == {256}
     with attngen.apply(model, "agent", min_tokens=0) as handle, ignore_cost():
         host(model, (32, 32), batch=1)
-        assert handle.plan.min_tokens == 0 and METHODS["agent"].min_tokens == 1024
+        assert handle.plan.min_tokens == 0 and PRESETS["agent"].min_tokens == 1024
 
 
 def test_max_levels_counts_from_the_finest_level_with_attention():

@@ -9,7 +9,7 @@ import pytest
 
 import attngen
 from attngen import (
-    METHODS,
+    PRESETS,
     AgentAttention,
     DownsampledKV,
     FocalAttention,
@@ -72,7 +72,7 @@ def test_unknown_options_of_agents_are_named(options, message):
         AgentAttention(**options)
 
 
-@pytest.mark.parametrize("plan", [*METHODS.values(), *map(Plan.of, ALL), WRITTEN, Plan.of(ALL[1], max_levels=2)])
+@pytest.mark.parametrize("plan", [*PRESETS.values(), *map(Plan.of, ALL), WRITTEN, Plan.of(ALL[1], max_levels=2)])
 def test_json_round_trip(plan, tmp_path):
     again = Plan.from_json(plan.to_json())
     assert again == plan and hash(again) == hash(plan)
@@ -301,12 +301,12 @@ def test_saving_is_atomic(tmp_path, monkeypatch):
 
 
 def test_presets():
-    assert list(METHODS) == ["softmax", "agent", "agentsd", "tome", "todo", "focal", "linear"]
-    assert METHODS["agentsd"].starts == (1.0, 0.6)
-    assert METHODS["agentsd"].methods_for("x") == (
+    assert list(PRESETS) == ["softmax", "agent", "agentsd", "tome", "todo", "focal", "linear"]
+    assert PRESETS["agentsd"].starts == (1.0, 0.6)
+    assert PRESETS["agentsd"].methods_for("x") == (
         TokenMerging(ratio=0.4, stride=4, agent_ratio=0.95, broadcast_exponent=0.3, shortcut=0.075),
         TokenMerging(ratio=0.4, stride=2),
     )
-    assert METHODS["agent"].methods_for("x") == (AgentAttention(num_agents=256),)
-    assert all(isinstance(plan, Plan) for plan in METHODS.values())
-    assert attngen.METHODS is METHODS
+    assert PRESETS["agent"].methods_for("x") == (AgentAttention(num_agents=256),)
+    assert all(isinstance(plan, Plan) for plan in PRESETS.values())
+    assert attngen.PRESETS is PRESETS

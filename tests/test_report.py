@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import attngen
-from attngen import METHODS, AgentAttention, DownsampledKV, LinearAttention, Plan, SoftmaxAttention, Stage, TokenMerging
+from attngen import PRESETS, AgentAttention, DownsampledKV, LinearAttention, Plan, SoftmaxAttention, Stage, TokenMerging
 from tests.hosts.models import _UNET, ACTIVE, HOSTS, flux_ids, fresh, normal, randomised, self_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning")
@@ -309,7 +309,7 @@ def test_of_a_handle_that_was_replaced(earlier, later):
     assert isinstance(str(report), str)
     if report.patched and earlier != later:
         assert report.patched[0].stages[0].method != new.report().patched[0].stages[0].method
-    assert new.report().starts == METHODS[later].starts
+    assert new.report().starts == PRESETS[later].starts
 
 
 @pytest.mark.parametrize("grid", [(0, 5), (-3, 5), (5,), 5, "ab", (2.5, 4), (True, 4)])

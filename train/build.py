@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attngen.models import SiTTransformer2DModel
+from attngen.sit.model import SiTTransformer2DModel
 from train.config import TrainingConfig
 from train.data import Data
 from train.meter import Meter, matmul_flops, training_flops

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attngen.methods.learned import LearnedMethod
+    from attngen.learned.methods import LearnedMethod
 
 EXAMPLES = """
 examples:
@@ -112,7 +112,7 @@ def distill(options: argparse.Namespace) -> int:
 
     import attngen
     from attngen.hosts.families import denoisers_of
-    from attngen.learned import LearnedLayers
+    from attngen.learned.file import LearnedLayers
     from train.checkpoint import list_checkpoints
     from train.distill_inputs import Drawing, open_inputs
     from train.distill_run import RUN_SUFFIX, Run
@@ -157,7 +157,7 @@ def parse_method(text: str, own_projections: bool) -> LearnedMethod:
     """
     import dataclasses
 
-    from attngen.methods.learned import LearnedLinear, LearnedMediators
+    from attngen.learned.methods import LearnedLinear, LearnedMediators
 
     head, *given = text.split(",")
     name, _, count = head.partition(":")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attngen.hosts.families import family_of, slot
-from attngen.models.unet_pipeline import NOISE, UNetClassPipeline, class_condition
+from attngen.sit.unet_pipeline import NOISE, UNetClassPipeline, class_condition
 from train.seeds import generator_for, sample_order
 
 DROPPED = 0.1

@@ -30,7 +30,7 @@ from train.meter import append_line, trim_log
 from train.signals import StopOnSignal
 
 if TYPE_CHECKING:
-    from attngen.learned import LearnedLayers
+    from attngen.learned.file import LearnedLayers
     from attngen.patch import AttentionPatch
     from train.distill_inputs import Inputs
 

@@ -166,7 +166,8 @@ def export(run: Path, std: float, step: int | None, out: Path | None) -> Path:
 
 def _exported(run: Path) -> Any:
     """The pipeline that a run ended with."""
-    from attngen.models import SiTPipeline, UNetClassPipeline
+    from attngen.sit.pipeline import SiTPipeline
+    from attngen.sit.unet_pipeline import UNetClassPipeline
 
     index = run / "pipeline" / "model_index.json"
     if not index.is_file():

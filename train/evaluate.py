@@ -19,8 +19,8 @@ from train.samples import calls_to_steps, pipeline_of
 from train.seeds import generator_for, sample_order
 
 if TYPE_CHECKING:
-    from attngen.models.sit import SiTTransformer2DModel
-    from attngen.models.sit_pipeline import SiTPipeline
+    from attngen.sit.model import SiTTransformer2DModel
+    from attngen.sit.pipeline import SiTPipeline
 
 BATCH_SIZE = 64
 

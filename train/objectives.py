@@ -16,7 +16,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 from torch.nn import functional as F
 
-from attngen.schedulers.interpolant import PATHS, PREDICTIONS, WEIGHTINGS, InterpolantScheduler
+from attngen.sit.paths import PATHS, PREDICTIONS
+from attngen.sit.scheduler import WEIGHTINGS, InterpolantScheduler
 
 DIT = "dit"
 OBJECTIVES = (*PREDICTIONS, DIT)

@@ -36,7 +36,7 @@ from train.seeds import generator_for
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from attngen.models.sit import SiTTransformer2DModel
+    from attngen.sit.model import SiTTransformer2DModel
     from train.evaluate import InceptionDistance
 
 

@@ -77,7 +77,7 @@ def _add_model_arguments(parser: cli.Parser) -> None:
     add("--variant", help="weights' variant, such as fp16")
     add("--allow-pickle", action="store_true", help="read weights that are not safetensors")
     add("--dtype", choices=cli.DTYPES, default="auto", help="number format of the model (default: auto)")
-    add("--method", metavar="NAME", help="attention: a name in attngen.METHODS, or a plan file (default: the model's)")
+    add("--method", metavar="NAME", help="attention: a name in attngen.PRESETS, or a plan file (default: the model's)")
     add(
         "--mediators",
         metavar="COUNT",

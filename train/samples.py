@@ -18,9 +18,9 @@ from train.objectives import Objective
 from train.seeds import generator_for
 
 if TYPE_CHECKING:
-    from attngen.models.sit import SiTTransformer2DModel
-    from attngen.models.sit_pipeline import SiTPipeline
-    from attngen.models.unet_pipeline import UNetClassPipeline
+    from attngen.sit.model import SiTTransformer2DModel
+    from attngen.sit.pipeline import SiTPipeline
+    from attngen.sit.unet_pipeline import UNetClassPipeline
 
 PICTURES_PER_GROUP = 2
 BATCH_SIZE = 32
@@ -70,7 +70,7 @@ def sample_grid(
 
 def pipeline_of(model: SiTTransformer2DModel, objective: Objective, data: Data) -> Any:
     """The pipeline that draws from a model in training, without a progress bar."""
-    from attngen.models.sit_pipeline import SiTPipeline
+    from attngen.sit.pipeline import SiTPipeline
     from train.unet import ClassUNet
 
     if isinstance(model, ClassUNet):

@@ -9,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from attngen.models.unet_pipeline import UNetClassPipeline, class_condition
+from attngen.sit.unet_pipeline import UNetClassPipeline, class_condition
 from train.config import NORM_GROUPS, TrainingConfig
 
 if TYPE_CHECKING:

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attngen.models.convert import (
+from attngen.sit.checkpoints import (
     convert_diffusers_dit,
     convert_original,
     is_original,
     original_heads,
     read_checkpoint,
 )
-from attngen.models.sit import SiTTransformer2DModel
+from attngen.sit.model import SiTTransformer2DModel
 from pipelines.cli import missing_weights
 
 _LISTED = 8

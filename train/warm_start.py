@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attngen.methods._checks import Grid
-from attngen.methods.agent import agent_grid
-from attngen.methods.mediator import MediatorMixer, _resize
-from attngen.models.sit import SiTTransformer2DModel
+from attngen.checks import Grid
+from attngen.layers.mediator import MediatorMixer, _resize
+from attngen.sit.model import SiTTransformer2DModel
+from attngen.tokens import agent_grid
 from train.warm_source import Source, read_source
 
 Action = Literal["kept", "adapted", "resampled", "new", "dropped"]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from attngen.learned.methods import LearnedMethod
 from attngen.methods import (
     AgentAttention,
     AttentionMethod,
@@ -14,7 +15,6 @@ from attngen.methods import (
     SoftmaxAttention,
     TokenMerging,
 )
-from attngen.methods.learned import LearnedMethod
 
 DEFAULT_CANDIDATES: tuple[AttentionMethod, ...] = (
     *(AgentAttention(num_agents=count) for count in (1, 4, 16, 64, 256)),

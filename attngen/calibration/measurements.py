@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from attngen.calibration import plot
 from attngen.files import write_file
 from attngen.methods import AttentionMethod, method_from_dict
 
@@ -141,9 +142,7 @@ class Measurements:
             ImportError: without matplotlib, saying how to get it.
             ValueError: for a file name that does not end in .png.
         """
-        from attngen.calibration.plot import draw
-
-        draw(self, Path(path))
+        plot.draw(self, Path(path))
 
     def __str__(self) -> str:
         rows = [("layer", "tokens", *(f"from {start:g}" for start in self.starts))]
@@ -159,22 +158,9 @@ class Measurements:
         return "\n".join(lines)
 
 
-def label(method: AttentionMethod) -> str:
-    """A method in a few characters."""
-    options = method.to_dict()
-    if method.kind == "agent":
-        made = "" if options.get("agents", "pooled") == "pooled" else f" {options['agents']}"
-        return f"agent {options['num_agents']}{made}{'' if options.get('correction') is None else ' N'}"
-    if method.kind == "focal":
-        return f"focal {options['window']}+{options['margin']} {options['num_cells']}"
-    short = {"softmax": "exact", "downsampled-kv": "kv", "token-merging": "merge"}.get(method.kind, method.kind)
-    number = options.get("factor", options.get("ratio", ""))
-    return f"{short} {number}".strip()
-
-
 def _describe(cell: Cell) -> str:
     taken = cell.taken
-    return "exact" if cell.chosen == 0 else f"{label(taken.method)} ({taken.error:.3f})"
+    return "exact" if cell.chosen == 0 else f"{taken.method.label} ({taken.error:.3f})"
 
 
 def _layer_from_dict(data: dict[str, Any]) -> LayerMeasurements:

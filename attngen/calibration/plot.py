@@ -68,9 +68,7 @@ def _difficulty(cell: Cell) -> float:
 
 
 def _name(cell: Cell) -> str:
-    from attngen.calibration.measurements import label
-
-    return label(cell.taken.method)
+    return cell.taken.method.label
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -18,12 +18,12 @@ from attngen.calibration.measurements import Cell, LayerMeasurements, Measuremen
 from attngen.calibration.record import Recorder, clocked
 from attngen.calibration.runs import Runner, check_pipeline, relative_error, untouched
 from attngen.calibration.trials import Layers, Place, make_trials
+from attngen.checks import check_count
 from attngen.hosts.hooks import warn
 from attngen.hosts.install import install, uninstall
 from attngen.hosts.snapshot import restored
 from attngen.kernels.dispatch import AUTO
 from attngen.methods import AttentionMethod, SoftmaxAttention
-from attngen.methods._checks import check_count
 from attngen.plan import Plan, Stage
 from attngen.schedule import ChangeSchedule, stage_at
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from attngen.checks import Grid
 from attngen.kernels.absorbed import LayerSize, absorbed_agent_attention, layer_projections, why_not_absorbed
-from attngen.methods._checks import Grid
-from attngen.methods.agent import pool_tokens
 from attngen.methods.base import AttentionMethod
+from attngen.tokens import pool_tokens
 
 
 def why_direct(attn: Any, hidden_states: Tensor, method: AttentionMethod, grid: Grid, kernel: str | None) -> str | None:

@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attngen.checks import Grid
 from attngen.hosts import hooks
 from attngen.hosts.absorb import layer_size, why_direct
 from attngen.hosts.families import default_grid, family_of, halved, halvings
+from attngen.hosts.image import AttnGenProcessor
 from attngen.hosts.layers import LayerSpec, attention_of, spec_of
 from attngen.hosts.learned import describe_learned, learned_weights
-from attngen.hosts.single import AttnGenProcessor
-from attngen.kernels.dispatch import AUTO, Choice, wanted_kernel
-from attngen.methods._checks import Grid
+from attngen.kernels.crossovers import Choice
+from attngen.kernels.dispatch import AUTO
+from attngen.learned.methods import LearnedMethod
 from attngen.methods.base import AttentionMethod, LayerShape
-from attngen.methods.learned import LearnedMethod
 from attngen.methods.softmax import SoftmaxAttention
 from attngen.report import LayerReport, StageReport
 
@@ -145,7 +146,7 @@ def _path(attn: Any, spec: LayerSpec, method: AttentionMethod, shape: LayerShape
         why_direct_ = why_direct(attn, hidden_states, method, shape.grid, attention.kernel)
         if why_direct_ is None:
             return Choice("absorbed"), layer_size(attn, shape.channels, method, shape.grid).flops
-        if wanted_kernel(attention.kernel) == "absorbed":
+        if attention.kernel == "absorbed":
             choice = choice._replace(reason=why_direct_)
     return choice, method.flops(shape)
 

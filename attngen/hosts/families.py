@@ -12,7 +12,7 @@ from typing import Any
 import diffusers
 from torch import Tensor, nn
 
-from attngen.methods._checks import Grid
+from attngen.checks import Grid
 from attngen.step import Slot
 
 

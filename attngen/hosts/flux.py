@@ -8,12 +8,12 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 
+from attngen.hosts.image import project, to_heads
 from attngen.hosts.joint import Heads, image_heads, mix, select, text_heads
 from attngen.hosts.layers import active_method, attention_of, spec_of
-from attngen.hosts.single import project, to_heads
 from attngen.methods.base import Selection
-from attngen.methods.mediator import split_heads
 from attngen.step import StepInfo
+from attngen.tokens import split_heads
 
 Tables = tuple[Tensor, Tensor]
 """Cosines and sines, (tokens, head size) each, text first."""

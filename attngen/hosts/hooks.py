@@ -17,12 +17,12 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
+from attngen.checks import Grid
 from attngen.hosts.families import Family, family_of, slot
 from attngen.hosts.flux import FluxAttnGenProcessor
+from attngen.hosts.image import AttnGenProcessor
 from attngen.hosts.joint import JointAttnGenProcessor
 from attngen.hosts.layers import spec_of
-from attngen.hosts.single import AttnGenProcessor
-from attngen.methods._checks import Grid
 from attngen.schedule import ChangeSchedule, stage_at
 from attngen.step import CHANNEL_KEY, StepInfo
 

@@ -13,14 +13,14 @@ from attngen.hosts import hooks
 from attngen.hosts.describe import Review
 from attngen.hosts.families import family_of, halvings
 from attngen.hosts.flux import FluxAttnGenProcessor
+from attngen.hosts.image import AttnGenProcessor
 from attngen.hosts.joint import JointAttnGenProcessor
 from attngen.hosts.layers import SPEC, LayerSpec, spec_of
 from attngen.hosts.learned import drop_core, put_core
-from attngen.hosts.single import AttnGenProcessor
-from attngen.methods.learned import HiddenModule
-from attngen.models.sit import SiTAttention, SiTAttnProcessor
+from attngen.learned.modules import HiddenModule
 from attngen.plan import Plan
 from attngen.schedule import ChangeSchedule
+from attngen.sit.attention import SiTAttention, SiTAttnProcessor
 
 # Processors that compute plain softmax attention, by class name, and ours for them. All others (IP-Adapter, PAG,
 # custom ones, layers with learned mediators) do something of their own that we must not take away.

@@ -12,14 +12,12 @@ from typing import Any
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor
 
+from attngen.hosts.image import project, project_query, to_heads
 from attngen.hosts.layers import active_method, attention_of, spec_of
-from attngen.hosts.single import project, project_query, to_heads
-from attngen.methods.agent import pool_tokens
 from attngen.methods.base import Attention, AttentionMethod, Selection, with_context
-from attngen.methods.downsample import nearest_positions
-from attngen.methods.mediator import join_heads, split_heads
 from attngen.methods.softmax import SoftmaxAttention
 from attngen.step import StepInfo
+from attngen.tokens import join_heads, nearest_positions, pool_tokens, split_heads
 
 Heads = tuple[Tensor, Tensor, Tensor]
 Rotate = Callable[[Tensor, Tensor | None], Tensor]

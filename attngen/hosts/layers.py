@@ -14,8 +14,8 @@ from diffusers.models.attention_dispatch import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attngen.checks import Grid
 from attngen.kernels.dispatch import AUTO
-from attngen.methods._checks import Grid
 from attngen.methods.base import AttentionMethod
 from attngen.methods.softmax import SoftmaxAttention
 from attngen.step import StepInfo

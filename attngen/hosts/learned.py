@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from attngen.checks import Grid
 from attngen.hosts.layers import spec_of
 from attngen.kernels.absorbed import (
     LayerSize,
@@ -17,21 +18,11 @@ from attngen.kernels.absorbed import (
     why_not_absorbed,
 )
 from attngen.kernels.autocast import autocast_dtype
-from attngen.kernels.dispatch import Choice, wanted_kernel
-from attngen.methods._checks import Grid
-from attngen.methods.agent import pool_tokens
+from attngen.kernels.crossovers import Choice
+from attngen.learned.methods import LearnedMediators, LearnedMethod
+from attngen.learned.modules import HeadMap, HiddenModule, LayerSizes, LearnedCore, LinearCore, MediatorCore
 from attngen.methods.base import LayerShape
-from attngen.methods.learned import (
-    HeadMap,
-    HiddenModule,
-    LayerSizes,
-    LearnedCore,
-    LearnedMediators,
-    LearnedMethod,
-    LinearCore,
-    MediatorCore,
-)
-from attngen.methods.mediator import convolve_tokens, join_heads, split_heads
+from attngen.tokens import convolve_tokens, join_heads, pool_tokens, split_heads
 
 CORE = "attngen_core"
 """Child module of an attention module that holds its `LearnedCore`, hidden from parameters and state dict."""
@@ -248,7 +239,7 @@ def describe_learned(
     if reason is None:
         size = absorbed_size(core.content.sizes, shape.channels, method, shape.grid)
         return LayerCost(Choice("absorbed"), size.flops + method.absorbed_flops(shape))
-    if wanted_kernel(spec.kernel) == "absorbed":
+    if spec.kernel == "absorbed":
         choice = choice._replace(reason=reason)
     return LayerCost(choice, method.flops(shape))
 

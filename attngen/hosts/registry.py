@@ -15,14 +15,10 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 from attngen.hosts.flux import FluxAttnGenProcessor
+from attngen.hosts.image import AttnGenProcessor
 from attngen.hosts.joint import JointAttnGenProcessor
-from attngen.hosts.single import AttnGenProcessor
-from attngen.models.sit import (
-    SiTAttnProcessor,
-    SiTLinearAttnProcessor,
-    SiTMediatorAttnProcessor,
-    SiTTransformerBlock,
-)
+from attngen.sit.attention import SiTAttnProcessor, SiTLinearAttnProcessor, SiTMediatorAttnProcessor
+from attngen.sit.model import SiTTransformerBlock
 
 
 def _skip_joint(

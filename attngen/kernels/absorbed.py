@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from attngen.checks import check_bias
 from attngen.kernels import dispatch
 from attngen.kernels.autocast import autocast_dtype
-from attngen.kernels.dispatch import AUTO, AbsorbedCost
-from attngen.methods._checks import check_bias
+from attngen.kernels.crossovers import AbsorbedCost
+from attngen.kernels.dispatch import AUTO
 
 
 class Projection(NamedTuple):
@@ -199,9 +200,9 @@ def why_not_absorbed(size: LayerSize, x: Tensor, weight: Tensor, kernel: str = A
     Raises:
         ValueError: for an unknown `kernel`.
     """
-    wanted = dispatch.wanted_kernel(kernel)
-    if wanted != AUTO:
-        return None if wanted == "absorbed" else f"the kernel {wanted!r} was asked for"
+    dispatch.check_kernel(kernel)
+    if kernel != AUTO:
+        return None if kernel == "absorbed" else f"the kernel {kernel!r} was asked for"
     cost = dispatch.absorbed_cost(x, weight)
     if cost is None:
         return f"absorbing was not measured on {dispatch.device_key(x.device)}"

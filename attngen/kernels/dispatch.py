@@ -1,26 +1,33 @@
 """Which of the paths that compute the same formula runs: chosen by shape, dtype, device, gradient and bias.
 
 The choice is looked up in `crossovers.json`, measured by `python -m benchmarks.crossovers`. On a device that is not in
-it, two fused attention calls run, and nothing is claimed about speed. Override it with the argument `kernel` of the
-functions and of `attngen.apply`, or for the whole process with the environment variable `ATTNGEN_KERNEL`;
-`ATTNGEN_CROSSOVERS` names another file of measurements.
+it, two fused attention calls run, and nothing is claimed about speed. The argument `kernel` of the functions and of
+`attngen.apply` overrides it.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterable, Sequence
-from importlib import resources
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from attngen.kernels import matmul, reference, sdpa, triton_agent, triton_linear
+from attngen.kernels import matmul, reference, sdpa
 from attngen.kernels.autocast import autocast_dtype
+from attngen.kernels.crossovers import (
+    AbsorbedCost,
+    Choice,
+    _absorbed_cost,
+    _axes,
+    _cell,
+    call_kind,
+    device_key,
+    layer_kind,
+)
 from attngen.kernels.reference import Convolution
+from attngen.kernels.triton import agent as triton_agent
+from attngen.kernels.triton import linear as triton_linear
 
 AUTO = "auto"
 AGENT_KERNELS = ("reference", "sdpa", "matmul", "triton")
@@ -28,11 +35,6 @@ LINEAR_KERNELS = ("reference", "triton")
 LAYER_KERNELS = ("absorbed",)
 """Paths of a whole layer, projections and all; see `attngen.kernels.absorbed`."""
 KERNELS = (AUTO, *AGENT_KERNELS, *LAYER_KERNELS)
-
-TOLERANCE = 0.98
-"""A path with less than this share of softmax attention's speed is called slower than it."""
-
-_ENVIRONMENT, _TABLE_ENVIRONMENT = "ATTNGEN_KERNEL", "ATTNGEN_CROSSOVERS"
 
 
 class Problem(NamedTuple):
@@ -57,73 +59,6 @@ class Problem(NamedTuple):
     head_dim: int
     training: bool = False
     bias: bool = False
-
-
-class Choice(NamedTuple):
-    """A path and what is known about it.
-
-    Attributes:
-        kernel: its name.
-        speedup: how many times faster than the best softmax attention, or None where that was not measured.
-        reason: why the path that was asked for does not run, or None.
-    """
-
-    kernel: str
-    speedup: float | None = None
-    reason: str | None = None
-
-    @property
-    def is_slower(self) -> bool:
-        """Whether softmax attention was measured to be faster."""
-        return self.speedup is not None and self.speedup < TOLERANCE
-
-
-class AbsorbedCost(NamedTuple):
-    """Multiply-adds of the absorbed path, in units of those of full projections; see `attngen.kernels.absorbed`.
-
-    Attributes:
-        narrow: of the products with as many columns as all agents together.
-        own: of the agents' own projections.
-        kept: of the projections that stay.
-    """
-
-    narrow: float = 1.25
-    own: float = 3.0
-    kept: float = 1.0
-
-
-class Crossovers:
-    """Measurements of one device: for each kind of call, the fastest path on a grid of sizes.
-
-    Sizes between those measured take the nearest one on a logarithmic scale, axis by axis.
-
-    Args:
-        content: the device's part of the file.
-
-    Raises:
-        ValueError: if the content is not of the known form.
-    """
-
-    def __init__(self, content: dict[str, Any]) -> None:
-        try:
-            self.machine: dict[str, Any] = content["machine"]
-            self._cells: dict[str, dict[tuple[int, ...], Choice]] = {}
-            self._axes: dict[str, tuple[tuple[int, ...], ...]] = {}
-            for kind, rows in content["calls"].items():
-                cells = {tuple(int(size) for size in sizes): Choice(str(k), float(s)) for *sizes, k, s in rows}
-                self._cells[kind] = cells
-                self._axes[kind] = tuple(tuple(sorted(set(values))) for values in zip(*cells, strict=True))
-            self.absorbed = {kind: AbsorbedCost(**cost) for kind, cost in content["absorbed"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"these are not measurements of crossovers: {error!r}") from error
-
-    def axes(self, kind: str) -> tuple[tuple[int, ...], ...]:
-        """The sizes measured for a kind of call, axis by axis; empty where none were."""
-        return self._axes.get(kind, ())
-
-    def cell(self, kind: str, sizes: tuple[int, ...]) -> Choice | None:
-        """What was measured to be fastest at a point of the grid, or None where nothing was measured there."""
-        return self._cells[kind].get(sizes)
 
 
 def agent_attention(
@@ -183,7 +118,7 @@ def choose_for_agents(
         why_not_triton: asked where the Triton kernels come into question; says why they cannot run, or None.
     """
     found = _look_up("agent", problem) or Choice("sdpa")
-    return _settle(found, wanted_kernel(kernel), AGENT_KERNELS, "sdpa", why_not_triton)
+    return _settle(found, kernel, AGENT_KERNELS, "sdpa", why_not_triton)
 
 
 def linear_attention(
@@ -232,7 +167,7 @@ def choose_for_linear(
 ) -> Choice:
     """The path for linear attention of given sizes. Arguments as for `choose_for_agents`."""
     found = _look_up("linear", problem) or Choice("reference")
-    return _settle(found, wanted_kernel(kernel), LINEAR_KERNELS, "reference", why_not_triton)
+    return _settle(found, kernel, LINEAR_KERNELS, "reference", why_not_triton)
 
 
 def absorbed_cost(x: Tensor, weight: Tensor) -> AbsorbedCost | None:
@@ -241,52 +176,10 @@ def absorbed_cost(x: Tensor, weight: Tensor) -> AbsorbedCost | None:
     return None if cost is None else AbsorbedCost(*cost)
 
 
-def wanted_kernel(kernel: str) -> str:
-    """`kernel`, or the environment's where it is "auto".
-
-    Raises:
-        ValueError: for an unknown name, from either.
-    """
-    if kernel == AUTO:
-        return _from_environment()
-    check_kernel(kernel)
-    return kernel
-
-
-def check_kernel(kernel: str, known: Sequence[str] = KERNELS, source: str = "kernel") -> None:
+def check_kernel(kernel: str, known: Sequence[str] = KERNELS) -> None:
     """ValueError for a kernel that is not among the `known`, listing them."""
     if kernel not in known:
-        raise ValueError(f"unknown {source} {kernel!r}; known: {', '.join(known)}")
-
-
-def call_kind(method: str, dtype: str, training: bool, bias: bool = False) -> str:
-    """What measurements of calls are filed under: "agent float32 forward plain"."""
-    return f"{method} {layer_kind(dtype, training)} {'bias' if bias else 'plain'}"
-
-
-def layer_kind(dtype: str, training: bool) -> str:
-    """What measurements of whole layers are filed under: "float32 forward"."""
-    return f"{dtype} {'training' if training else 'forward'}"
-
-
-def device_key(device: torch.device) -> str:
-    """What measurements of a device are filed under: "cpu", or the capability of a CUDA device."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return device.type
-    return _capability(device.index)
-
-
-@torch.compiler.assume_constant_result
-def _capability(index: int | None) -> str:
-    major, minor = torch.cuda.get_device_capability(index)
-    return f"cuda-{major}.{minor}"
-
-
-@torch.compiler.assume_constant_result
-def _from_environment() -> str:
-    kernel = os.environ.get(_ENVIRONMENT) or AUTO
-    check_kernel(kernel, source=f"kernel in the environment variable {_ENVIRONMENT},")
-    return kernel
+        raise ValueError(f"unknown kernel {kernel!r}; known: {', '.join(known)}")
 
 
 def _settle(
@@ -314,28 +207,6 @@ def _look_up(method: str, problem: Problem) -> Choice | None:
     return None if cell is None else Choice(*cell)
 
 
-# torch.compile takes the results of these for constants; it cannot look into the tables.
-
-
-@torch.compiler.assume_constant_result
-def _axes(device: str, kind: str) -> tuple[tuple[int, ...], ...]:
-    table = _tables().get(device)
-    return () if table is None else table.axes(kind)
-
-
-@torch.compiler.assume_constant_result
-def _cell(device: str, kind: str, *sizes: int) -> tuple[str, float | None] | None:
-    choice = _tables()[device].cell(kind, sizes)
-    return None if choice is None else (choice.kernel, choice.speedup)
-
-
-@torch.compiler.assume_constant_result
-def _absorbed_cost(device: str, kind: str) -> tuple[float, ...] | None:
-    table = _tables().get(device)
-    cost = None if table is None else table.absorbed.get(kind)
-    return None if cost is None else tuple(cost)
-
-
 def _nearest(size: int, axis: Iterable[int]) -> int:
     """In whole numbers only, so that torch.compile can trace it with a size that it keeps symbolic."""
     chosen = None
@@ -357,40 +228,6 @@ def _computing_dtype(x: Tensor) -> str:
 
 def _records(tensors: Iterable[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def read_crossovers(text: str) -> dict[str, Crossovers]:
-    """Measurements by device, from the text of a file.
-
-    Raises:
-        ValueError: if the text is not of the known format.
-    """
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"crossovers are JSON, and this is not: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != "attngen-crossovers" or content.get("version") != 1:
-        raise ValueError('crossovers begin with "format": "attngen-crossovers", "version": 1')
-    return {device: Crossovers(part) for device, part in content.get("devices", {}).items()}
-
-
-_loaded: dict[str, dict[str, Crossovers]] = {}
-
-
-def _tables() -> dict[str, Crossovers]:
-    path = os.environ.get(_TABLE_ENVIRONMENT, "")
-    if path not in _loaded:
-        _loaded[path] = _read_tables(path)
-    return _loaded[path]
-
-
-def _read_tables(path: str) -> dict[str, Crossovers]:
-    if not path:
-        return read_crossovers(resources.files("attngen.kernels").joinpath("crossovers.json").read_text("utf-8"))
-    try:
-        return read_crossovers(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the measurements in {path} ({_TABLE_ENVIRONMENT}): {error}") from error
 
 
 _AGENT_PATHS: dict[str, Callable[..., Tensor]] = {

@@ -11,16 +11,16 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from attngen.checks import Grid, check_bias, check_choice, check_count, check_heads, check_number
 from attngen.kernels import dispatch
-from attngen.kernels.dispatch import AGENT_KERNELS, AUTO, Choice
+from attngen.kernels.crossovers import Choice
+from attngen.kernels.dispatch import AGENT_KERNELS, AUTO
 from attngen.kernels.reference import between
-from attngen.methods._checks import Grid, check_bias, check_choice, check_count, check_heads, check_number, check_tokens
 from attngen.methods.base import AgentScales, Attention, AttentionMethod, LayerShape, Selection, with_context
-from attngen.methods.downsample import nearest_positions
 from attngen.methods.matching import cells_of, match_drawn_tokens
+from attngen.tokens import agent_grid, nearest_positions
 
 AGENTS = ("pooled", "strided", "merged")
 CORRECTIONS = (None, "nystrom")
@@ -99,54 +99,6 @@ def agent_attention(
         correction=correction,
         kernel=choice.kernel,
     )
-
-
-def pool_tokens(x: Tensor, grid: Grid, size: Grid) -> Tensor:
-    """Average the tokens of each cell of a coarser grid (adaptive average pooling, cells may overlap by a token).
-
-    Args:
-        x: (B, N, C), tokens in row-major order.
-        grid: (height, width) of the tokens, height times width = N.
-        size: (rows, columns) of the result.
-
-    Returns:
-        (B, rows · columns, C), row-major, in the dtype of `x`.
-
-    Raises:
-        ValueError: if the tokens do not fill the grid, or `size` is not within it.
-    """
-    check_tokens(x, grid)
-    if min(size) < 1 or size[0] > grid[0] or size[1] > grid[1]:
-        raise ValueError(f"cannot pool a grid of {grid[0]} x {grid[1]} to {size[0]} x {size[1]}")
-    # (B, N, C) seen as an image is already in channels-last memory order: no copy.
-    image = x.unflatten(1, grid).permute(0, 3, 1, 2)
-    return F.adaptive_avg_pool2d(image, size).permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def agent_grid(num_agents: int, grid: Grid) -> Grid:
-    """Rows and columns of at most `num_agents` cells on a token grid of any shape.
-
-    The largest count whose cells are no more than twice as long as wide (or as near to that as the grid allows); among
-    equals the squarest cells. A square count on a square grid gives the square root, so 64 on 32 x 32 is 8 x 8.
-
-    Args:
-        num_agents: most cells wanted, at least 1.
-        grid: (height, width) of the tokens.
-    """
-    check_count("num_agents", num_agents)
-    height, width = grid
-    ideal = (num_agents * height / width) ** 0.5
-    most = min(height, num_agents)
-    low, high = min(max(1, int(ideal / 1.5)), most), min(int(ideal * 1.5) + 1, most)
-    # A plain loop, because torch.compile cannot trace min() with a key over sizes it keeps symbolic.
-    best, best_rank = (1, 1), (float("inf"), 0, 0.0)
-    for rows in range(low, high + 1):
-        columns = min(width, num_agents // rows)
-        stretch = max(height * columns / (width * rows), width * rows / (height * columns))
-        rank = (max(stretch, 2.0), -rows * columns, stretch)
-        if rank < best_rank:
-            best, best_rank = (rows, columns), rank
-    return best
 
 
 @dataclass(frozen=True)

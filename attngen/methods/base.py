@@ -12,8 +12,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from attngen.kernels.dispatch import Choice
-from attngen.methods._checks import Grid
+from attngen.checks import Grid
+from attngen.kernels.crossovers import Choice
 
 
 class Attention(Protocol):
@@ -198,6 +198,18 @@ class AttentionMethod(ABC):
         """Agents used on `grid`, or None for a method without agents."""
         size = self.pool_size(grid)
         return None if size is None else math.prod(size)
+
+    @property
+    def label(self) -> str:
+        """The method in a few characters, for tables."""
+        options = self.to_dict()
+        if self.kind == "agent":
+            made = "" if options.get("agents", "pooled") == "pooled" else f" {options['agents']}"
+            return f"agent {options['num_agents']}{made}{'' if options.get('correction') is None else ' N'}"
+        if self.kind == "focal":
+            return f"focal {options['window']}+{options['margin']} {options['num_cells']}"
+        short = {"softmax": "exact", "downsampled-kv": "kv", "token-merging": "merge"}.get(self.kind, self.kind)
+        return f"{short} {options.get('factor', options.get('ratio', ''))}".strip()
 
     def to_dict(self) -> dict[str, Any]:
         """The method as JSON: `{"method": kind, option: value, …}`."""

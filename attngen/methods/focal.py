@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attngen.methods._checks import Grid, check_count, check_heads
-from attngen.methods.agent import agent_grid
+from attngen.checks import Grid, check_count, check_heads
 from attngen.methods.base import Attention, AttentionMethod, LayerShape
+from attngen.tokens import agent_grid
 
 _NOTHING = -50.0
 """Bias of a cell that counts for nothing. Its mean is among the region's tokens, so no logit can make up for it."""

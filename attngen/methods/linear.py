@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attngen.checks import Grid, check_heads, check_number
 from attngen.kernels import dispatch
-from attngen.kernels.dispatch import AUTO, LINEAR_KERNELS, Choice
-from attngen.methods._checks import Grid, check_heads, check_number
+from attngen.kernels.crossovers import Choice
+from attngen.kernels.dispatch import AUTO, LINEAR_KERNELS
 from attngen.methods.base import Attention, AttentionMethod, LayerShape
 
 FeatureMap = Callable[[Tensor], Tensor]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attngen.methods._checks import Grid, check_fraction, check_tokens
+from attngen.checks import Grid, check_fraction, check_tokens
 
 # Similarities held at once, in numbers a picture: 2^26 float32 values are 256 MiB.
 _MAX_SCORES = 2**26

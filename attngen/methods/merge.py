@@ -13,9 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from attngen.checks import Grid, check_count, check_fraction, check_number
 from attngen.kernels import dispatch
-from attngen.kernels.dispatch import Choice
-from attngen.methods._checks import Grid, check_count, check_fraction, check_number
+from attngen.kernels.crossovers import Choice
 from attngen.methods.agent import agent_flops, scales_for, through_agents
 from attngen.methods.base import Attention, AttentionMethod, LayerShape, Selection, with_context
 from attngen.methods.matching import TokenMatching, cells_of, match_drawn_tokens, match_tokens, merged_count

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attngen.methods._checks import Grid
+from attngen.checks import Grid
 from attngen.methods.base import AttentionMethod, LayerShape
 
 

@@ -8,7 +8,8 @@ from peft import LoraConfig
 
 import attngen
 from attngen import AgentAttention, TokenMerging
-from attngen.hosts import absorb, single
+from attngen.hosts import absorb
+from attngen.hosts import image as single
 from attngen.step import StepInfo
 from tests.hosts.models import HOSTS, fresh
 
@@ -144,7 +145,7 @@ def test_chosen_by_itself_where_it_pays(absorbed_calls, monkeypatch):
     with torch.no_grad():
         HOSTS["dit"](model)
     assert not absorbed_calls
-    monkeypatch.setenv("ATTNGEN_KERNEL", "absorbed")
+    attngen.apply(model, AgentAttention(num_agents=30, shortcut=0.0), kernel="absorbed")
     with torch.no_grad():
         HOSTS["dit"](model)
     assert absorbed_calls

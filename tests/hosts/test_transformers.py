@@ -12,7 +12,7 @@ from tests.hosts.test_unet import Spy, seen  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning")
 MADE = AgentAttention(9, agents="strided", gain=0.7, correction="nystrom")
-METHODS = [
+PRESETS = [
     AgentAttention(4),
     AgentAttention(9, 1.0, 0.0),
     DownsampledKV(2),
@@ -51,7 +51,7 @@ def exact_text(text, image):
     return oracles.join_heads(oracles.softmax_attention(text[0], key, value))
 
 
-@pytest.mark.parametrize("method", METHODS, ids=repr)
+@pytest.mark.parametrize("method", PRESETS, ids=repr)
 @pytest.mark.parametrize(("size", "grid"), [((16, 16), (8, 8)), ((8, 24), (4, 12))])
 @pytest.mark.parametrize("name", ["sd3", "sd3-norm", "sd35"])
 def test_sd3_layers_by_definition(name, size, grid, method):
@@ -93,7 +93,7 @@ def test_the_layers_of_sd35_that_share_a_processor_get_their_own():
     assert block.attn.processor is block.attn2.processor is shared
 
 
-@pytest.mark.parametrize("method", METHODS[:4], ids=repr)
+@pytest.mark.parametrize("method", PRESETS[:4], ids=repr)
 @pytest.mark.parametrize("grid", [(8, 8), (4, 12), (12, 4)])
 def test_flux_layers_by_definition(grid, method):
     if grid != (8, 8) and isinstance(method, AgentAttention):

@@ -8,8 +8,8 @@ import tomesd
 import torch
 
 import attngen
-from attngen import METHODS, AgentAttention, DownsampledKV, FocalAttention, LinearAttention, Plan, Stage, TokenMerging
-from attngen.hosts.single import AttnGenProcessor
+from attngen import PRESETS, AgentAttention, DownsampledKV, FocalAttention, LinearAttention, Plan, Stage, TokenMerging
+from attngen.hosts.image import AttnGenProcessor
 from attngen.methods.base import Selection
 from tests.hosts.models import HOSTS, TEXT, fresh, normal, self_attention
 from tests.hosts.numbers import assert_close, project, recorded, wanted, wanted_merging
@@ -102,7 +102,7 @@ def test_other_shapes_by_definition(size, grid, method):
 def test_tome_gives_the_numbers_of_tomesd(name, size, ratio):
     host, ours, theirs = HOSTS[name], fresh(name), fresh(name)
     tomesd.apply_patch(theirs, ratio=ratio, max_downsample=1, use_rand=False)
-    plan = METHODS["tome"]
+    plan = PRESETS["tome"]
     if ratio != 0.5:
         plan = Plan.of(TokenMerging(ratio), max_levels=plan.max_levels)
     attngen.apply(ours, plan)
@@ -121,7 +121,7 @@ def test_tome_on_all_levels_and_other_cells(stride):
 
 
 def test_the_tome_preset_is_tomesds_defaults():
-    assert METHODS["tome"] == Plan.of(TokenMerging(ratio=0.5, stride=2), max_levels=1)
+    assert PRESETS["tome"] == Plan.of(TokenMerging(ratio=0.5, stride=2), max_levels=1)
 
 
 # The recipe of the paper
@@ -152,7 +152,7 @@ def test_agentsd_by_definition_and_its_switch():
 
 def test_agentsd_counts_of_the_paper():
     """At 512 px: 2458 merged tokens and 256 agents, then 2458 tokens without agents."""
-    early, late = (stage.method_for("") for stage in METHODS["agentsd"].stages)
+    early, late = (stage.method_for("") for stage in PRESETS["agentsd"].stages)
     assert early.num_agents_at((64, 64)) == 256 and late.num_agents_at((64, 64)) is None
     x = normal(1, 4096, 2)
     selection = early.select(x, x, (64, 64), None)

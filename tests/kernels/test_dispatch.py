@@ -1,6 +1,8 @@
-"""Which path runs: looked up in measurements, overridden by argument and environment, always the same numbers."""
+"""Which path runs: looked up in measurements, overridden by an argument, always the same numbers."""
 
 import json
+from importlib import resources
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attngen
 from attngen import AgentAttention
 from attngen import functional as F
-from attngen.kernels import dispatch
-from attngen.kernels.dispatch import Choice, Problem
+from attngen.kernels import crossovers, dispatch
+from attngen.kernels.crossovers import Choice
+from attngen.kernels.dispatch import Problem
 from attngen.kernels.reference import Convolution
 from tests import oracles
 from tests.hosts.models import HOSTS, fresh
@@ -36,9 +39,10 @@ def measured(monkeypatch, tmp_path):
         path = tmp_path / f"table{len(list(tmp_path.iterdir()))}.json"
         file = {"format": "attngen-crossovers", "version": 1, "devices": {device: part}}
         path.write_text(json.dumps(file))
-        monkeypatch.setenv("ATTNGEN_CROSSOVERS", str(path))
+        crossovers.use_crossovers(path)
 
-    return put
+    yield put
+    crossovers.use_crossovers(None)
 
 
 class Operators(TorchDispatchMode):
@@ -136,23 +140,19 @@ def test_triton_that_cannot_run_is_not_chosen(measured):
 
 
 @pytest.mark.parametrize("kernel", dispatch.KERNELS)
-def test_the_environment_prefers_a_path(kernel, monkeypatch):
-    monkeypatch.setenv("ATTNGEN_KERNEL", kernel)
-    choice = dispatch.choose_for_agents(problem(), why_not_triton=lambda: "no such thing")
+def test_the_argument_prefers_a_path(kernel):
+    choice = dispatch.choose_for_agents(problem(), kernel, why_not_triton=lambda: "no such thing")
     runs = {"auto": "sdpa", "absorbed": "sdpa", "triton": "sdpa"}.get(kernel, kernel)
     assert choice.kernel == runs
     assert choice.reason == ("no such thing" if kernel == "triton" else None)
-    other = "reference" if kernel == "matmul" else "matmul"
-    assert dispatch.choose_for_agents(problem(), other).kernel == other, "an argument is stronger"
 
 
-def test_a_path_that_a_method_does_not_have(monkeypatch):
-    monkeypatch.setenv("ATTNGEN_KERNEL", "matmul")
-    choice = dispatch.choose_for_linear(problem(agents=0))
+def test_a_path_that_a_method_does_not_have():
+    choice = dispatch.choose_for_linear(problem(agents=0), "matmul")
     assert choice.kernel == "reference" and "reference and triton" in choice.reason
 
 
-def test_unknown_paths_are_named(monkeypatch):
+def test_unknown_paths_are_named():
     query = normal(1, 1, 8, 4)
     with pytest.raises(ValueError, match="unknown kernel 'cuda'; known: auto, reference, sdpa, matmul, triton"):
         F.agent_attention(query, query, query, query[:, :, :2], kernel="cuda")
@@ -160,9 +160,6 @@ def test_unknown_paths_are_named(monkeypatch):
         F.linear_attention(query, query, query, kernel="sdpa")
     with pytest.raises(ValueError, match="unknown kernel 'fast'.*absorbed"):
         attngen.apply(fresh("sd15"), "agent", kernel="fast")
-    monkeypatch.setenv("ATTNGEN_KERNEL", "fast")
-    with pytest.raises(ValueError, match="ATTNGEN_KERNEL, 'fast'"):
-        F.agent_attention(query, query, query, query[:, :, :2])
 
 
 @pytest.mark.parametrize("function", ["agents", "linear"])
@@ -176,19 +173,16 @@ def test_a_path_asked_for_by_name_runs_or_says_why_not(function):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": "attngen-crossovers", "version": 2}', "no", '{"format": 1}'])
-def test_a_broken_file_of_measurements_is_named(text, tmp_path, monkeypatch):
+def test_a_broken_file_of_measurements_is_named(text, tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(text)
-    monkeypatch.setenv("ATTNGEN_CROSSOVERS", str(path))
-    query = normal(1, 1, 8, 4)
-    with pytest.raises(ValueError, match=r"mine\.json \(ATTNGEN_CROSSOVERS\)"):
-        F.agent_attention(query, query, query, query[:, :, :2])
+    with pytest.raises(ValueError, match=r"cannot read the measurements in .*mine\.json"):
+        crossovers.use_crossovers(path)
 
 
-def test_a_missing_file_of_measurements_is_named(monkeypatch):
-    monkeypatch.setenv("ATTNGEN_CROSSOVERS", "/nowhere/mine.json")
+def test_a_missing_file_of_measurements_is_named():
     with pytest.raises(ValueError, match=r"/nowhere/mine\.json"):
-        dispatch.choose_for_agents(problem())
+        crossovers.use_crossovers(Path("/nowhere/mine.json"))
 
 
 @pytest.mark.parametrize(
@@ -196,9 +190,8 @@ def test_a_missing_file_of_measurements_is_named(monkeypatch):
     [{"agent float32 forward plain": 3}, {"agent float32 forward plain": [["a", 1, 1, 1, "sdpa", 1]]}, [], {"x": [[]]}],
 )
 def test_measurements_of_another_form_are_refused(calls, measured):
-    measured(calls)
     with pytest.raises(ValueError, match="not measurements of crossovers"):
-        dispatch.choose_for_agents(problem())
+        measured(calls)
 
 
 # The numbers
@@ -284,24 +277,24 @@ def test_one_graph_for_sizes_that_take_the_same_path(measured):
 
 def test_the_committed_measurements():
     """Every kind is there, and where agents are fewer than half of 256 tokens or more, no path loses to softmax."""
-    table = dispatch._read_tables("")
+    table = crossovers._tables()
     assert "cpu" in table
-    text = json.loads((dispatch.resources.files("attngen.kernels") / "crossovers.json").read_text())
+    text = json.loads((resources.files("attngen.kernels") / "crossovers.json").read_text())
     for device, part in text["devices"].items():
         assert part["machine"]["device"] and part["machine"]["torch"]
         for dtype in ("float32", "bfloat16"):
             for training in (False, True):
-                assert dispatch.layer_kind(dtype, training) in table[device].absorbed
+                assert crossovers.layer_kind(dtype, training) in table[device].absorbed
                 for kind in (
-                    dispatch.call_kind("agent", dtype, training),
-                    dispatch.call_kind("agent", dtype, training, True),
-                    dispatch.call_kind("linear", dtype, training),
+                    crossovers.call_kind("agent", dtype, training),
+                    crossovers.call_kind("agent", dtype, training, True),
+                    crossovers.call_kind("linear", dtype, training),
                 ):
                     assert part["calls"][kind], kind
     for kind, rows in text["devices"]["cpu"]["calls"].items():
         for row in rows:
             assert row[-2] in dispatch.AGENT_KERNELS
-            assert row[2] < 256 or kind.startswith("linear") or row[-1] >= dispatch.TOLERANCE, (kind, row)
+            assert row[2] < 256 or kind.startswith("linear") or row[-1] >= crossovers.TOLERANCE, (kind, row)
 
 
 # What the report and the warning say

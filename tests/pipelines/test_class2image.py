@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from attngen.models.sit import SiTTransformer2DModel
-from attngen.models.sit_pipeline import SiTPipeline
+from attngen.sit.model import SiTTransformer2DModel
+from attngen.sit.pipeline import SiTPipeline
 from pipelines import class2image
 from pipelines.images import read_settings
 from train.objectives import make_objective

@@ -106,12 +106,12 @@ def test_a_method_that_changes_nothing_says_so(engine, softmax):
 def test_default_options_are_the_presets(name, options, same_as):
     info = METHODS[name]
     assert info.plan is not None
-    assert info.plan(info.checked(options)) == attngen.METHODS[same_as]
+    assert info.plan(info.checked(options)) == attngen.PRESETS[same_as]
 
 
 def test_every_preset_can_be_drawn_with(engine, texts):
-    assert set(attngen.METHODS) <= set(METHODS)
-    for name in attngen.METHODS:
+    assert set(attngen.PRESETS) <= set(METHODS)
+    for name in attngen.PRESETS:
         found = drawn(engine, texts, prompt="a fox", method=name, steps=2)
         assert found.report is not None, name
 

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 
 import attngen
 from attngen import AgentAttention, LearnedMediators, Plan, SiTTransformer2DModel, Stage, TokenMerging
-from attngen.learned import LearnedLayers
-from attngen.models.sit_pipeline import SiTPipeline
-from attngen.schedulers.interpolant import InterpolantScheduler
+from attngen.learned.file import LearnedLayers
+from attngen.sit.pipeline import SiTPipeline
+from attngen.sit.scheduler import InterpolantScheduler
 from tests.hosts.models import fresh, normal, randomised
 from train.checkpoint import load_checkpoint, save_checkpoint
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attngen.models.sit import SiTTransformer2DModel
+from attngen.sit.model import SiTTransformer2DModel
 from tests.golden_cases import golden_cases
 from train.objectives import OBJECTIVES, DiTObjective, make_objective
 
@@ -237,7 +237,7 @@ def test_half_precision_is_computed_in_float32():
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_network_trains_and_draws(name):
     """The objective's model, loss and scheduler fit one another, and a step down the gradient helps."""
-    from attngen.models.sit_pipeline import SiTPipeline
+    from attngen.sit.pipeline import SiTPipeline
 
     objective, generator = make_objective(name), torch.Generator().manual_seed(0)
     with torch.random.fork_rng():

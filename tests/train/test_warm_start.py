@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from attngen.models.sit import SiTTransformer2DModel
-from attngen.models.sit_pipeline import SiTPipeline
-from attngen.schedulers.interpolant import InterpolantScheduler
+from attngen.sit.model import SiTTransformer2DModel
+from attngen.sit.pipeline import SiTPipeline
+from attngen.sit.scheduler import InterpolantScheduler
 from tests import oracles
 from tests.golden_cases import golden_cases, state
-from tests.models.test_dit import diffusers_dit, from_diffusers, original_names
+from tests.sit.test_dit import diffusers_dit, from_diffusers, original_names
 from train.checkpoint import save_checkpoint
 from train.warm_start import Source, format_changes, read_source, warm_start
 

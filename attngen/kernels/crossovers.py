@@ -1,0 +1,162 @@
+"""Measurements of the paths that compute the same formula, by device, kind of call and sizes."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+TOLERANCE = 0.98
+"""A path with less than this share of softmax attention's speed is called slower than it."""
+
+
+class Choice(NamedTuple):
+    """A path and what is known about it.
+
+    Attributes:
+        kernel: its name.
+        speedup: how many times faster than the best softmax attention, or None where that was not measured.
+        reason: why the path that was asked for does not run, or None.
+    """
+
+    kernel: str
+    speedup: float | None = None
+    reason: str | None = None
+
+    @property
+    def is_slower(self) -> bool:
+        """Whether softmax attention was measured to be faster."""
+        return self.speedup is not None and self.speedup < TOLERANCE
+
+
+class AbsorbedCost(NamedTuple):
+    """Multiply-adds of the absorbed path, in units of those of full projections; see `attngen.kernels.absorbed`.
+
+    Attributes:
+        narrow: of the products with as many columns as all agents together.
+        own: of the agents' own projections.
+        kept: of the projections that stay.
+    """
+
+    narrow: float = 1.25
+    own: float = 3.0
+    kept: float = 1.0
+
+
+class Crossovers:
+    """Measurements of one device: for each kind of call, the fastest path on a grid of sizes.
+
+    Sizes between those measured take the nearest one on a logarithmic scale, axis by axis.
+
+    Args:
+        content: the device's part of the file.
+
+    Raises:
+        ValueError: if the content is not of the known form.
+    """
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        try:
+            self.machine: dict[str, Any] = content["machine"]
+            self._cells: dict[str, dict[tuple[int, ...], Choice]] = {}
+            self._axes: dict[str, tuple[tuple[int, ...], ...]] = {}
+            for kind, rows in content["calls"].items():
+                cells = {tuple(int(size) for size in sizes): Choice(str(k), float(s)) for *sizes, k, s in rows}
+                self._cells[kind] = cells
+                self._axes[kind] = tuple(tuple(sorted(set(values))) for values in zip(*cells, strict=True))
+            self.absorbed = {kind: AbsorbedCost(**cost) for kind, cost in content["absorbed"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"these are not measurements of crossovers: {error!r}") from error
+
+    def axes(self, kind: str) -> tuple[tuple[int, ...], ...]:
+        """The sizes measured for a kind of call, axis by axis; empty where none were."""
+        return self._axes.get(kind, ())
+
+    def cell(self, kind: str, sizes: tuple[int, ...]) -> Choice | None:
+        """What was measured to be fastest at a point of the grid, or None where nothing was measured there."""
+        return self._cells[kind].get(sizes)
+
+
+def call_kind(method: str, dtype: str, training: bool, bias: bool = False) -> str:
+    """What measurements of calls are filed under: "agent float32 forward plain"."""
+    return f"{method} {layer_kind(dtype, training)} {'bias' if bias else 'plain'}"
+
+
+def layer_kind(dtype: str, training: bool) -> str:
+    """What measurements of whole layers are filed under: "float32 forward"."""
+    return f"{dtype} {'training' if training else 'forward'}"
+
+
+def device_key(device: torch.device) -> str:
+    """What measurements of a device are filed under: "cpu", or the capability of a CUDA device."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return device.type
+    return _capability(device.index)
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int | None) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"cuda-{major}.{minor}"
+
+
+@torch.compiler.assume_constant_result
+def _axes(device: str, kind: str) -> tuple[tuple[int, ...], ...]:
+    table = _tables().get(device)
+    return () if table is None else table.axes(kind)
+
+
+@torch.compiler.assume_constant_result
+def _cell(device: str, kind: str, *sizes: int) -> tuple[str, float | None] | None:
+    choice = _tables()[device].cell(kind, sizes)
+    return None if choice is None else (choice.kernel, choice.speedup)
+
+
+@torch.compiler.assume_constant_result
+def _absorbed_cost(device: str, kind: str) -> tuple[float, ...] | None:
+    table = _tables().get(device)
+    cost = None if table is None else table.absorbed.get(kind)
+    return None if cost is None else tuple(cost)
+
+
+def read_crossovers(text: str) -> dict[str, Crossovers]:
+    """Measurements by device, from the text of a file.
+
+    Raises:
+        ValueError: if the text is not of the known format.
+    """
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"crossovers are JSON, and this is not: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != "attngen-crossovers" or content.get("version") != 1:
+        raise ValueError('crossovers begin with "format": "attngen-crossovers", "version": 1')
+    return {device: Crossovers(part) for device, part in content.get("devices", {}).items()}
+
+
+_in_force: dict[str, dict[str, Crossovers]] = {}
+
+
+def use_crossovers(path: Path | None) -> None:
+    """Choose kernels by the measurements in a file, in this process, instead of the ones that ship; None undoes it.
+
+    Raises:
+        ValueError: if the file cannot be read, naming it.
+    """
+    _in_force.clear()
+    if path is None:
+        return
+    try:
+        _in_force["tables"] = read_crossovers(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the measurements in {path}: {error}") from error
+
+
+def _tables() -> dict[str, Crossovers]:
+    if "tables" not in _in_force:
+        shipped = resources.files("attngen.kernels").joinpath("crossovers.json")
+        _in_force["tables"] = read_crossovers(shipped.read_text("utf-8"))
+    return _in_force["tables"]

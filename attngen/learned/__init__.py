@@ -1,0 +1,1 @@
+"""Layers with learned weights, kept in a file apart from the model."""
