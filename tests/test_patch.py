@@ -26,7 +26,7 @@ from attngen import (
     Stage,
     TokenMerging,
 )
-from tests.hosts.models import ACTIVE, EXACT, HOSTS, TEXT, fresh, normal, self_attention, snapshot
+from tests.builders.hosts import ACTIVE, EXACT, HOSTS, TEXT, fresh, normal, self_attention, snapshot
 
 AGENTS = ACTIVE["agents"]
 

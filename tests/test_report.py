@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attngen
 from attngen import PRESETS, AgentAttention, DownsampledKV, LinearAttention, Plan, SoftmaxAttention, Stage, TokenMerging
-from tests.hosts.models import _UNET, ACTIVE, HOSTS, flux_ids, fresh, normal, randomised, self_attention
+from tests.builders.hosts import _UNET, ACTIVE, HOSTS, flux_ids, fresh, normal, randomised, self_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning")
 SIZES = {"dit": (16, 16)}

@@ -15,7 +15,7 @@ from PIL import Image
 import attngen
 from attngen import SiTPipeline
 from tests.app.serving import CHROMIUM, FAULTY, FLAGS, NOT_FINITE, OUT_OF_MEMORY, Pages, Server
-from tests.pipelines.tiny_classes import save_sit
+from tests.builders.programs import save_sit
 
 pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")

@@ -7,7 +7,7 @@ import pytest
 from pipelines.engine import Engine
 from pipelines.models import ModelStore
 from pipelines.settings import Limits
-from tests.pipelines.tiny_classes import save_sit
+from tests.builders.programs import save_sit
 
 gr = pytest.importorskip("gradio")
 

@@ -14,8 +14,8 @@ from attngen.calibration import DEFAULT_CANDIDATES, Measurements, calibrate
 from attngen.calibration.choose import Choice, Chooser, hull
 from attngen.calibration.fit import Products
 from attngen.calibration.search import choose_calls, stage_starts
-from tests.hosts.models import snapshot
-from tests.pipelines.tiny_classes import build_sit
+from tests.builders.hosts import snapshot
+from tests.builders.programs import build_sit
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning"),

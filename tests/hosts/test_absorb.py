@@ -11,7 +11,7 @@ from attngen import AgentAttention, TokenMerging
 from attngen.hosts import absorb
 from attngen.hosts import image as single
 from attngen.step import StepInfo
-from tests.hosts.models import HOSTS, fresh
+from tests.builders.hosts import HOSTS, fresh
 
 pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning")
 SINGLE = ["sd15", "sd21", "sdxl", "controlnet", "dit", "pixart", "sit"]

@@ -9,7 +9,7 @@ import attngen
 from attngen import AgentAttention, DownsampledKV, LinearAttention, Plan, Stage, TokenMerging
 from attngen.hosts.hooks import INNER_HOOK
 from attngen.hosts.layers import BackendAttention
-from tests.hosts.models import ACTIVE, HOSTS, fresh, slim, snapshot
+from tests.builders.hosts import ACTIVE, HOSTS, fresh, slim, snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning")
 AGENTS = AgentAttention(num_agents=4)

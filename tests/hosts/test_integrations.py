@@ -13,7 +13,7 @@ from PIL import Image
 
 import attngen
 from attngen import AgentAttention, AttnGenWarning, ChangeSchedule, DownsampledKV, Plan, Stage, TokenMerging
-from tests.hosts.models import _UNET, HOSTS, TEXT, fresh, normal, randomised, self_attention, snapshot
+from tests.builders.hosts import _UNET, HOSTS, TEXT, fresh, normal, randomised, self_attention, snapshot
 
 AGENTS = AgentAttention(num_agents=4)
 PLAN = Plan((Stage(1.0, {"*": AGENTS}), Stage(0.5, {"*": DownsampledKV(2)})))

@@ -6,7 +6,7 @@ import torch
 import attngen
 from attngen import AgentAttention, DownsampledKV, FocalAttention, LinearAttention, Plan, Stage, TokenMerging
 from tests import oracles
-from tests.hosts.models import HOSTS, flux_ids, fresh, normal
+from tests.builders.hosts import HOSTS, flux_ids, fresh, normal
 from tests.hosts.numbers import assert_close, heads, project, recorded, rotate, wanted
 from tests.hosts.test_unet import Spy, seen  # noqa: F401
 

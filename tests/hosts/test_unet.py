@@ -11,7 +11,7 @@ import attngen
 from attngen import PRESETS, AgentAttention, DownsampledKV, FocalAttention, LinearAttention, Plan, Stage, TokenMerging
 from attngen.hosts.image import AttnGenProcessor
 from attngen.methods.base import Selection
-from tests.hosts.models import HOSTS, TEXT, fresh, normal, self_attention
+from tests.builders.hosts import HOSTS, TEXT, fresh, normal, self_attention
 from tests.hosts.numbers import assert_close, project, recorded, wanted, wanted_merging
 
 pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning")
@@ -263,7 +263,7 @@ def test_an_attention_mask_keeps_a_layer_exact():
 def test_gligen_layers_are_left_alone():
     import diffusers
 
-    from tests.hosts.models import _UNET, randomised
+    from tests.builders.hosts import _UNET, randomised
 
     config = {**_UNET, "attention_type": "gated"}
     model = randomised(diffusers.UNet2DConditionModel(**config))

@@ -16,7 +16,7 @@ from attngen.kernels.crossovers import Choice
 from attngen.kernels.dispatch import Problem
 from attngen.kernels.reference import Convolution
 from tests import oracles
-from tests.hosts.models import HOSTS, fresh
+from tests.builders.hosts import HOSTS, fresh
 
 pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning")
 

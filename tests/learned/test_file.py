@@ -28,7 +28,7 @@ from attngen import (
 )
 from attngen.learned.modules import HiddenModule
 from tests import oracles
-from tests.hosts.models import HOSTS, fresh, normal, self_attention, slim, snapshot
+from tests.builders.hosts import HOSTS, fresh, normal, self_attention, slim, snapshot
 from tests.hosts.numbers import assert_close, project, recorded
 
 pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning")

@@ -5,7 +5,7 @@ import pytest
 from pipelines.engine import Engine
 from pipelines.models import ModelStore
 from pipelines.settings import Limits
-from tests.pipelines.tiny_classes import save_sit
+from tests.builders.programs import save_sit
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +21,7 @@ def softmax(tmp_path_factory):
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory):
     pytest.importorskip("transformers")
-    from tests.pipelines.tiny import build_sd
+    from tests.builders.programs import build_sd
 
     folder = tmp_path_factory.mktemp("models") / "texts"
     build_sd().save_pretrained(folder)

@@ -9,7 +9,7 @@ import pytest
 from attngen import Plan
 from attngen.calibration import Measurements
 from pipelines import calibrate
-from tests.pipelines.tiny_classes import save_sit
+from tests.builders.programs import save_sit
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ def test_a_grid_of_mediators_with_its_numbers(tmp_path, capsys):
 def test_texts_plans_and_json(tmp_path, capsys):
     pytest.importorskip("transformers")
     from attngen import AgentAttention, Plan
-    from tests.pipelines.tiny import build_sd
+    from tests.builders.programs import build_sd
 
     build_sd().save_pretrained(tmp_path / "model")
     Plan.of(AgentAttention(num_agents=4)).save(tmp_path / "plan.json")

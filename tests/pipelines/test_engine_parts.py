@@ -13,7 +13,7 @@ from pipelines.method_catalogue import METHODS
 from pipelines.methods import Use, parse_use, timeline
 from pipelines.previews import Previewer, colours_of, noise_scales
 from pipelines.schedules import count_parts, counts_text, draw_parts, parse_counts
-from tests.pipelines.tiny_classes import build_sit
+from tests.builders.programs import build_sit
 
 
 def test_counts_are_read_and_written():

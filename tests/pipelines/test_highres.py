@@ -14,8 +14,8 @@ pytest.importorskip("transformers")
 
 from pipelines import dry_run, upscale
 from pipelines.upscale import LargePicture, draw_large, enlarging_pipeline, stage_sizes
-from tests.hosts.models import snapshot
-from tests.pipelines.tiny import build_sd, build_sdxl
+from tests.builders.hosts import snapshot
+from tests.builders.programs import build_sd, build_sdxl
 
 FEW_AGENTS = Plan.of(AgentAttention(num_agents=4))
 WIDE = LargePicture("a fox", ((32, 48), (64, 96)), steps=4, method=FEW_AGENTS, tiling=False)

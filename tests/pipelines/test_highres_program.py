@@ -15,7 +15,7 @@ from pipelines.images import read_settings
 pytest.importorskip("transformers")
 
 from pipelines import dry_run, highres, upscale
-from tests.pipelines.tiny import build_sd
+from tests.builders.programs import build_sd
 
 pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning")
 

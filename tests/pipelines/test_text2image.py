@@ -10,64 +10,15 @@ from PIL import Image
 
 from pipelines import text2image
 from pipelines.images import read_settings
+from tests.builders.programs import build_sd
 
 transformers = pytest.importorskip("transformers")
-
-
-def build_pipeline():
-    """32 x 32 latents, so that the outer level has 1024 tokens; one token for each letter."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    start, end = vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            sample_size=32,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=16,
-            attention_head_dim=2,
-            norm_num_groups=8,
-        )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=4,
-        )
-        text_config = transformers.CLIPTextConfig(
-            vocab_size=len(tokens),
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            bos_token_id=start,
-            eos_token_id=end,
-            pad_token_id=end,
-        )
-        text_encoder = transformers.CLIPTextModel(text_config)
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77),
-        unet=unet,
-        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny-sd")
-    build_pipeline().save_pretrained(folder)
+    build_sd().save_pretrained(folder)
     return folder
 
 
@@ -214,7 +165,7 @@ def test_missing_packages_are_named(draw, monkeypatch, package):
 
 
 def test_nan_is_one_sentence_and_no_file(draw, tmp_path):
-    pipe = build_pipeline()
+    pipe = build_sd()
     torch.nn.init.constant_(pipe.unet.conv_out.bias, float("nan"))
     pipe.save_pretrained(tmp_path / "nan")
     code, _, err = draw("a fox", "--out", "x.png", model=tmp_path / "nan")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import attngen
 from attngen import AttnGenWarning, SoftmaxAttention
-from tests.promises.pipelines import AGENTS, KINDS, METHODS, STAGES, Kind, denoisers, exact, snapshots
+from tests.builders.pipelines import AGENTS, KINDS, METHODS, STAGES, Kind, denoisers, exact, snapshots
 
 
 class Failure(Exception):

@@ -21,7 +21,7 @@ from attngen import AgentAttention, LearnedMediators, Plan, SiTTransformer2DMode
 from attngen.learned.file import LearnedLayers
 from attngen.sit.pipeline import SiTPipeline
 from attngen.sit.scheduler import InterpolantScheduler
-from tests.hosts.models import fresh, normal, randomised
+from tests.builders.hosts import fresh, normal, randomised
 from train.checkpoint import load_checkpoint, save_checkpoint
 
 SIT = {

@@ -19,7 +19,7 @@ import torch
 
 import attngen
 from attngen import AgentAttention, AttnGenWarning, Plan, Stage, TokenMerging
-from tests.promises.pipelines import KINDS
+from tests.builders.pipelines import KINDS
 
 ROOT = Path(__file__).parents[2]
 PLAN = Plan((Stage(1.0, {"*": TokenMerging(0.5, random=True)}), Stage(0.5, {"*": AgentAttention(num_agents=4)})))

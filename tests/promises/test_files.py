@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import attngen
-from tests.hosts.models import fresh, snapshot
+from tests.builders.hosts import fresh, snapshot
 from tests.promises.readers import READERS, Reader
 
 ROOT = Path(__file__).parents[2]

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attngen
 from attngen import AttnGenWarning
 from pipelines import class2image
-from tests.promises.pipelines import KINDS, METHODS, snapshots
+from tests.builders.pipelines import KINDS, METHODS, snapshots
 from tests.promises.readers import READERS
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +108,7 @@ def test_out_of_memory_in_a_step(kind, method, request):
 
 def test_out_of_memory_while_a_patch_is_put_on():
     """Learned layers need memory for their weights; without it the model is as it was."""
-    from tests.hosts.models import HOSTS, fresh, snapshot
+    from tests.builders.hosts import HOSTS, fresh, snapshot
 
     model = fresh("dit")
     exact, clean = HOSTS["dit"](model), snapshot(model)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import attngen
 from attngen import SiTTransformer2DModel
-from tests.hosts.models import _TRANSFORMER, HOSTS, fresh, randomised
+from tests.builders.hosts import _TRANSFORMER, HOSTS, fresh, randomised
 
 _SIT = {**_TRANSFORMER, "num_classes": 10, "class_dropout_prob": 0.0, "num_mediators": 4}
 FORMS: dict[str, dict[str, Any]] = {

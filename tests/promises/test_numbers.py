@@ -28,8 +28,8 @@ from attngen import (
 )
 from attngen import functional as F
 from tests import oracles
-from tests.hosts.models import HOSTS, fresh, normal, randomised
-from tests.promises.pipelines import KINDS, denoisers
+from tests.builders.hosts import HOSTS, fresh, normal, randomised
+from tests.builders.pipelines import KINDS, denoisers
 from tests.promises.readers import SIT
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 3e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}

@@ -14,9 +14,9 @@ import torch
 
 import attngen
 from attngen.step import StepInfo
-from tests.hosts.models import fresh, normal, self_attention
+from tests.builders.hosts import fresh, normal, self_attention
+from tests.builders.pipelines import KINDS, METHODS
 from tests.promises.matrix import ACTIONS, Case
-from tests.promises.pipelines import KINDS, METHODS
 
 QUICK = [name for name in ACTIONS if name not in ("apply_and_remove", "compiled_before_and_after")]
 SMALL = ("sit", "flux", "sd", "dit", "sd3-inpaint", "pixart-alpha", "sd-inpaint")

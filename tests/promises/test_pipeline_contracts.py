@@ -12,7 +12,7 @@ import torch
 
 import attngen
 from attngen import AttnGenWarning
-from tests.promises.pipelines import AGENTS, KINDS, Kind, denoisers
+from tests.builders.pipelines import AGENTS, KINDS, Kind, denoisers
 
 METHODS = {"softmax": "softmax", "agents": AGENTS}
 QUICK = (("sd", "softmax"), ("sd3", "agents"), ("sit", "agents"))

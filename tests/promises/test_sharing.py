@@ -17,10 +17,10 @@ import torch
 
 import attngen
 from attngen import AgentAttention, AttnGenWarning, InterpolantScheduler, Plan, Stage, TokenMerging
-from tests.hosts.models import fresh, snapshot
+from tests.builders.hosts import fresh, snapshot
+from tests.builders.pipelines import AGENTS, KINDS
 from tests.hosts.test_integrations import STABLE
 from tests.hosts.test_integrations import parts as parts
-from tests.promises.pipelines import AGENTS, KINDS
 
 PLAN = Plan((Stage(1.0, {"*": TokenMerging(0.5, random=True)}), Stage(0.5, {"*": AgentAttention(num_agents=4)})))
 DISCRETE = {

@@ -19,7 +19,7 @@ from safetensors import safe_open
 import attngen
 from attngen import LearnedLayers, LearnedLinear, LearnedMediators
 from attngen.hosts.families import denoisers_of
-from tests.hosts.models import TEXT, fresh, normal, randomised, snapshot
+from tests.builders.hosts import TEXT, fresh, normal, randomised, snapshot
 from train import distill, distill_pair, distill_run
 from train.checkpoint import list_checkpoints, load_checkpoint
 from train.distill_inputs import Call, Drawing, NoisedData, OwnTrajectories, open_inputs
@@ -589,9 +589,9 @@ def test_data_that_do_not_fit_are_refused(folder):
 @pytest.fixture
 def stable(tmp_path):
     """A tiny Stable Diffusion, with its 16 x 16 latents."""
-    from tests.pipelines.test_text2image import build_pipeline
+    from tests.builders.programs import build_sd
 
-    pipe = build_pipeline()
+    pipe = build_sd()
     pipe.save_pretrained(tmp_path / "stable")
     return tmp_path / "stable"
 
@@ -642,9 +642,9 @@ def class_unet():
 
 
 def text_pipeline():
-    from tests.pipelines.test_text2image import build_pipeline
+    from tests.builders.programs import build_sd
 
-    return build_pipeline()
+    return build_sd()
 
 
 @pytest.mark.parametrize(

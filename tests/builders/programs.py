@@ -1,8 +1,16 @@
-"""Tiny text-to-image pipelines with random weights: Stable Diffusion and SDXL, 64 px, one token for each letter."""
+"""Tiny pipelines that the programs and the page load from folders.
+
+Text-to-image pipelines (Stable Diffusion, SDXL) of 64 px with one token for each letter; a SiT of 16 px with four
+classes. The weights are random, the same in every call.
+"""
 
 import diffusers
 import torch
-import transformers
+
+from attngen import InterpolantScheduler, SiTPipeline, SiTTransformer2DModel
+
+NAMES = {0: "face", 1: "heart", 2: "crane, bird", 3: "crane, machine"}
+"""Labels of the SiT's classes."""
 
 LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
 TOKENS = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
@@ -40,6 +48,8 @@ TEXT = {
 
 
 def _tokenizer():
+    import transformers  # an optional dependency, which most tests of these pipelines do not need
+
     return transformers.CLIPTokenizer(vocab=VOCABULARY, merges=[], model_max_length=77)
 
 
@@ -48,6 +58,9 @@ def _scheduler():
 
 
 def build_sd(**vae):
+    """A StableDiffusionPipeline; keyword arguments replace values of the VAE's configuration."""
+    import transformers
+
     with torch.random.fork_rng():
         torch.manual_seed(0)
         parts = {
@@ -66,6 +79,9 @@ def build_sd(**vae):
 
 
 def build_sdxl():
+    """A StableDiffusionXLPipeline."""
+    import transformers
+
     config = transformers.CLIPTextConfig(**TEXT, projection_dim=WIDTH)
     added = {
         "addition_embed_type": "text_time",
@@ -86,3 +102,31 @@ def build_sdxl():
     return diffusers.StableDiffusionXLPipeline(
         **parts, tokenizer=_tokenizer(), tokenizer_2=_tokenizer(), scheduler=_scheduler(), add_watermarker=False
     )
+
+
+def build_sit(attention="mediator"):
+    """A SiTPipeline of pixels, with 4 mediators or `attention="softmax"`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SiTTransformer2DModel(
+            sample_size=16,
+            patch_size=2,
+            in_channels=3,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_classes=len(NAMES),
+            learn_sigma=False,
+            attention=attention,
+            num_mediators=4,
+        )
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    scheduler = InterpolantScheduler(sampler="ode", solver="euler", prediction_type="velocity")
+    return SiTPipeline(model.eval(), scheduler, id2label=NAMES)
+
+
+def save_sit(folder, attention="mediator"):
+    """Writes the SiT's pipeline into a folder and returns the folder's name."""
+    build_sit(attention).save_pretrained(folder)
+    return str(folder)

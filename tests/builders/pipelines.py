@@ -26,7 +26,7 @@ from attngen import (
     TokenMerging,
 )
 from attngen.hosts.families import denoisers_of
-from tests.hosts.models import _CONTROLNET, _SD3, _SDXL, TEXT, fresh, normal, randomised, snapshot
+from tests.builders.hosts import _CONTROLNET, _SD3, _SDXL, TEXT, fresh, normal, randomised, snapshot
 
 AGENTS = AgentAttention(num_agents=4)
 STAGES = Plan((Stage(1.0, {"*": TokenMerging(0.25, 4, 0.9)}), Stage(0.5, {"*": DownsampledKV(2)})))
@@ -137,7 +137,7 @@ class Kind:
 
     Attributes:
         cls: name of the class in diffusers, or attngen's.
-        host: which of `tests.hosts.models` is its denoiser.
+        host: which of `tests.builders.hosts` is its denoiser.
         channels: of the latents.
         control: whether a ControlNet stands beside it.
         encoders: components that stay empty: prompts are given encoded.
