@@ -23,13 +23,12 @@ class Mutation(NamedTuple):
     only: str = ""
 
 
-_FUNCTIONAL = "tests/test_functional.py::"
 _PATCH = "tests/test_patch.py::"
 _PROMISE = "tests/promises/"
 _REFERENCE = "attngen/kernels/reference.py"
 _AGENT = "attngen/methods/agent.py"
 _FOCAL = "attngen/methods/focal.py"
-_FOCAL_TESTS = (f"{_FUNCTIONAL}test_focal_attention_equals_oracle",)
+_FOCAL_TESTS = ("tests/methods/test_focal.py::test_focal_attention_equals_oracle",)
 _MATCHING = "attngen/methods/matching.py"
 _LINEAR = "attngen/methods/linear.py"
 _HOOKS = "attngen/hosts/hooks.py"
@@ -42,9 +41,12 @@ _PIPELINE = "attngen/sit/pipeline.py"
 _INTERPOLANT = "attngen/sit/scheduler.py"
 
 _PATHS = ("tests/kernels/test_dispatch.py",)
-_ORACLE_AGENTS = (f"{_FUNCTIONAL}test_agent_attention_equals_oracle",)
-_ORACLE_LINEAR = (f"{_FUNCTIONAL}test_linear_attention_equals_oracle",)
-_MERGING = (f"{_FUNCTIONAL}test_golden_agentsd_merge", f"{_FUNCTIONAL}test_match_tokens_equals_oracle")
+_ORACLE_AGENTS = ("tests/methods/test_agent.py::test_agent_attention_equals_oracle",)
+_ORACLE_LINEAR = ("tests/methods/test_linear.py::test_linear_attention_equals_oracle",)
+_MERGING = (
+    "tests/methods/test_matching.py::test_golden_agentsd_merge",
+    "tests/methods/test_matching.py::test_match_tokens_equals_oracle",
+)
 _APPLY = (f"{_PATCH}test_apply_and_remove",)
 _SWITCH = (f"{_PATCH}test_applying_again_and_switching_methods",)
 _UNET = ("tests/hosts/test_unet.py",)
@@ -58,7 +60,7 @@ MUTATIONS = {
         _AGENT,
         "F.adaptive_avg_pool2d(image, size)",
         "F.adaptive_avg_pool2d(image, size[::-1])",
-        (f"{_FUNCTIONAL}test_pool_tokens_equals_oracle",),
+        ("tests/test_tokens.py::test_pool_tokens_equals_oracle",),
     ),
     "softmax without its scale": Mutation(
         "attngen/kernels/sdpa.py",
@@ -103,22 +105,25 @@ MUTATIONS = {
         _MATCHING,
         "+ draws // stride[1]\n",
         "+ draws // stride[0]\n",
-        (f"{_FUNCTIONAL}test_random_targets_equal_tomesd",),
+        ("tests/methods/test_matching.py::test_random_targets_equal_tomesd",),
     ),
     "merged tokens lose digits": Mutation(
         _MATCHING,
         "wide = torch.promote_types(x.dtype, torch.float32)\n        targets",
         "wide = x.dtype\n        targets",
-        (f"{_FUNCTIONAL}test_thousands_of_tokens_merge_into_one",),
+        ("tests/methods/test_matching.py::test_thousands_of_tokens_merge_into_one",),
     ),
     "one token too many merges": Mutation(
-        _MATCHING, "int(tokens * ratio))", "int(tokens * ratio) + 1)", (f"{_FUNCTIONAL}test_match_counts",)
+        _MATCHING,
+        "int(tokens * ratio))",
+        "int(tokens * ratio) + 1)",
+        ("tests/methods/test_matching.py::test_match_counts",),
     ),
     "the wrong keys are kept": Mutation(
         "attngen/methods/downsample.py",
         'mode="nearest-exact"',
         'mode="nearest"',
-        (f"{_FUNCTIONAL}test_downsample_tokens_equals_oracle",),
+        ("tests/test_tokens.py::test_downsample_tokens_equals_oracle",),
     ),
     "cells count once": Mutation(
         _FOCAL, "outside.log().clamp_min(_NOTHING)", "(outside / outside).log().clamp_min(_NOTHING)", _FOCAL_TESTS
@@ -134,7 +139,7 @@ MUTATIONS = {
         _FOCAL,
         "(bias - coarse).to(keys.dtype)",
         "0",
-        (f"{_FUNCTIONAL}test_the_count_of_a_cell_is_exact_in_half_precision",),
+        ("tests/methods/test_focal.py::test_the_count_of_a_cell_is_exact_in_half_precision",),
     ),
     # The patch
     "a hook stays": Mutation(
