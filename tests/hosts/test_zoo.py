@@ -14,7 +14,7 @@ _WEIGHTS = 5_000_000
 _CALLS = [(name, place) for name in ZOO for place in range(2)]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def model_of(name: str) -> nn.Module:
     return ZOO[name].model()
 
