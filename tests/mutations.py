@@ -156,7 +156,10 @@ MUTATIONS = {
         _APPLY,
     ),
     "learned weights stay": Mutation(
-        _INSTALL, "        drop_core(layer)\n", "", ("tests/learned/test_file.py::test_nothing_of_it_shows_or_stays",)
+        _INSTALL,
+        "        drop_core(layer)\n",
+        "",
+        ("tests/learned/test_modules.py::test_nothing_of_it_shows_or_stays",),
     ),
     "a second patch wraps the first": Mutation(
         _INSTALL,
@@ -177,7 +180,7 @@ MUTATIONS = {
         "attngen/patch.py",
         "                hook.paused = value\n",
         "                pass\n",
-        ("tests/learned/test_file.py::test_paused_is_exact_and_reapply_brings_the_same_weights_back",),
+        ("tests/learned/test_modules.py::test_paused_is_exact_and_reapply_brings_the_same_weights_back",),
     ),
     "patterns that match nothing": Mutation(
         "attngen/patch.py",

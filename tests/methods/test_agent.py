@@ -8,23 +8,9 @@ import torch.nn.functional as tf
 
 from attngen import functional as F
 from tests import oracles
-from tests.compare import (
-    DTYPES,
-    assert_close,
-    assert_no_worse,
-    max_error,
-    names,
-    normal,
-)
+from tests.compare import DTYPES, assert_close, assert_no_worse, max_error, names, normal
 from tests.golden_cases import golden_cases, state
-from tests.plain import (
-    agent_inputs,
-    heads_of,
-    plain_agent_attention,
-    tokens_of,
-    whole_numbers,
-    zero_inputs,
-)
+from tests.plain import agent_inputs, heads_of, plain_agent_attention, tokens_of, whole_numbers, zero_inputs
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 

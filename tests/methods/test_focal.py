@@ -9,11 +9,7 @@ import torch.nn.functional as tf
 
 from attngen import functional as F
 from tests import oracles
-from tests.compare import (
-    DTYPES,
-    assert_close,
-    normal,
-)
+from tests.compare import DTYPES, assert_close, normal
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
