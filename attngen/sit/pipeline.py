@@ -39,6 +39,7 @@ from attngen.sit.classes import (
     takes,
     whole_number,
 )
+from attngen.sit.latents import check_normalization, denormalize_latents
 from attngen.sit.model import SiTTransformer2DModel, _token_grid
 from attngen.sit.scheduler import InterpolantScheduler
 
@@ -73,7 +74,9 @@ class SiTPipeline(ClassPipeline):
             velocity on the linear path; time and sign are converted. For a DiT a discrete scheduler of diffusers; one
             with `variance_type="learned_range"`, such as `DDPMScheduler`, draws with the predicted variance, the others
             do without it.
-        vae (`AutoencoderKL`, *optional*): decoder of the latents. Without one the model draws pixels in [-1, 1].
+        vae (`AutoencoderKL`, *optional*): decoder of the latents, or another of diffusers' image autoencoders, such as
+            `AutoencoderDC`. `latents_mean` and `latents_std` in its configuration, or `scaling_factor` and
+            `shift_factor`, are undone before it decodes. Without one the model draws pixels in [-1, 1].
         id2label (`dict[int, str]`, *optional*): names of the classes; several names of one class are separated by
             commas, as ImageNet has them.
 
@@ -182,6 +185,8 @@ class SiTPipeline(ClassPipeline):
                 f"the vae has {self.vae.config.latent_channels} latent channels and the transformer {channels};"
                 " they do not belong together"
             )
+        else:
+            check_normalization(self.vae.config, channels)
 
     @property
     def _is_dit(self) -> bool:
@@ -384,8 +389,7 @@ class SiTPipeline(ClassPipeline):
             return latents.to(self.transformer.dtype)
         if self.vae is None:
             return self.image_processor.postprocess(latents.float(), output_type=output_type)
-        config = self.vae.config
-        latents = latents / getattr(config, "scaling_factor", 1.0) + (getattr(config, "shift_factor", None) or 0.0)
+        latents = denormalize_latents(latents, self.vae.config)
         pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
         if not torch.isfinite(pixels).all():
             raise FloatingPointError(
