@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -17,9 +18,19 @@ IMAGES: tuple[Grid, Grid] = ((1, 4, 6), (1, 8, 4))
 _LAYOUTS = {3: "bnc", 4: "bchw", 5: "bcfhw"}
 
 
+def build(name: str, **config: Any) -> Callable[[], nn.Module]:
+    """A `Tiny.build` for a class of diffusers."""
+    return lambda: getattr(diffusers, name)(**config)
+
+
 def noise(*shape: int, seed: int = 0) -> Tensor:
     """Standard normal numbers of a shape; the global RNG is untouched."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def packed(grid: Grid, batch: int, channels: int, seed: int = 0) -> Tensor:
+    """Latents (batch, tokens, channels) of a grid, one token after the other."""
+    return noise(batch, math.prod(grid), channels, seed=seed)
 
 
 def times(batch: int, most: float = 1000.0) -> Tensor:
@@ -74,6 +85,12 @@ def change_corner(latents: Any, grid: Grid, last: bool) -> Any:
     if isinstance(latents, list):
         return [corner_of("cfhw")(sample, grid, last) for sample in latents]
     return corner_of(_LAYOUTS[latents.ndim])(latents, grid, last)
+
+
+def change_tail(latents: Tensor, grid: Grid, last: bool) -> Tensor:
+    """`change_corner` for packed latents (B, N, C) in which the sample's tokens are the last ones."""
+    rest = latents.shape[1] - math.prod(grid)
+    return torch.cat([latents[:, :rest], change_corner(latents[:, rest:], grid, last)], 1)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

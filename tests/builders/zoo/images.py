@@ -1,23 +1,17 @@
 """Image models with self-attention over image tokens alone; the text enters by cross-attention or modulation."""
 
-from collections.abc import Callable
 from typing import Any
 
-import diffusers
 import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed, get_2d_rotary_pos_embed_lumina
-from torch import Tensor, nn
+from torch import Tensor
 
-from tests.builders.zoo.base import Grid, Tiny, noise, rows, text_mask, times
+from tests.builders.zoo.base import Grid, Tiny, build, noise, rows, text_mask, times
 
 CHANNELS = 4
 TEXT, TEXT_WIDTH = 7, 12
 _SQUARE: tuple[Grid, Grid] = ((1, 5, 5), (1, 6, 6))
 _HEADS = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "in_channels": CHANNELS}
-
-
-def _build(name: str, **config: Any) -> Callable[[], nn.Module]:
-    return lambda: getattr(diffusers, name)(**config)
 
 
 def _latents(grid: Grid, batch: int, patch: int, channels: int = CHANNELS) -> Tensor:
@@ -104,14 +98,14 @@ def _another_id(ids: Tensor, grid: Grid, last: bool) -> Tensor:
 ROWS = rows(
     Tiny(
         "DiTTransformer2DModel",
-        _build("DiTTransformer2DModel", **_HEADS, sample_size=12, num_embeds_ada_norm=8),
+        build("DiTTransformer2DModel", **_HEADS, sample_size=12, num_embeds_ada_norm=8),
         _dit,
         _SQUARE,
         note="square images only: it reads the grid as the square root of the number of tokens",
     ),
     Tiny(
         "PixArtTransformer2DModel",
-        _build(
+        build(
             "PixArtTransformer2DModel",
             **_HEADS,
             out_channels=8,
@@ -123,7 +117,7 @@ ROWS = rows(
     ),
     Tiny(
         "SanaTransformer2DModel",
-        _build(
+        build(
             "SanaTransformer2DModel",
             **_HEADS,
             out_channels=CHANNELS,
@@ -138,7 +132,7 @@ ROWS = rows(
     ),
     Tiny(
         "HunyuanDiT2DModel",
-        _build(
+        build(
             "HunyuanDiT2DModel",
             **{**_HEADS, "num_layers": 4},
             patch_size=2,
@@ -156,7 +150,7 @@ ROWS = rows(
     ),
     Tiny(
         "LuminaNextDiT2DModel",
-        _build(
+        build(
             "LuminaNextDiT2DModel",
             in_channels=CHANNELS,
             hidden_size=64,
@@ -171,7 +165,7 @@ ROWS = rows(
     ),
     Tiny(
         "Transformer2DModel",
-        _build(
+        build(
             "Transformer2DModel",
             **{**_HEADS, "in_channels": 32},
             norm_num_groups=8,
@@ -182,7 +176,7 @@ ROWS = rows(
     ),
     Tiny(
         "DreamLiteTransformer2DModel",
-        _build(
+        build(
             "DreamLiteTransformer2DModel",
             **{**_HEADS, "in_channels": 32},
             norm_num_groups=8,
@@ -195,7 +189,7 @@ ROWS = rows(
     ),
     Tiny(
         "UVit2DModel",
-        _build(
+        build(
             "UVit2DModel",
             hidden_size=32,
             cond_embed_dim=8,

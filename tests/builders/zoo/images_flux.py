@@ -4,11 +4,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
-from tests.builders.zoo.base import Grid, Tiny, noise, positions, rows, text_mask, times
+from tests.builders.zoo.base import Grid, Tiny, build, noise, packed, positions, rows, text_mask, times
 
 CHANNELS = 8
 TEXT, TEXT_WIDTH = 7, 12
@@ -24,11 +23,11 @@ _BLOCKS = {
 
 
 def _build(name: str, **config: Any) -> Callable[[], nn.Module]:
-    return lambda: getattr(diffusers, name)(**{**_BLOCKS, **config})
+    return build(name, **{**_BLOCKS, **config})
 
 
 def _packed(grid: Grid, batch: int, seed: int = 0) -> Tensor:
-    return noise(batch, math.prod(grid), CHANNELS, seed=seed)
+    return packed(grid, batch, CHANNELS, seed)
 
 
 def _text(batch: int) -> dict[str, Tensor]:

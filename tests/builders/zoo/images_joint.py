@@ -1,13 +1,11 @@
 """Image models with joint attention over latents (batch, channels, height, width) and text, FLUX's family apart."""
 
-from collections.abc import Callable
 from typing import Any
 
-import diffusers
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tests.builders.zoo.base import Grid, Tiny, lengths, noise, rows, text_mask, times
+from tests.builders.zoo.base import Grid, Tiny, build, lengths, noise, rows, text_mask, times
 
 CHANNELS = 4
 TEXT, TEXT_WIDTH = 7, 12
@@ -22,10 +20,6 @@ _SD3 = {
     "pos_embed_max_size": 12,
 }
 _COGVIEW = {**_HEADS, "num_layers": 2, "text_embed_dim": TEXT_WIDTH, "time_embed_dim": 16, "condition_dim": 8}
-
-
-def _build(name: str, **config: Any) -> Callable[[], nn.Module]:
-    return lambda: getattr(diffusers, name)(**config)
 
 
 def _latents(grid: Grid, batch: int, patch: int = 2) -> Tensor:
@@ -120,17 +114,17 @@ def _ernie(grid: Grid, batch: int) -> dict[str, Any]:
 
 
 ROWS = rows(
-    Tiny("SD3Transformer2DModel", _build("SD3Transformer2DModel", **_SD3), _sd3, note="as SD3: no QK-norm"),
-    Tiny("SD3Transformer2DModel@norm", _build("SD3Transformer2DModel", **_SD3, qk_norm="rms_norm"), _sd3),
+    Tiny("SD3Transformer2DModel", build("SD3Transformer2DModel", **_SD3), _sd3, note="as SD3: no QK-norm"),
+    Tiny("SD3Transformer2DModel@norm", build("SD3Transformer2DModel", **_SD3, qk_norm="rms_norm"), _sd3),
     Tiny(
         "SD3Transformer2DModel@dual",
-        _build("SD3Transformer2DModel", **_SD3, qk_norm="rms_norm", dual_attention_layers=(0, 1)),
+        build("SD3Transformer2DModel", **_SD3, qk_norm="rms_norm", dual_attention_layers=(0, 1)),
         _sd3,
         note="as SD3.5 medium: blocks 0 and 1 have a second attention, attn2, over image tokens alone",
     ),
     Tiny(
         "AuraFlowTransformer2DModel",
-        _build(
+        build(
             "AuraFlowTransformer2DModel",
             **_HEADS,
             sample_size=16,
@@ -145,30 +139,30 @@ ROWS = rows(
     ),
     Tiny(
         "CogView3PlusTransformer2DModel",
-        _build("CogView3PlusTransformer2DModel", **_COGVIEW, pos_embed_max_size=12, sample_size=16),
+        build("CogView3PlusTransformer2DModel", **_COGVIEW, pos_embed_max_size=12, sample_size=16),
         _cogview,
     ),
     Tiny(
         "CogView4Transformer2DModel",
-        _build("CogView4Transformer2DModel", **_COGVIEW, pos_embed_max_size=12, sample_size=16, rope_axes_dim=(16, 16)),
+        build("CogView4Transformer2DModel", **_COGVIEW, pos_embed_max_size=12, sample_size=16, rope_axes_dim=(16, 16)),
         _cogview,
         note="the rotary table of a size is stretched to 16 x 16",
     ),
     Tiny(
         "CogView4Transformer2DModel@masked",
-        _build("CogView4Transformer2DModel", **_COGVIEW, pos_embed_max_size=12, sample_size=16, rope_axes_dim=(16, 16)),
+        build("CogView4Transformer2DModel", **_COGVIEW, pos_embed_max_size=12, sample_size=16, rope_axes_dim=(16, 16)),
         _cogview_masked,
         note="no pipeline passes its mask; 0 and 1 as floats, (batch, 1, tokens, tokens), is added: 1 where both count",
     ),
     Tiny(
         "GlmImageTransformer2DModel",
-        _build("GlmImageTransformer2DModel", **_COGVIEW, prior_vq_quantizer_codebook_size=16),
+        build("GlmImageTransformer2DModel", **_COGVIEW, prior_vq_quantizer_codebook_size=16),
         _glm,
         note="without the key-value cache that its pipeline keeps of given images",
     ),
     Tiny(
         "HiDreamImageTransformer2DModel",
-        _build(
+        build(
             "HiDreamImageTransformer2DModel",
             **_HEADS,
             patch_size=2,
@@ -186,7 +180,7 @@ ROWS = rows(
     ),
     Tiny(
         "HunyuanImageTransformer2DModel",
-        _build(
+        build(
             "HunyuanImageTransformer2DModel",
             **_HEADS,
             num_layers=2,
@@ -201,7 +195,7 @@ ROWS = rows(
     ),
     Tiny(
         "PRXTransformer2DModel",
-        _build(
+        build(
             "PRXTransformer2DModel",
             in_channels=CHANNELS,
             context_in_dim=TEXT_WIDTH,
@@ -215,7 +209,7 @@ ROWS = rows(
     ),
     Tiny(
         "ErnieImageTransformer2DModel",
-        _build(
+        build(
             "ErnieImageTransformer2DModel",
             hidden_size=32,
             num_attention_heads=2,
