@@ -18,7 +18,7 @@ from pipelines import cli
 if TYPE_CHECKING:
     import gradio as gr
 
-    from pipelines.engine import Engine
+    from pipelines.engine.session import Engine
 
 PROGRAM = "app"
 PORT = 7860
@@ -50,7 +50,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", help="cpu, cuda, cuda:1, mps … (default: a GPU where there is one)")
     add("--dtype", choices=cli.DTYPES, default="auto", help="number format of the models (default: auto)")
     add("--threads", type=cli.whole_number(1), help="CPU threads (default: all cores; one for a small network)")
-    add("--offload", choices=["none", "model", "sequential"], default="none", help="keep idle parts in main memory")
+    add("--offload", choices=cli.OFFLOADS, default="none", help="keep idle parts in main memory")
     add("--allow-pickle", action="store_true", help="read weights that are not safetensors")
     add("--max-pixels", type=cli.whole_number(64), default=4096 * 4096, help="of one picture")
     add("--max-steps", type=cli.whole_number(1), default=1000)
@@ -130,10 +130,11 @@ def prepare_folder(folder: Path) -> None:
 
 def make_engine(options: argparse.Namespace) -> Engine:
     """The engine that the command line asks for."""
-    from pipelines.engine import Engine
+    from pipelines.engine.loading import shipped_models
+    from pipelines.engine.models import ModelStore
+    from pipelines.engine.session import Engine
+    from pipelines.engine.settings import Limits
     from pipelines.guard import is_loopback
-    from pipelines.models import ModelStore, shipped_models
-    from pipelines.settings import Limits
 
     named = [*options.model, *shipped_models()]
     trusted = options.any_model or is_loopback(options.host)

@@ -98,7 +98,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from tqdm import tqdm
 
     from attngen.kernels.crossovers import call_kind, layer_kind
-    from benchmarks.machine import machine
+    from pipelines.cli.provenance import machine
 
     sizes = TINY if options.tiny else CPU if options.device == "cpu" else CUDA
     calls: dict[str, list[list[Any]]] = {}

@@ -76,8 +76,8 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argpars
 
 def measure(options: argparse.Namespace, shapes: Sequence[Shape]) -> dict[str, Any]:
     """Run the comparison, writing `options.out` after every shape; returns what is in it."""
-    from benchmarks.machine import machine
     from benchmarks.timing import copy_bandwidth
+    from pipelines.cli.provenance import machine
 
     start = time.monotonic()
     result: dict[str, Any] = {

@@ -28,8 +28,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import options as cli
-from benchmarks.machine import machine
 from benchmarks.models import MODELS, build_random, random_inputs, structural_copy
+from pipelines.cli.provenance import machine
 
 if TYPE_CHECKING:
     from torch import nn

@@ -25,9 +25,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks import options as cli
-from benchmarks.machine import machine
 from benchmarks.model import MethodError, plan_of, split_kernel
 from benchmarks.models import MODELS, build_random, random_inputs, structural_copy
+from pipelines.cli.provenance import machine
 
 INTERVAL = 3
 """Steps from one computed step to the next, where a cache has such a number."""

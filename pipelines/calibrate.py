@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines import cli, samplers, text2image
+from pipelines import cli, samplers
+from pipelines.engine.loading import CLASS_PIPELINES, check_text_model, class_name, show_progress
 
 PROGRAM = "pipelines.calibrate"
-CLASS_PIPELINES = ("SiTPipeline", "UNetClassPipeline")
 EXAMPLES = """
 examples:
   python -m pipelines.calibrate --model models/sdxl --prompt "a lighthouse" --max-error 0.05 --out plan.json
@@ -25,7 +25,7 @@ examples:
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(PROGRAM, "Measure a model's attention layers and choose a method for each.", EXAMPLES)
     add = parser.add_argument
-    text2image.add_model_arguments(parser)
+    cli.add_model_arguments(parser)
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument("--prompt", nargs="+", metavar="TEXT", help="what to draw while measuring; several are better")
     inputs.add_argument("--labels", nargs="+", metavar="CLASS", help="the same for a model of classes: names, numbers")
@@ -84,7 +84,7 @@ def calibrate(options: argparse.Namespace) -> None:
 def check_model(options: argparse.Namespace) -> None:
     """UserError for a model that cannot be there, or inputs of the other kind."""
     folder = Path(options.model)
-    classes = folder.is_dir() and cli.read_index(folder).get("_class_name") in CLASS_PIPELINES
+    classes = class_name(options.model) in CLASS_PIPELINES
     if classes and options.prompt:
         raise cli.UserError(f"{options.model} draws classes, not texts: give --labels instead of --prompt")
     if not classes:
@@ -92,8 +92,7 @@ def check_model(options: argparse.Namespace) -> None:
             raise cli.UserError(f"there is no folder {options.model}; models of classes are read from folders")
         if options.labels:
             raise cli.UserError(f"{options.model} is no folder of a pipeline of classes: give --prompt, not --labels")
-        text2image.check_model(options)
-        text2image.check_packages()
+        check_text_model(options.model, options.allow_pickle)
 
 
 def check_outputs(options: argparse.Namespace) -> None:
@@ -113,12 +112,12 @@ def load_pipeline(options: argparse.Namespace) -> Any:
     """The pipeline, on its device, with as many threads as are good for it."""
     import torch
 
-    from pipelines.running import make_engine
+    from pipelines.engine.session import make_engine
 
     model = make_engine(options).models.get(options.model)
     if model.threads is not None:
         torch.set_num_threads(model.threads)
-    cli.show_progress(model.pipe)
+    show_progress(model.pipe)
     return model.pipe
 
 

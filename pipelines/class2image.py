@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -11,15 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import cli
+from pipelines.engine.loading import DEFAULT_MODEL, is_hub_id, read_index, shipped_models
 from pipelines.schedules import counts_argument
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from pipelines.engine import Engine
-    from pipelines.models import Model
-    from pipelines.results import Result
-    from pipelines.settings import Settings
+    from pipelines.engine.models import Model
+    from pipelines.engine.results import Result
+    from pipelines.engine.session import Engine
+    from pipelines.engine.settings import Settings
 
 PROGRAM = "pipelines.class2image"
 MEDIATORS = "mediators"
@@ -73,8 +73,8 @@ def list_classes(options: argparse.Namespace) -> None:
 
 def draw(options: argparse.Namespace) -> None:
     """Draw, write and report what the command line asks for."""
+    from pipelines.engine.session import make_engine
     from pipelines.images import save_png
-    from pipelines.running import make_engine
     from pipelines.samplers import interpolant_of
 
     engine = make_engine(options)
@@ -99,24 +99,19 @@ def find_model(name: str | None) -> str:
     Raises:
         UserError: if the folder is no pipeline of SiT.
     """
-    folder = shipped_model() if name is None else Path(name)
-    if name is None and not folder.is_dir():
-        raise cli.UserError("this copy of the package came without its model; give one with --model")
-    if name is not None and not folder.exists():
-        if cli.is_hub_id(name):
+    if name is None:
+        shipped = shipped_models().get(DEFAULT_MODEL)
+        if shipped is None:
+            raise cli.UserError("this copy of the package came without its model; give one with --model")
+        return os.fspath(shipped)
+    if not Path(name).exists():
+        if is_hub_id(name):
             return name
-        raise cli.UserError(f"there is no folder {name!r}, and it is no hub id (owner/name)")
-    kind = cli.read_index(folder).get("_class_name")
+        raise cli.UserError(f"there is no folder {name!r}, and it is not a hub id (owner/name)")
+    kind = read_index(Path(name)).get("_class_name")
     if kind != "SiTPipeline":
-        raise cli.UserError(f"{folder} holds a {kind}, not a SiTPipeline; try python -m pipelines.text2image")
-    return os.fspath(folder)
-
-
-def shipped_model() -> Path:
-    """The folder of the model in the package, found without importing the package."""
-    spec = importlib.util.find_spec("attngen")
-    assert spec is not None and spec.submodule_search_locations is not None
-    return Path(next(iter(spec.submodule_search_locations))) / "assets" / "emoji"
+        raise cli.UserError(f"{name} holds a {kind}, not a SiTPipeline; try python -m pipelines.text2image")
+    return name
 
 
 def read_labels(model: str) -> dict[int, str]:
@@ -126,9 +121,9 @@ def read_labels(model: str) -> dict[int, str]:
         UserError: if the model has no names.
     """
     if Path(model).is_dir():
-        names = cli.read_index(Path(model)).get("id2label")
+        names = read_index(Path(model)).get("id2label")
     else:
-        from pipelines.models import ModelStore
+        from pipelines.engine.models import ModelStore
 
         names = ModelStore("cpu").get(model).labels
     if not names:
@@ -144,7 +139,7 @@ def read_labels(model: str) -> dict[int, str]:
 
 def make_sheet(model: Model, labels: Sequence[int], options: argparse.Namespace) -> list[Settings]:
     """What to draw: a row of pictures for each label, with seeds that go on from row to row."""
-    from pipelines.settings import Settings
+    from pipelines.engine.settings import Settings
 
     height, width = options.height, options.width
     if height or width:  # either alone goes with the trained size of the other
@@ -171,7 +166,7 @@ def make_sheet(model: Model, labels: Sequence[int], options: argparse.Namespace)
 
 def draw_rows(engine: Engine, sheet: Sequence[Settings], options: argparse.Namespace) -> Result:
     """The pictures of all rows."""
-    from pipelines.running import progress_bar
+    from pipelines.engine.session import progress_bar
 
     with progress_bar() as tell:
         return engine.draw(sheet, tell, batch=BATCH_SIZE, patch=options.method)

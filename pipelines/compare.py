@@ -14,9 +14,9 @@ from pipelines import cli
 if TYPE_CHECKING:
     from PIL import Image
 
-    from pipelines.comparison import Comparison, Row
+    from pipelines.engine.comparison import Comparison, Row
+    from pipelines.engine.models import Model
     from pipelines.methods import Use
-    from pipelines.models import Model
 
 PROGRAM = "pipelines.compare"
 AGENT, MEDIATORS, UNCHANGED, PLAN = "agent", "mediators", "none", "plan"
@@ -51,7 +51,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--guidance-scale", type=cli.scale_number, metavar="S", help="1 is none (default: the model's usual one)")
     add("--scale", type=cli.whole_number(1), help="enlarge the pictures so many times (default: small ones)")
     add("--allow-pickle", action="store_true", help="read weights that are not safetensors")
-    add("--offload", choices=["none", "model", "sequential"], default="none", help="keep idle parts in main memory")
+    add("--offload", choices=cli.OFFLOADS, default="none", help="keep idle parts in main memory")
     cli.add_common_arguments(parser, images=3)
     return parser.parse_args(argv)
 
@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(options: argparse.Namespace) -> None:
     """Draw, write and report what the command line asks for."""
-    from pipelines.running import make_engine
-    from pipelines.settings import Settings
+    from pipelines.engine.session import make_engine
+    from pipelines.engine.settings import Settings
 
     uses = None if options.methods is None else [use for text in options.methods for use in expand(text, options)]
     settings = Settings(
@@ -145,8 +145,8 @@ def check_uses(uses: Sequence[Use], options: argparse.Namespace) -> None:
 
 def watch(events: Iterable[Any]) -> Any:
     """The last of the engine's events; the others move a bar, where someone is watching."""
-    from pipelines.results import Progress
-    from pipelines.running import progress_bar
+    from pipelines.engine.results import Progress
+    from pipelines.engine.session import progress_bar
 
     event: Any = None
     with progress_bar() as tell:
@@ -170,7 +170,7 @@ def write(comparison: Comparison, path: Path, options: argparse.Namespace) -> No
 
 def picture(comparison: Comparison, scale: int | None = None, difference: bool = False) -> Image.Image:
     """A row a method, a column a seed; with `difference` under each row but the first where it differs from that."""
-    from pipelines.comparison import DIFFERENCE_GAIN
+    from pipelines.engine.comparison import DIFFERENCE_GAIN
     from pipelines.images import grid
 
     first = comparison.rows[0].result
@@ -216,7 +216,7 @@ def details(comparison: Comparison, path: Path) -> dict[str, Any]:
 
 def report(comparison: Comparison, path: Path, options: argparse.Namespace) -> None:
     """Print the table and where the files are; with `--json` everything."""
-    from pipelines.comparison import COLUMNS, WARM_UP_STEPS
+    from pipelines.engine.comparison import COLUMNS, WARM_UP_STEPS
 
     if options.json:
         print(json.dumps(details(comparison, path), ensure_ascii=False))

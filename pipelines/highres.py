@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines import cli, text2image
+from pipelines import cli
+from pipelines.engine.loading import LoadOptions, check_text_model, place, read_text_pipeline, show_progress
+from pipelines.method_catalogue import UNCHANGED
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +38,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(PROGRAM, "Draw a large picture: small first, then enlarged and drawn over.", EXAMPLES)
     add = parser.add_argument
     add("prompt", metavar="PROMPT", help="what to draw")
-    text2image.add_model_arguments(parser)
+    cli.add_model_arguments(parser)
     add("--size", type=cli.whole_number(1), metavar="SIDE", help="height and width in pixels")
     add("--negative-prompt", metavar="TEXT", help="what not to draw")
     add("--steps", type=cli.whole_number(1), help="steps of the first stage (default: the pipeline's)")
@@ -61,7 +63,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("say how large: --size SIDE, or --height and --width")
     if options.image is not None and options.base_size is not None:
         parser.error("--image is the first stage, so --base-size has no meaning")
-    if options.method == text2image.UNCHANGED and options.report:
+    if options.method == UNCHANGED and options.report:
         parser.error("--report needs a --method other than none")
     return options
 
@@ -112,8 +114,7 @@ class Job:
 
 def draw(options: argparse.Namespace) -> None:
     """Draw, write and report what the command line asks for."""
-    text2image.check_model(options)
-    text2image.check_packages()
+    check_text_model(options.model, options.allow_pickle)
     job = prepare(options)
     announce(job)
     if options.dry_run:
@@ -137,7 +138,8 @@ def prepare(options: argparse.Namespace) -> Job:
 
     first = open_image(options.image) if options.image else None
     device = cli.prepare_device(options)
-    pipe = text2image.read_pipeline(options, device)
+    pipe = read_text_pipeline(options.model, LoadOptions.of(options), device)
+    show_progress(pipe)
     try:
         enlarger = enlarging_pipeline(pipe)
         picture = with_defaults(pipe, plan_picture(pipe, options, first))
@@ -179,7 +181,7 @@ def plan_picture(pipe: Any, options: argparse.Namespace, first: Image.Image | No
         steps=options.steps,
         guidance_scale=options.guidance_scale,
         negative_prompt=options.negative_prompt,
-        method=None if options.method == text2image.UNCHANGED else options.method,
+        method=None if options.method == UNCHANGED else options.method,
         tiling=not options.no_tiling,
         seed=options.seed,
     )
@@ -195,7 +197,7 @@ def estimate(pipe: Any, picture: LargePicture, options: argparse.Namespace, devi
     from pipelines.upscale import call_arguments
 
     dry = DryRun(pipe)
-    text2image.place(pipe, options.offload, device)
+    place(pipe, options.offload, device)
     try:
         return dry.enlargement(
             pipe, picture.sizes[-1], picture.method, picture.tiling, options.offload, call_arguments(picture)
@@ -303,7 +305,7 @@ def make_ready(job: Job, pipe: Any, index: int) -> None:
     from pipelines.upscale import shown
 
     if job.options.offload != "none":
-        text2image.place(pipe, job.options.offload, job.device)
+        place(pipe, job.options.offload, job.device)
     sizes = job.picture.sizes
     name = f"{index + 1} of {len(sizes)}, {shown(sizes[index])}"
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False, desc=name)
@@ -317,7 +319,7 @@ def save(job: Job, picture: LargePicture, result: StageResult, path: Path) -> No
 
 def describe(job: Job, picture: LargePicture, index: int) -> dict[str, Any]:
     """What is written into a stage's file: enough to draw it again."""
-    from pipelines.images import model_hash
+    from pipelines.cli.provenance import model_hash
     from pipelines.upscale import shown
 
     options = job.options

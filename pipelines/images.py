@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from pipelines.cli.provenance import versions
+
 SETTINGS_CHUNK = "attngen"
 PARAMETERS_CHUNK = "parameters"
 MAX_SETTINGS_CHARACTERS = 64 * 1024
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-# The hash reads at most this many windows of this size from a file, so it takes no time for large models.
-HASH_WINDOWS, HASH_WINDOW_BYTES = 64, 64 * 1024
 
 PAPER, INK = "white", "black"
 GAP, GROUP_GAP, PADDING = 2, 10, 6  # pixels
@@ -197,49 +194,3 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
 def _parameter(value: Any) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ',:\n"') else text
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide a picture, and of Python's Pillow, which writes it."""
-    import attngen
-
-    found = {"attngen": attngen.__version__}
-    for package in ("torch", "diffusers", "pillow"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # built from source without metadata
-            found[package] = "unknown"
-    return found
-
-
-def model_hash(model: str | Path) -> str | None:
-    """Ten hexadecimal digits that tell models apart: of the weight files in a folder, or of a file; else None.
-
-    Names, sizes and evenly spread windows of the files are hashed. A guard against mix-ups, not against tampering.
-    """
-    path = Path(model)
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in WEIGHT_SUFFIXES and file.is_file())
-    else:
-        files = []
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for file in files:
-        name = file.relative_to(path).as_posix() if path.is_dir() else ""
-        size = file.stat().st_size
-        digest.update(f"{name}\0{size}\0".encode())
-        with open(file, "rb") as opened:
-            for offset in _window_offsets(size):
-                opened.seek(offset)
-                digest.update(opened.read(HASH_WINDOW_BYTES))
-    return digest.hexdigest()[:10]
-
-
-def _window_offsets(size: int) -> list[int]:
-    if size <= HASH_WINDOWS * HASH_WINDOW_BYTES:
-        return list(range(0, size, HASH_WINDOW_BYTES))
-    last = size - HASH_WINDOW_BYTES
-    return [last * i // (HASH_WINDOWS - 1) for i in range(HASH_WINDOWS)]

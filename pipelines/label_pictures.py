@@ -57,10 +57,10 @@ def make_strip(options: argparse.Namespace) -> None:
     """Draw a picture of each class and write the strip."""
     from PIL import Image
 
-    from pipelines.engine import Engine
+    from pipelines.engine.results import Result
+    from pipelines.engine.session import Engine
+    from pipelines.engine.settings import Settings
     from pipelines.images import save_png
-    from pipelines.results import Result
-    from pipelines.settings import Settings
 
     engine = Engine()
     labels = engine.models.get(engine.default_model).labels

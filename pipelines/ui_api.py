@@ -9,10 +9,10 @@ from typing import Any
 
 import gradio as gr
 
-from pipelines.engine import Engine
+from pipelines.engine.results import Progress, save
+from pipelines.engine.session import Engine
+from pipelines.engine.settings import Settings
 from pipelines.methods import Use, parse_use
-from pipelines.results import Progress, save
-from pipelines.settings import Settings
 from pipelines.ui_events import EXPECTED, QUEUE, Wrap, as_gradio_error
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import gradio as gr
 
-from pipelines.engine import Engine
+from pipelines.engine.models import Model
+from pipelines.engine.results import Progress
+from pipelines.engine.session import Engine
 from pipelines.method_catalogue import PLAN
 from pipelines.methods import Use
-from pipelines.models import Model
-from pipelines.results import Progress
 from pipelines.ui_events import EXPECTED, Wrap, as_gradio_error, follow, message_of, started_and_stopped
 from pipelines.ui_form import Form
 from pipelines.ui_remember import Check, one_of_its_own, within

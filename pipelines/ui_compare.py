@@ -10,13 +10,13 @@ from typing import Any
 import gradio as gr
 
 from pipelines.cli import UserError
-from pipelines.comparison import COLUMNS, DIFFERENCE_GAIN, Comparison
-from pipelines.engine import Engine
+from pipelines.engine.comparison import COLUMNS, DIFFERENCE_GAIN, Comparison
+from pipelines.engine.models import Model
+from pipelines.engine.results import Progress, save
+from pipelines.engine.session import Engine
 from pipelines.images import enlarge, grid, save_png
 from pipelines.method_catalogue import MEDIATORS
 from pipelines.methods import Use, parse_use
-from pipelines.models import Model
-from pipelines.results import Progress, save
 from pipelines.ui_events import EXPECTED, Wrap, as_gradio_error, follow, message_of, started_and_stopped
 from pipelines.ui_form import Form
 from pipelines.ui_remember import Check

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from pipelines.cli import UserError
-from pipelines.results import Progress
+from pipelines.engine.results import Progress
 
 EXPECTED = (UserError, FloatingPointError, MemoryError, OSError)
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]

@@ -9,15 +9,15 @@ from typing import Any
 import gradio as gr
 
 from pipelines.cli import UserError
-from pipelines.engine import Engine
+from pipelines.engine.models import CLASSES, Model
+from pipelines.engine.session import Engine
+from pipelines.engine.settings import MAX_SEED, Settings
 from pipelines.label_pictures import label_pictures
 from pipelines.method_catalogue import METHODS, PLAN, UNCHANGED
 from pipelines.method_info import Option
 from pipelines.methods import Use, find_method, timeline
-from pipelines.models import CLASSES, Model
 from pipelines.samplers import sampler_name, sampler_names
 from pipelines.schedules import draw_parts
-from pipelines.settings import MAX_SEED, Settings
 from pipelines.ui_events import EXPECTED, as_gradio_error, message_of
 
 ASPECTS = {"Square": 1.0, "Portrait 3:4": 3 / 4, "Landscape 4:3": 4 / 3, "Tall 9:16": 9 / 16, "Wide 16:9": 16 / 9}

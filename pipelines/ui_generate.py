@@ -10,11 +10,11 @@ from typing import Any
 import gradio as gr
 
 from pipelines.cli import UserError
-from pipelines.engine import Engine
+from pipelines.engine.models import CLASSES
+from pipelines.engine.recall import recall
+from pipelines.engine.results import Progress, Result, save
+from pipelines.engine.session import Engine
 from pipelines.method_catalogue import MEDIATORS
-from pipelines.models import CLASSES
-from pipelines.recall import recall
-from pipelines.results import Progress, Result, save
 from pipelines.ui_events import EXPECTED, Wrap, as_gradio_error, follow, merged, message_of, started_and_stopped
 from pipelines.ui_form import Form
 

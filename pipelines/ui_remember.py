@@ -13,11 +13,11 @@ from typing import Any
 import gradio as gr
 
 from pipelines.cli import UserError
+from pipelines.engine.models import CLASSES, Model
+from pipelines.engine.settings import MAX_SEED, text, whole
 from pipelines.method_catalogue import METHODS, PLAN, UNCHANGED
 from pipelines.method_info import Option
 from pipelines.methods import Use
-from pipelines.models import CLASSES, Model
-from pipelines.settings import MAX_SEED, text, whole
 from pipelines.ui_events import EXPECTED, merged
 from pipelines.ui_form import Form, sampler_choices
 

@@ -21,8 +21,8 @@ from PIL import Image, ImageOps
 
 import attngen
 from attngen import Report
-from pipelines.memory import PeakMemory
-from train.seeds import generator_for
+from pipelines.cli.seeds import generator_for
+from pipelines.engine.memory import PeakMemory
 
 Size = tuple[int, int]
 STRENGTH = 0.4
@@ -69,7 +69,7 @@ class StageResult:
         image: the picture, RGB.
         steps: calls of `on_step`, the denoising steps that were taken.
         seconds: of drawing, with encoding and decoding.
-        peak_bytes: most memory, see `pipelines.memory.PeakMemory`; None where nobody counts.
+        peak_bytes: most memory, see `pipelines.engine.memory.PeakMemory`; None where nobody counts.
         report: what became of each attention layer, or None where attention was not changed.
     """
 

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as tf
 
 import attngen
-from benchmarks import gpu, layer, machine, model, models, report, shapes, stack, timing
+from benchmarks import gpu, layer, model, models, report, shapes, stack, timing
 from benchmarks import options as cli
+from pipelines.cli import provenance
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -687,11 +688,11 @@ def test_no_gpu_is_a_sentence(capsys):
 
 
 def test_the_machine_names_versions_and_commit(monkeypatch):
-    found = machine.machine("cpu")
+    found = provenance.machine("cpu")
     assert found["torch"] == torch.__version__ and found["threads"] == torch.get_num_threads() and found["device"]
     assert found["diffusers"] and re.fullmatch(r"\d{4}-\d\d-\d\d", found["date"])
     monkeypatch.setenv("BENCHMARK_COMMIT", "abc1234")
-    assert machine.machine("cpu")["commit"] == "abc1234"
+    assert provenance.machine("cpu")["commit"] == "abc1234"
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 
 from attngen.sit.model import SiTTransformer2DModel
 from train.config import TrainingConfig
-from train.data import Data
+from train.data_base import Data
 from train.meter import Meter, matmul_flops, training_flops
 from train.objectives import Objective
 

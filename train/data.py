@@ -7,11 +7,9 @@ and resumed, or moved to another number of processes or threads, sees the same b
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,73 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train.broken import MAX_BROKEN, Broken, check_max_broken
-from train.data_sources import FolderSource, Source, fingerprint_of, shown
+from train.data_base import EVERYTHING, Data, SampleError, choose_classes
+from train.data_sources import FolderSource, Source, fingerprint_of
+from train.latents import INDEX_NAME, SHARD_PATTERN, LatentData
 from train.pictures import read_picture
-
-EVERYTHING = slice(None)
-
-
-class SampleError(RuntimeError):
-    """A fault while one sample was read, other than a damaged file; names the sample."""
-
-
-class Data(ABC):
-    """Pictures or latents with labels.
-
-    Attributes:
-        id2label: class name by label.
-        channels: 3 for pictures, or those of the latents.
-        sample_size: side of a sample, in pixels or latents.
-        is_latent: whether samples are latents of an autoencoder.
-        fingerprint: a short text; a run is resumed only with the same one.
-        labels: (N,) int64.
-        vae: None, or source, scaling_factor, shift_factor and sha256 of the autoencoder.
-    """
-
-    id2label: dict[int, str]
-    channels: int = 3
-    sample_size: int
-    is_latent: bool = False
-    fingerprint: str
-    labels: Tensor
-    vae: dict[str, Any] | None = None
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.id2label)
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self.labels)
-
-    @abstractmethod
-    def names(self, indices: Iterable[int] | Tensor) -> list[str]:
-        """What to call samples in a message."""
-
-    @abstractmethod
-    def batch(
-        self,
-        indices: Tensor,
-        generator: torch.Generator,
-        part: slice = EVERYTHING,
-        pool: Executor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Samples and labels of a batch.
-
-        Args:
-            indices: (B,) of the whole batch, over all processes.
-            generator: source of all randomness. It is drawn from for the whole batch, in the order of `indices`,
-                whatever `part` is, and afterwards stands at the same place in every process.
-            part: positions of the batch that are wanted, `slice(rank, None, world)` for one process of several.
-            pool: threads to read with; None reads in this one.
-
-        Returns:
-            float32 (b, C, H, W), in [-1, 1] for pictures, and int64 (b,), where b positions are in `part`.
-
-        Raises:
-            ValueError: if more samples are broken than the limit allows.
-        """
 
 
 def open_data(
@@ -100,8 +35,9 @@ def open_data(
     """Open training data.
 
     Args:
-        spec: "emoji"; a folder of class folders; "hf:NAME_OR_FOLDER[:SPLIT]"; tar shards as a folder, glob or brace
-            pattern; or a folder written by `python -m train.encode`.
+        spec: "emoji", or a file made by `train.build_emoji` ("….zip"); a folder of class folders;
+            "hf:NAME_OR_FOLDER[:SPLIT]"; tar shards as a folder, glob or brace pattern; or a folder written by
+            `python -m train.encode`.
         image_size: side of the pictures, in pixels; for latents that of the pictures they were made from.
         classes: names of the classes to use, in the order of their labels, or () for all.
         augment: strength of shift, scale and rotation, for the emoji only; other pictures are cropped and mirrored.
@@ -117,19 +53,20 @@ def open_data(
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
         raise ValueError(f"image_size is {image_size!r}; expected a number of pixels, at least 1")
     check_max_broken(max_broken)
-    if spec == "emoji":
-        return EmojiData(image_size, classes, augment, flip)
+    if is_emoji(spec):
+        return EmojiData(image_size, classes, augment, flip, None if spec == "emoji" else spec)
     if is_encoded(spec):
-        from train.latents import LatentData
-
         return LatentData(Path(spec), image_size, classes, flip)
     return PictureData(open_source(spec), spec, image_size, classes, flip, max_broken)
 
 
+def is_emoji(spec: str) -> bool:
+    """Whether a text names the emoji of the repository or a file of them."""
+    return spec == "emoji" or spec.endswith(".zip")
+
+
 def is_encoded(spec: str) -> bool:
     """Whether a folder holds latents; half-made ones count, for they get an error of their own."""
-    from train.latents import INDEX_NAME, SHARD_PATTERN
-
     folder = Path(spec)
     return folder.is_dir() and ((folder / INDEX_NAME).is_file() or any(folder.glob(SHARD_PATTERN)))
 
@@ -158,42 +95,6 @@ def open_source(spec: str) -> Source:
         f"data is {spec!r}, which is no folder; expected 'emoji', a folder of class folders, 'hf:NAME', tar shards "
         "('shards/*.tar') or a folder written by train.encode"
     )
-
-
-def choose_classes(
-    spec: str, names: Sequence[str], labels: Tensor, classes: Sequence[str]
-) -> tuple[Tensor, Tensor, dict[int, str]]:
-    """The samples of chosen classes.
-
-    Args:
-        spec: of the data, for messages.
-        names: class name by label.
-        labels: (N,) of all samples.
-        classes: names of the classes wanted, or () for all.
-
-    Returns:
-        (n,) indices of the samples, (n,) their new labels, class name by new label.
-
-    Raises:
-        ValueError: for an unknown or repeated class, one without samples, or data of one class nobody named.
-    """
-    if not classes:
-        if len(names) == 1:
-            raise ValueError(f"{spec} holds one class, {names[0]!r}; choose it by --classes if that is meant")
-        return torch.arange(len(labels)), labels, dict(enumerate(names))
-    unknown = [name for name in classes if name not in names]
-    if unknown:
-        raise ValueError(f"{spec} has no class {unknown[0]!r}; it has {shown(names, 20)}")
-    if len(set(classes)) != len(classes):
-        raise ValueError(f"classes is {list(classes)}; expected none twice")
-    new_label = torch.full((len(names),), -1)
-    new_label[[names.index(name) for name in classes]] = torch.arange(len(classes))
-    rows = (new_label[labels] >= 0).nonzero().flatten()
-    present = new_label[labels].unique()
-    empty = [name for label, name in enumerate(classes) if label not in present]
-    if empty:
-        raise ValueError(f"{spec} holds no sample of class {empty[0]!r}; leave it out")
-    return rows, new_label[labels[rows]], dict(enumerate(classes))
 
 
 class PictureData(Data):
@@ -283,12 +184,27 @@ class PictureData(Data):
 
 
 class EmojiData(Data):
-    """The emoji of this repository, mirrored, shifted, scaled and turned where that leaves the class alone."""
+    """The emoji of this repository, mirrored, shifted, scaled and turned where that leaves the class alone.
 
-    def __init__(self, image_size: int, classes: Sequence[str] = (), augment: float = 0.5, flip: bool = True) -> None:
+    Args:
+        image_size: side of the pictures, in pixels.
+        classes: names of the classes to use, or () for all.
+        augment: strength of shift, scale and rotation.
+        flip: mirror every second picture, drawn at random.
+        path: file made by `train.build_emoji`, or None for that of the repository.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        classes: Sequence[str] = (),
+        augment: float = 0.5,
+        flip: bool = True,
+        path: str | Path | None = None,
+    ) -> None:
         from train.emoji import EmojiDataset
 
-        self.emoji = EmojiDataset("train", image_size=image_size, classes=classes or None)
+        self.emoji = EmojiDataset("train", image_size=image_size, classes=classes or None, path=path)
         self.sample_size, self.augment, self.flip = image_size, augment, flip
         self.labels, self.id2label = self.emoji.labels, self.emoji.id2label
         pixels = hashlib.sha256(self.emoji.pixel_values.numpy().tobytes()).hexdigest()

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from train.data import EVERYTHING, Data, SampleError
+from train.data_base import EVERYTHING, Data, SampleError
 from train.data_sources import shown
 
 Schedule = Callable[[int], tuple[Tensor, torch.Generator]]

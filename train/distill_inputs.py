@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from attngen.hosts.families import family_of, slot
 from attngen.sit.unet_pipeline import NOISE, UNetClassPipeline, class_condition
-from train.seeds import generator_for, sample_order
+from pipelines.cli.seeds import generator_for, sample_order
 
 DROPPED = 0.1
 """Share of conditions replaced by the empty one in noised data, which guidance asks for too."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from attngen.hosts.learned import hidden_core
+from pipelines.cli.signals import StopOnSignal
 from train.checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -27,7 +28,6 @@ from train.checkpoint import (
 )
 from train.distill_pair import PREDICTION, TINY, Pair, measure, table
 from train.meter import append_line, trim_log
-from train.signals import StopOnSignal
 
 if TYPE_CHECKING:
     from attngen.learned.file import LearnedLayers

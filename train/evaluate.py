@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pipelines.cli.seeds import generator_for, sample_order
 from train.config import TrainingConfig
-from train.data import Data
+from train.data_base import Data
 from train.objectives import Objective
 from train.samples import calls_to_steps, pipeline_of
-from train.seeds import generator_for, sample_order
 
 if TYPE_CHECKING:
     from attngen.sit.model import SiTTransformer2DModel

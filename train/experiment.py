@@ -25,7 +25,7 @@ from train.presets import PRESETS
 if TYPE_CHECKING:
     import torch
 
-    from train.data import Data
+    from train.data_base import Data
 
 PRESET = "emoji-experiment"
 ELASTIC = ("--attention", "mediator", "--num-mediators", "64", "--mediator-counts", "4", "16", "64")
@@ -134,7 +134,7 @@ def _train(words: Sequence[str]) -> None:
 def _machine() -> dict[str, Any]:
     import torch
 
-    from benchmarks.machine import machine
+    from pipelines.cli.provenance import machine
 
     return {"machine": machine("cuda" if torch.cuda.is_available() else "cpu")}
 
@@ -216,8 +216,8 @@ def _draws(config: TrainingConfig, objective: Any, split: str) -> Iterator[tuple
     """Batches of pictures, labels, noise and times; one picture at several times, spread evenly by their own law."""
     import torch
 
+    from pipelines.cli.seeds import generator_for
     from train.emoji import EmojiDataset, to_float
-    from train.seeds import generator_for
 
     emoji = EmojiDataset(split, image_size=config.image_size, classes=config.classes or None)
     for draw in range(LOSS_DRAWS if split == "test" else 1):

@@ -22,9 +22,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from attngen.files import write_file
+from pipelines.cli.seeds import generator_for
 from train.emoji import EmojiDataset, check_classes
 from train.features import FeatureExtractor, default_extractor, features_of
-from train.seeds import generator_for
 
 METRIC = "FD-emoji"
 FORMAT = "attngen-statistics-1"

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from train.data import EVERYTHING, Data, choose_classes
+from train.data_base import EVERYTHING, Data, choose_classes
 
 INDEX_NAME = "index.json"
 SHARD_PATTERN = "latents-*-of-*.safetensors"

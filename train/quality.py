@@ -172,7 +172,7 @@ def describe(options: argparse.Namespace, sampler: Any) -> dict[str, Any]:
     """What decides the numbers: JSON values."""
     import torch
 
-    from pipelines.images import versions
+    from pipelines.cli.provenance import versions
 
     scheduler = sampler.pipe.scheduler
     return {

@@ -49,7 +49,7 @@ def operations(sampler: Any, row: Row, options: argparse.Namespace) -> dict[str,
     Raises:
         ValueError: if the row's plan changes nothing in the model.
     """
-    from pipelines.calls import CallWatch, watched
+    from pipelines.engine.calls import CallWatch, watched
 
     watch = CallWatch(threading.Event(), keep=True)
     with drawn_with(sampler, row) as report, watched(sampler.pipe, watch):

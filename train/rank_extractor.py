@@ -39,7 +39,7 @@ def with_noise(data: EmojiDataset, strength: float) -> Tensor:
     """Normal noise of `strength` levels of 255."""
     import torch
 
-    from train.seeds import generator_for
+    from pipelines.cli.seeds import generator_for
 
     noise = torch.randn(data.pixel_values.shape, generator=generator_for("noise"))
     return (data.pixel_values + strength * noise).round().clamp(0, 255).to(torch.uint8)
@@ -73,7 +73,7 @@ def of_one_class(data: EmojiDataset, strength: float) -> Tensor:
 def _replaced(data: EmojiDataset, others: Tensor, share: float) -> Tensor:
     import torch
 
-    from train.seeds import generator_for
+    from pipelines.cli.seeds import generator_for
 
     chosen = torch.randperm(len(data), generator=generator_for("replaced"))[: round(share * len(data))]
     pictures = data.pixel_values.clone()

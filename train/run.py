@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipelines.cli.seeds import generator_for
 from train.checkpoint import (
     checkpoint_tensors,
     clean_name,
@@ -26,12 +27,11 @@ from train.checkpoint import (
     write_tensors,
 )
 from train.config import TrainingConfig
-from train.data import Data
+from train.data_base import Data
 from train.data_prefetch import Batch
 from train.ema import PowerAverage, snapshot_path
 from train.meter import Meter, append_line, bucket_sums, flat
 from train.objectives import Objective
-from train.seeds import generator_for
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

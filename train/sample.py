@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import cli, samplers
-from train.signals import StopOnSignal
+from pipelines.cli.signals import StopOnSignal
 
 if TYPE_CHECKING:
     from train.sample_files import SampleFolder
@@ -237,7 +237,7 @@ def describe(
     """Everything that decides a picture, and the names of the classes: JSON values."""
     import torch
 
-    from pipelines.images import versions
+    from pipelines.cli.provenance import versions
     from train.sample_subjects import subjects_hash
 
     scheduler = sampler.pipe.scheduler

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import cli
+from pipelines.engine.loading import DEFAULT_MODEL, LoadOptions, draws_classes, load_pipeline, shipped_models
 from train.sample_subjects import Subject
 
 # Pictures in a call on a CPU: rows of a matrix product round alike for any of these, and more are no faster.
@@ -41,16 +42,13 @@ class Sampler:
             UserError: if there is no such model, or it does not take an option.
             OSError: if it cannot be loaded.
         """
-        from pipelines.images import model_hash
+        from pipelines.cli.provenance import model_hash
 
         source = find_model(options.model)
         self.pipe = load(source, options, device)
         self.name = cli.public_name(source) if options.model else "emoji (shipped)"
         self.hash = model_hash(source)
-        taken = inspect.signature(self.pipe.__call__).parameters
-        self.draws_classes = "class_labels" in taken
-        if not self.draws_classes and "prompt" not in taken:
-            raise cli.UserError(f"{source} is a {type(self.pipe).__name__}, which draws neither classes nor texts")
+        self.draws_classes = draws_classes(self.pipe)
         self.id2label = class_names(self.pipe)
         self.pipe.set_progress_bar_config(disable=True)
         self.arguments = call_arguments(self.pipe, options, self.draws_classes)
@@ -138,67 +136,25 @@ def find_model(name: str | None) -> str:
     Raises:
         UserError: if it is none of these.
     """
-    from pipelines.class2image import shipped_model
-
     if name is None:
-        return os.fspath(shipped_model())
+        return os.fspath(shipped_models()[DEFAULT_MODEL])
     path = Path(name)
     if path.is_dir() and not (path / "model_index.json").is_file():
         if (path / "pipeline" / "model_index.json").is_file():
             return os.fspath(path / "pipeline")
         raise cli.UserError(f"{path} has neither model_index.json nor pipeline/model_index.json; is the run finished?")
-    if not path.exists() and not cli.is_hub_id(name):
-        raise cli.UserError(f"there is no file or folder {name!r}, and it is no hub id (owner/name)")
     return name
 
 
 def load(source: str, options: argparse.Namespace, device: Any) -> Any:
-    """The pipeline on its device, with the scheduler and the attention that were asked for."""
-    import attngen
-    from attngen import models
+    """The pipeline on its device, with the scheduler and the attention that the command line names."""
     from pipelines.samplers import choose_scheduler
 
-    kind = pipeline_class(source)
-    ours = getattr(attngen, kind, None) or getattr(models, kind, None) if kind else None
-    if ours is not None:
-        pipe = _load_ours(ours, source, options, device)
-    else:
-        pipe = _load_diffusers(kind, source, options, device)
+    pipe = load_pipeline(source, LoadOptions.of(options), device)
     pipe.scheduler = choose_scheduler(pipe, options)
     if options.method:
         cli.apply_method(pipe, options.method)
     return pipe
-
-
-def pipeline_class(source: str) -> str:
-    """Name of a model's pipeline class; empty for a single file."""
-    if Path(source).is_file():
-        return ""
-    if Path(source).is_dir():
-        return str(cli.read_index(Path(source)).get("_class_name", ""))
-    from diffusers import DiffusionPipeline
-
-    index: Any = cli.load(source, lambda: DiffusionPipeline.load_config(source))
-    return str(index.get("_class_name", ""))
-
-
-def _load_ours(kind: Any, source: str, options: argparse.Namespace, device: Any) -> Any:
-    dtype = cli.choose_dtype(options.dtype, device)
-    return cli.load(source, lambda: kind.from_pretrained(source, dtype=dtype)).to(device)
-
-
-def _load_diffusers(kind: str, source: str, options: argparse.Namespace, device: Any) -> Any:
-    import diffusers
-
-    from pipelines import text2image
-
-    wanted = getattr(diffusers, kind, None)
-    if wanted is not None and "class_labels" in inspect.signature(wanted.__call__).parameters:
-        return _load_ours(wanted, source, options, device)
-    text2image.check_packages()
-    loading = argparse.Namespace(**{**vars(options), "model": source, "offload": "none"})
-    text2image.check_model(loading)
-    return text2image.load_pipeline(loading, device)
 
 
 def call_arguments(pipe: Any, options: argparse.Namespace, draws_classes: bool) -> dict[str, Any]:

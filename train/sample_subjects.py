@@ -37,7 +37,7 @@ def subjects_hash(subjects: Sequence[Subject]) -> str:
 
 def picture_seed(seed: int, index: int) -> int:
     """Seed of picture `index`; a hash, so that sets of neighbouring seeds share no noise."""
-    from train.seeds import generator_for
+    from pipelines.cli.seeds import generator_for
 
     return generator_for(seed, "picture", index).initial_seed()
 
@@ -76,7 +76,7 @@ def choose_labels(
 def _random_label(seed: int, index: int, num_classes: int) -> int:
     import torch
 
-    from train.seeds import generator_for
+    from pipelines.cli.seeds import generator_for
 
     return int(torch.randint(num_classes, (), generator=generator_for(seed, "label", index)))
 

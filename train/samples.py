@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipelines.cli.seeds import generator_for
 from train.config import TrainingConfig
-from train.data import Data
+from train.data_base import Data
 from train.objectives import Objective
-from train.seeds import generator_for
 
 if TYPE_CHECKING:
     from attngen.sit.model import SiTTransformer2DModel

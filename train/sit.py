@@ -28,10 +28,10 @@ from train.presets import PRESETS
 if TYPE_CHECKING:
     import torch
 
-    from train.data import Data
+    from pipelines.cli.signals import StopOnSignal
+    from train.data_base import Data
     from train.objectives import Objective
     from train.run import Run
-    from train.signals import StopOnSignal
 
 _FLOATS = ("mediator_starts", "ema_stds")
 
@@ -160,7 +160,7 @@ def train(options: argparse.Namespace, config: TrainingConfig) -> int:
 
 def loop(options: argparse.Namespace, run: Run, step: int) -> int:
     """Step until the end, or until asked to stop; returns the exit status."""
-    from train.signals import StopOnSignal
+    from pipelines.cli.signals import StopOnSignal
 
     with StopOnSignal() as stop:
         return _loop(options, run, step, stop)
@@ -209,8 +209,8 @@ def _loop(options: argparse.Namespace, run: Run, step: int, stop: StopOnSignal) 
 
 def _schedule(run: Run) -> Callable[[int], tuple[torch.Tensor, torch.Generator]]:
     """Step -> indices of its batch, and its generator."""
+    from pipelines.cli.seeds import generator_for, sample_order
     from train.build import class_weights
-    from train.seeds import generator_for, sample_order
 
     config, weights = run.config, class_weights(run.data, run.config.balance)
 

@@ -17,7 +17,7 @@ import torch
 from train.build import build_model, build_optimizers, compile_model, make_meter
 from train.checkpoint import clean_name, load_checkpoint, load_optimizer, place_like, write_json
 from train.config import TrainingConfig
-from train.data import Data
+from train.data_base import Data
 from train.ema import PowerAverage
 from train.evaluate import open_distance
 from train.meter import trim_log

@@ -21,7 +21,7 @@ from attngen.sit.checkpoints import (
     read_checkpoint,
 )
 from attngen.sit.model import SiTTransformer2DModel
-from pipelines.cli import missing_weights
+from pipelines.engine.loading import missing_weights
 
 _LISTED = 8
 

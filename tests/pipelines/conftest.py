@@ -2,9 +2,9 @@
 
 import pytest
 
-from pipelines.engine import Engine
-from pipelines.models import ModelStore
-from pipelines.settings import Limits
+from pipelines.engine.models import ModelStore
+from pipelines.engine.session import Engine
+from pipelines.engine.settings import Limits
 from tests.builders.programs import save_sit
 
 

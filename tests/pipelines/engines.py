@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from pipelines.results import Progress
-from pipelines.settings import Settings
+from pipelines.engine.results import Progress
+from pipelines.engine.settings import Settings
 
 
 def last(events):

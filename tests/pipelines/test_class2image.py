@@ -220,7 +220,7 @@ def test_models_that_are_none(draw, tmp_path):
         ("empty", "empty is not a pipeline folder: it has no model_index.json"),
         ("other", "holds a StableDiffusionPipeline, not a SiTPipeline; try python -m pipelines.text2image"),
         ("bad", "cannot be read"),
-        ("no/where/at/all", "there is no folder 'no/where/at/all', and it is no hub id"),
+        ("no/where/at/all", "there is no folder 'no/where/at/all', and it is not a hub id"),
     ):
         code, _, err = draw("face", model=name)
         assert code == 2 and sentence in err and err.count("\n") == 1
@@ -259,8 +259,8 @@ def test_interruption(draw, monkeypatch):
     assert draw("face") == (130, "", "pipelines.class2image: interrupted\n")
 
 
-def test_without_the_shipped_model(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(class2image, "shipped_model", lambda: tmp_path / "none")
+def test_without_the_shipped_model(monkeypatch, capsys):
+    monkeypatch.setattr(class2image, "shipped_models", dict)
     assert class2image.main(["--list"]) == 2
     assert "give one with --model" in capsys.readouterr().err
 

@@ -10,14 +10,14 @@ import torch
 
 import attngen
 from pipelines.cli import UserError
-from pipelines.comparison import Comparison
-from pipelines.engine import Engine
+from pipelines.engine.comparison import Comparison
+from pipelines.engine.loading import shipped_models
+from pipelines.engine.recall import recall
+from pipelines.engine.results import Progress, Result, save
+from pipelines.engine.session import Engine
+from pipelines.engine.settings import Settings
 from pipelines.method_catalogue import METHODS
 from pipelines.methods import Use, parse_use
-from pipelines.models import shipped_models
-from pipelines.recall import recall
-from pipelines.results import Progress, Result, save
-from pipelines.settings import Settings
 from tests.pipelines.engines import drawn, last, pixels
 
 pytestmark = pytest.mark.usefixtures("unmeasured")

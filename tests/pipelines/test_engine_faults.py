@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from pipelines.cli import UserError
-from pipelines.engine import Engine
+from pipelines.engine.models import ModelStore
+from pipelines.engine.results import Progress
+from pipelines.engine.session import Engine
+from pipelines.engine.settings import Settings
 from pipelines.methods import Use
-from pipelines.models import ModelStore
-from pipelines.results import Progress
-from pipelines.settings import Settings
 from tests.pipelines.engines import drawn, pixels
 
 pytestmark = pytest.mark.usefixtures("unmeasured")

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from pipelines.cli import UserError
+from pipelines.engine.memory import is_out_of_memory
+from pipelines.engine.previews import Previewer, colours_of, noise_scales
 from pipelines.guard import Guard, LogIn, is_loopback
-from pipelines.memory import is_out_of_memory
 from pipelines.method_catalogue import METHODS
 from pipelines.methods import Use, parse_use, timeline
-from pipelines.previews import Previewer, colours_of, noise_scales
 from pipelines.schedules import count_parts, counts_text, draw_parts, parse_counts
 from tests.builders.programs import build_sit
 

@@ -7,7 +7,7 @@ import pytest
 
 import attngen
 from pipelines.cli import UserError
-from pipelines.settings import Settings
+from pipelines.engine.settings import Settings
 from tests.pipelines.engines import drawn, pixels
 
 pytestmark = pytest.mark.usefixtures("unmeasured")

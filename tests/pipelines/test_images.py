@@ -7,12 +7,12 @@ import stat
 import pytest
 from PIL import Image, PngImagePlugin
 
+from pipelines.cli.provenance import model_hash
 from pipelines.images import (
     MAX_SETTINGS_CHARACTERS,
     SETTINGS_CHUNK,
     enlarge,
     grid,
-    model_hash,
     parameters_text,
     read_settings,
     save_png,

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from pipelines.cli import UserError
+from pipelines.engine.models import ModelStore
+from pipelines.engine.recall import parse_parameters, recall
+from pipelines.engine.results import save
 from pipelines.images import read_settings, save_png
-from pipelines.models import ModelStore
-from pipelines.recall import parse_parameters, recall
-from pipelines.results import save
 from tests.pipelines.engines import drawn, last, pixels
 
 pytestmark = pytest.mark.usefixtures("unmeasured")

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from pipelines import text2image
+from pipelines.engine.loading import single_file_pipeline
 from pipelines.images import read_settings
 from tests.builders.programs import build_sd
 
@@ -131,7 +132,7 @@ def test_models_that_are_none(draw, tmp_path):
         ("empty", "not a pipeline folder"),
         ("sit", "draws classes, not texts; try python -m pipelines.class2image"),
         ("weights.ckpt", "is not a .safetensors file; --allow-pickle reads others"),
-        ("no/where/at/all", "there is no file or folder 'no/where/at/all', and it is no hub id"),
+        ("no/where/at/all", "there is no file or folder 'no/where/at/all', and it is not a hub id"),
     ):
         code, _, err = draw("a fox", model=name)
         assert code == 2 and sentence in err and err.count("\n") == 1
@@ -182,4 +183,4 @@ def test_single_files_are_told_apart(tmp_path):
     }
     for kind, key in keys.items():
         save_file({key: torch.zeros(4, 4)}, tmp_path / f"{kind}.safetensors")
-        assert text2image.single_file_pipeline(str(tmp_path / f"{kind}.safetensors")) == kind
+        assert single_file_pipeline(str(tmp_path / f"{kind}.safetensors")) == kind

@@ -99,7 +99,7 @@ def _write_pipeline(path: Path) -> None:
 def _read_pipeline(path: Path) -> Any:
     """As the programs read a folder."""
     from pipelines import class2image, cli
-    from pipelines.models import ModelStore
+    from pipelines.engine.models import ModelStore
 
     try:
         return ModelStore("cpu", dtype="float32").get(class2image.find_model(str(path))).pipe

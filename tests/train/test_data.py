@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.cli.seeds import generator_for
 from train import data as data_module
 from train.broken import Broken, parse_max_broken
 from train.data import open_data
@@ -24,7 +25,6 @@ from train.data_sources import fingerprint_of
 from train.data_tar import expand_braces
 from train.emoji import EmojiDataset, augment
 from train.pictures import MAX_PIXELS, center_crop, read_picture
-from train.seeds import generator_for
 
 ROOT = Path(__file__).parents[2]
 SIZE = 16
@@ -618,7 +618,7 @@ def test_batches_are_ready_when_they_are_wanted(folder):
 def test_a_program_that_forgets_to_close_ends(folder):
     program = (
         "import sys; from train.data import open_data; from train.data_prefetch import Prefetcher\n"
-        "from train.seeds import generator_for; import torch\n"
+        "from pipelines.cli.seeds import generator_for; import torch\n"
         f"d = open_data(sys.argv[1], image_size={SIZE})\n"
         "p = Prefetcher(d, lambda s: (torch.tensor([0, 1]), generator_for(s)), 2, 2); print(next(p).step)"
     )

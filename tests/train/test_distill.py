@@ -532,7 +532,7 @@ def test_labels_of_the_data_become_the_models(folder):
 
     drawing = drawing_of(folder, batch_size=64)
     from attngen.hosts.families import slot
-    from train.seeds import sample_order
+    from pipelines.cli.seeds import sample_order
 
     place = slot(drawing.model.forward, "class_labels")
     labels = place.get(*NoisedData(drawing, Data(), {0: 1, 1: 0}).call(0))

@@ -16,12 +16,12 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from pipelines.cli.seeds import generator_for
 from tests.train.test_data import assert_batches_are_stateless, class_folders
 from train import encode, latents
 from train.data import open_data
 from train.data_prefetch import Prefetcher
 from train.latents import INDEX_NAME, LatentData, load_vae, scale, unscale, weights_hash
-from train.seeds import generator_for
 
 ROOT = Path(__file__).parents[2]
 SIZE = 16
@@ -182,7 +182,7 @@ def test_a_large_shard_is_not_loaded(tmp_path, encoded):
     (folder / INDEX_NAME).write_text(json.dumps(index))
     program = (
         "import sys, torch; from pathlib import Path; from train.data import open_data\n"
-        "from train.seeds import generator_for; torch.zeros(8, 64, 8, 8)\n"
+        "from pipelines.cli.seeds import generator_for; torch.zeros(8, 64, 8, 8)\n"
         "import train.latents\n"
         "def used():\n"
         "    return int([x for x in open('/proc/self/status') if x.startswith('VmRSS')][0].split()[1]) // 1024\n"

@@ -15,13 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.cli.signals import StopOnSignal
 from tests.train.test_sit_training import assert_same, run, weights
 from train.build import compile_model
 from train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, write_json
 from train.meter import append_line
 from train.presets import PRESETS
 from train.run import MOST_SKIPPED, Run
-from train.signals import StopOnSignal
 from train.start import check_same_checkpoint, set_matmul_precision
 
 

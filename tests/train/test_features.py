@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipelines.cli.seeds import generator_for, sample_order
 from train import feature_training, features, train_features
 from train.emoji import CLASSES, DATA_FILE, EmojiDataset
 from train.features import FeatureExtractor, load_extractor, prepare
-from train.seeds import generator_for, sample_order
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from pipelines.cli.seeds import generator_for, sample_order
 from train import evaluate, sit
 from train.build import build_model
 from train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, write_json
@@ -28,7 +29,6 @@ from train.ema import PowerAverage, Profile, combination, gamma_of
 from train.objectives import make_objective
 from train.presets import PRESETS
 from train.run import Run, learning_rate_factor
-from train.seeds import generator_for, sample_order
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,18 +9,16 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import cli
-from pipelines.class2image import shipped_model
+from pipelines.engine.loading import LoadOptions, draws_classes, load_pipeline, shipped_models
 from pipelines.method_catalogue import MEDIATORS, METHODS, UNCHANGED
 
 if TYPE_CHECKING:
     import torch
 
 CLASSES, TEXTS = "classes", "texts"
-DEFAULT_MODEL = "emoji"
 # Steps and guidance where the pipeline's own defaults are meant for large models on a GPU.
 CLASS_STEPS, CLASS_GUIDANCE = 25, 2.0
 SMALL_NETWORK = 20_000_000  # weights
@@ -124,7 +122,7 @@ class ModelStore:
         threads: CPU threads; None for one with a small network and all cores otherwise.
         allowed: names of models; None for any hub id, folder or file.
         first: names to offer before the others.
-        offload: "none", "model" or "sequential", see text2image.
+        offload: "none", "model" or "sequential".
         allow_pickle: whether to read weights that are not safetensors.
         config: for single files: folder or hub id of a pipeline of their kind.
         revision: of models of the hub: branch, tag or commit.
@@ -198,28 +196,20 @@ class ModelStore:
                 del self._models[name]
 
 
-def shipped_models() -> dict[str, Path]:
-    """The models in the package, by name."""
-    assets = shipped_model().parent
-    folders = {"emoji": assets / "emoji", "emoji-unet": assets / "emoji_unet"}
-    return {name: folder for name, folder in folders.items() if (folder / "model_index.json").is_file()}
-
-
 def load_model(name: str, options: argparse.Namespace) -> Model:
     """Load a model by name; see `ModelStore.get`.
 
     Args:
-        name: of a model that ships, hub id, folder or single file.
-        options: device, dtype, threads and what text2image's loader takes.
+        name: of a model in the package, hub id, folder or single file.
+        options: device, threads and what `LoadOptions` has.
     """
-    from pipelines.images import model_hash
+    from pipelines.cli.provenance import model_hash
 
     path = str(shipped_models().get(name, name))
     device = cli.prepare_device(options)
-    draws_classes = _draws_classes(path, options.revision)
-    pipe = _load_classes(path, options, device) if draws_classes else _load_texts(path, options, device)
+    pipe = load_pipeline(path, LoadOptions.of(options), device)
     pipe.set_progress_bar_config(disable=True)
-    kind = CLASSES if "class_labels" in inspect.signature(pipe.__call__).parameters else TEXTS
+    kind = CLASSES if draws_classes(pipe) else TEXTS
     return Model(
         name=name,
         path=path,
@@ -233,60 +223,6 @@ def load_model(name: str, options: argparse.Namespace) -> Model:
         threads=options.threads or _threads(pipe, device),
         hash=model_hash(path),
     )
-
-
-def _draws_classes(path: str, revision: str | None) -> bool:
-    """Whether it is a pipeline of classes, from its index alone; UserError if it can be no model at all."""
-    if Path(path).is_dir():
-        index = cli.read_index(Path(path))
-    elif Path(path).is_file():
-        return False
-    elif cli.is_hub_id(path):
-        from diffusers import DiffusionPipeline
-
-        index = cli.load(path, lambda: DiffusionPipeline.load_config(path, revision=revision))
-    else:
-        raise cli.UserError(f"there is no file or folder {path[:200]!r}, and it is no hub id (owner/name)")
-    kind = _class_of(index)
-    return kind is not None and "class_labels" in inspect.signature(kind.__call__).parameters
-
-
-def _class_of(index: Any) -> Any:
-    """The pipeline's class: one of attngen's or diffusers'."""
-    import diffusers
-
-    import attngen
-
-    name = index.get("_class_name") if isinstance(index, dict) else None
-    if not isinstance(name, str):
-        return None
-    return getattr(attngen, name, None) or getattr(diffusers, name, None)
-
-
-def _load_classes(path: str, options: argparse.Namespace, device: torch.device) -> Any:
-    from diffusers import DiffusionPipeline
-
-    def read() -> Any:
-        kind = _class_of(DiffusionPipeline.load_config(path, revision=options.revision))
-        return kind.from_pretrained(
-            path,
-            dtype=dtype,
-            revision=options.revision,
-            variant=options.variant,
-            use_safetensors=None if options.allow_pickle else True,
-        )
-
-    dtype = cli.choose_dtype(options.dtype, device)
-    return cli.load(path, read).to(device)
-
-
-def _load_texts(path: str, options: argparse.Namespace, device: torch.device) -> Any:
-    from pipelines import text2image
-
-    options = argparse.Namespace(**{**vars(options), "model": path})
-    text2image.check_model(options)
-    text2image.check_packages()
-    return text2image.load_pipeline(options, device)
 
 
 def _labels(pipe: Any) -> dict[int, str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.settings import Settings
+from pipelines.engine.settings import Settings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -72,7 +72,7 @@ class Result:
         seconds: of drawing, without loading and saving; the first run of a model also pays for first calls.
         steps: of the sampler, in all.
         steps_per_second: of all pictures together.
-        peak_bytes: most memory, see `pipelines.memory`; None where nobody counts.
+        peak_bytes: most memory, see `pipelines.engine.memory`; None where nobody counts.
         memory_of: "device" or "process".
         flops: operations of the denoiser for one picture; None where they were not counted.
         report: what the patch did to each layer; None without one.

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.cli import UserError, public_name
-from pipelines.images import MAX_SETTINGS_CHARACTERS, PARAMETERS_CHUNK, model_hash, read_settings, versions
+from pipelines.cli.provenance import model_hash, versions
+from pipelines.engine.loading import shipped_models
+from pipelines.engine.models import ModelStore
+from pipelines.engine.settings import Limits, Settings
+from pipelines.images import MAX_SETTINGS_CHARACTERS, PARAMETERS_CHUNK, read_settings
 from pipelines.method_catalogue import MEDIATORS, METHODS, UNCHANGED
-from pipelines.models import ModelStore, shipped_models
-from pipelines.settings import Limits, Settings
 
 MAX_BYTES = 64 * 2**20
 # Packages whose version decides a picture.

@@ -8,8 +8,8 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from pipelines.models import Model
-from pipelines.results import Progress
+from pipelines.engine.models import Model
+from pipelines.engine.results import Progress
 
 T = TypeVar("T")
 Tell = Callable[[Progress], None]
@@ -23,7 +23,7 @@ def run_in_thread(
     When the generator is closed `stop` is set and the thread is waited for. Where memory runs out
     `when_out_of_memory` is called, what nobody holds is given back, and a MemoryError says what to do.
     """
-    from pipelines.memory import REMEDY, free_memory, is_out_of_memory
+    from pipelines.engine.memory import REMEDY, free_memory, is_out_of_memory
 
     events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
     stop = threading.Event()
@@ -58,7 +58,7 @@ def run_in_thread(
 @contextmanager
 def held(model: Model, tell: Tell, stop: threading.Event) -> Iterator[None]:
     """The model's lock, while others draw waited for in a way that can be stopped."""
-    from pipelines.calls import Stopped
+    from pipelines.engine.calls import Stopped
 
     if not model.lock.acquire(blocking=False):
         tell(Progress("waiting for another picture"))

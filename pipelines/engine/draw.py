@@ -11,12 +11,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipelines import cli
+from pipelines.engine.models import CLASSES, Model
+from pipelines.engine.results import Progress, Result, describe
+from pipelines.engine.settings import Limits, Settings
 from pipelines.mediators import check_mediators, make_mediators
 from pipelines.method_catalogue import MEDIATORS
 from pipelines.methods import Use, find_method
-from pipelines.models import CLASSES, Model
-from pipelines.results import Progress, Result, describe
-from pipelines.settings import Limits, Settings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -92,8 +92,8 @@ def draw(
     """Draw fitted settings, here and now; the caller holds the model's lock. See `Engine.draw`."""
     import torch
 
-    from pipelines.calls import CallWatch, Stopped
-    from pipelines.memory import PeakMemory
+    from pipelines.engine.calls import CallWatch, Stopped
+    from pipelines.engine.memory import PeakMemory
 
     if model.threads is not None:
         torch.set_num_threads(model.threads)
@@ -148,7 +148,7 @@ def method_on(
         UserError: if the method changes nothing in this model.
     """
     import attngen
-    from pipelines.calls import watched
+    from pipelines.engine.calls import watched
 
     plan = find_method(use.method).plan
     wanted = plan(use.options) if plan else patch
@@ -219,7 +219,7 @@ def _draw_together(model: Model, wanted: Sequence[Settings], before: int, clock:
     import numpy as np
     import torch
 
-    from pipelines.previews import Previewer
+    from pipelines.engine.previews import Previewer
     from pipelines.samplers import make_sampler
 
     pipe, own, first = model.pipe, model.pipe.scheduler, wanted[0]

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from attngen.step import CHANNEL_KEY, StepInfo
 from torch import nn
 
 from attngen.hosts.families import denoisers_of
-from attngen.step import CHANNEL_KEY, StepInfo
 
 
 class Stopped(Exception):

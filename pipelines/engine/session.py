@@ -11,23 +11,29 @@ does the same here and now, and in batches if asked to.
 
 from __future__ import annotations
 
+import argparse
+import sys
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipelines import cli
-from pipelines.background import Tell, held, run_in_thread
-from pipelines.comparison import WARM_UP_STEPS, Comparison, compare_results
-from pipelines.drawing import call_arguments, draw, fit
+from pipelines.engine.background import Tell, held, run_in_thread
+from pipelines.engine.comparison import WARM_UP_STEPS, Comparison, compare_results
+from pipelines.engine.draw import call_arguments, draw, fit
+from pipelines.engine.loading import DEFAULT_MODEL
+from pipelines.engine.models import CLASSES, Model, ModelStore
+from pipelines.engine.results import Progress, Result
+from pipelines.engine.settings import UNLIMITED, Limits, Settings, whole
 from pipelines.method_catalogue import UNCHANGED
 from pipelines.methods import Use
-from pipelines.models import CLASSES, DEFAULT_MODEL, Model, ModelStore
-from pipelines.results import Progress, Result
-from pipelines.settings import Limits, Settings, whole
 
 if TYPE_CHECKING:
     from attngen import Plan
+
+STORE_OPTIONS = ("device", "dtype", "threads", "offload", "allow_pickle", "config", "revision", "variant")
 
 
 class Engine:
@@ -56,7 +62,7 @@ class Engine:
     def generate(
         self, settings: Settings, previews: bool = True, count_flops: bool = False
     ) -> Generator[Progress | Result, None, None]:
-        """Draw; yields `Progress` and at last one `Result`. Nothing is written; see `pipelines.results.save`.
+        """Draw; yields `Progress` and at last one `Result`. Nothing is written; see `pipelines.engine.results.save`.
 
         Args:
             settings: what to draw.
@@ -91,7 +97,7 @@ class Engine:
         Args:
             sheet: what to draw; several of them differ in prompt, seed and number of pictures only.
             tell: is told how far it is.
-            stop: where this is set, `pipelines.calls.Stopped` is raised at the next call of the network.
+            stop: where this is set, `pipelines.engine.calls.Stopped` is raised at the next call of the network.
             previews: whether progress holds small pictures.
             count_flops: see `generate`.
             batch: most pictures in one call of the pipeline. Each has its own noise, so it is the same in any batch
@@ -208,7 +214,7 @@ def _calibrate(
         from attngen.calibration import calibrate
     except ImportError as error:
         raise cli.UserError(f"this attngen cannot calibrate: {error}") from error
-    from pipelines.calls import CallWatch, watched
+    from pipelines.engine.calls import CallWatch, watched
 
     if "plan" in model.refused:
         raise cli.UserError(f"{model.name} cannot be calibrated: {model.refused['plan']}")
@@ -229,3 +235,27 @@ def _calibrate(
             )
     except ValueError as error:
         raise cli.UserError(str(error)) from error
+
+
+# As the programs run it
+
+
+def make_engine(options: argparse.Namespace) -> Engine:
+    """An engine without limits, from a program's parsed arguments, as far as it has those of a `ModelStore`."""
+    given: dict[str, Any] = {name: value for name, value in vars(options).items() if name in STORE_OPTIONS}
+    return Engine(ModelStore(**given), UNLIMITED)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Tell]:
+    """A progress bar, on a terminal only: yields what updates it."""
+    from tqdm import tqdm
+
+    with tqdm(total=100, disable=not sys.stderr.isatty(), leave=False, bar_format="{l_bar}{bar}| {desc}") as bar:
+
+        def tell(progress: Progress) -> None:
+            bar.set_description_str(str(progress), refresh=False)
+            bar.n = round(100 * progress.share)
+            bar.refresh()
+
+        yield tell

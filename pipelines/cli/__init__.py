@@ -10,20 +10,18 @@ import json
 import math
 import os
 import re
-import socket
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import torch
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-T = TypeVar("T")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+OFFLOADS = ("none", "model", "sequential")
 
 
 class UserError(Exception):
@@ -62,7 +60,7 @@ def run(program: str, body: Callable[[], None]) -> int:
     except (FloatingPointError, OSError) as error:
         return _complain(program, str(error), EXIT_FAILURE)
     except (MemoryError, RuntimeError) as error:
-        from pipelines.memory import is_out_of_memory
+        from pipelines.engine.memory import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise  # a fault of ours, which a traceback helps to find
@@ -130,6 +128,17 @@ def add_common_arguments(parser: argparse.ArgumentParser, images: int = 1) -> No
     parser.add_argument("--json", action="store_true", help="print settings, seconds and file as JSON")
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that choose a text-to-image model, and how it is loaded."""
+    add = parser.add_argument
+    add("--model", required=True, help="hub id, folder, or .safetensors file")
+    add("--config", help="for a single file: folder or hub id of a pipeline of its kind (default: from the hub)")
+    add("--revision", help="branch, tag or commit on the hub")
+    add("--variant", help="weights' variant, such as fp16")
+    add("--allow-pickle", action="store_true", help="read weights that are not safetensors")
+    add("--offload", choices=OFFLOADS, default="none", help="keep idle parts in main memory")
+
+
 # Devices, files, output
 
 
@@ -195,101 +204,6 @@ def report_done(options: argparse.Namespace, path: Path, count: int, seconds: fl
         print(json.dumps({"file": str(path), "seconds": round(seconds, 3), **details}, ensure_ascii=False))
     else:
         print(f"{path}  ({count} picture{'s' if count > 1 else ''}, {seconds:.1f} s)")
-
-
-def show_progress(pipe: Any) -> None:
-    """A bar for the steps, where someone is watching."""
-    pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
-
-
-def load(model: str, read: Callable[[], T]) -> T:
-    """What `read` returns, without the libraries' chatter on stderr.
-
-    Raises:
-        OSError: if it cannot be loaded, in one sentence.
-    """
-    from diffusers.utils import logging
-    from huggingface_hub.utils import logging as hub_logging
-
-    level, hub_level = logging.get_verbosity(), hub_logging.get_verbosity()
-    logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loaded = read()
-            _check_complete(loaded)
-            return loaded
-    except Exception as error:  # damaged files, a missing repository, no network: each raises its own kind
-        if Path(model).exists():
-            raise OSError(f"cannot load {model}: {first_line(error)}") from error
-        raise OSError(
-            f"cannot get {model} from the Hugging Face hub: check the name and the network, or give a local folder"
-            f" ({type(error).__name__})"
-        ) from error
-    finally:
-        logging.set_verbosity(level)
-        hub_logging.set_verbosity(hub_level)
-        logging.enable_progress_bar()
-
-
-def _check_complete(loaded: Any) -> None:
-    """ValueError if a network of a pipeline lacks weights in its files."""
-    for name, part in getattr(loaded, "components", {}).items():
-        if missing := missing_weights(part):
-            raise ValueError(f"weights are missing in the files of its {name}: {', '.join(missing[:3])}")
-
-
-def missing_weights(network: Any) -> list[str]:
-    """Names of weights that were not in a network's files; diffusers only logs them, and leaves them without values.
-
-    Args:
-        network: what `from_pretrained` gave; anything but a module has none.
-    """
-    weights = network.named_parameters() if hasattr(network, "named_parameters") else ()
-    return [name for name, tensor in weights if tensor.is_meta]
-
-
-def prepare_hub() -> None:
-    """Without a network use what the hub's cache holds, at once; its client would try for half a minute first.
-
-    To be called before anything imports the client, which reads the variable once.
-    """
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return
-    host = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name that is no file or folder can be one of the hub; if so the hub is made ready."""
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is None:
-        return False
-    prepare_hub()
-    return True
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """A pipeline folder's model_index.json.
-
-    Raises:
-        UserError: if there is none, or it is damaged.
-    """
-    file = folder / "model_index.json"
-    if not file.is_file():
-        raise UserError(f"{folder} is not a pipeline folder: it has no model_index.json")
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
-    if not isinstance(index, dict):
-        raise UserError(f"{file} is no JSON object")
-    return index
 
 
 def public_name(model: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipelines.results import Result
+from pipelines.engine.results import Result
 
 if TYPE_CHECKING:
     from PIL import Image
