@@ -9,26 +9,28 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub, which reads it once
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
-import zlib
+from pathlib import Path
 
 import pytest
 import torch
 
 # Files that take minutes, longest first: where several processes share the tests, none is left with one of them at the
 # end while the others have nothing to do.
-LONG = ("test_sit_training.py", "test_triton_agent.py", "test_page.py", "test_compile.py", "test_triton_linear.py")
+LONG = (
+    "train/test_sit_training.py",
+    "kernels/triton/test_agent.py",
+    "app/test_page.py",
+    "hosts/test_compile.py",
+    "kernels/triton/test_linear.py",
+)
 
 torch.set_num_threads(min(int(os.environ["OMP_NUM_THREADS"]), torch.get_num_threads()))
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
-    for item in items:
-        share = item.get_closest_marker("share")
-        # The same cases everywhere, whatever else is collected.
-        if share and zlib.crc32(item.name.encode()) % share.args[0]:
-            item.add_marker(pytest.mark.slow)
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(LONG)))
     reasons = {}
     if not torch.cuda.is_available():
         reasons["gpu"] = "needs a CUDA device"

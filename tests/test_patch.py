@@ -27,6 +27,7 @@ from attngen import (
     TokenMerging,
 )
 from tests.builders.hosts import ACTIVE, EXACT, HOSTS, TEXT, fresh, normal, self_attention, snapshot
+from tests.cases import share
 
 AGENTS = ACTIVE["agents"]
 
@@ -66,8 +67,10 @@ def ignore_cost():
     return warnings.catch_warnings(action="ignore", category=AttnGenWarning)
 
 
-@pytest.mark.share(2)
-@pytest.mark.parametrize("method", [*PRESETS, *ACTIVE.values(), *EXACT.values()], ids=[*PRESETS, *ACTIVE, *EXACT])
+METHODS = {**{f"preset-{name}": name for name in PRESETS}, **ACTIVE, **EXACT}
+
+
+@pytest.mark.parametrize(("host", "method"), share(2, HOSTS, METHODS))
 def test_apply_and_remove(host, model, method):
     exact, clean = stock_output(host), snapshot(model)
     with ignore_cost():
@@ -220,9 +223,13 @@ def test_the_patch_does_not_keep_a_model_alive():
 # Copies, files, threads
 
 
-@pytest.mark.share(2)
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
-@pytest.mark.parametrize("method", ["agentsd", TokenMerging(0.5, random=True)], ids=["agentsd", "random"])
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}
+
+
+@pytest.mark.parametrize(
+    ("host", "method", "copied"),
+    share(2, HOSTS, {"agentsd": "agentsd", "random": TokenMerging(0.5, random=True)}, COPIES),
+)
 def test_copies_are_patched_and_independent(host, model, method, copied):
     exact, clean = stock_output(host), snapshot(model)
     with ignore_cost():
@@ -579,12 +586,13 @@ PLAN3 = Plan(
 )
 
 
-@pytest.mark.share(3)
-@pytest.mark.parametrize(
-    ("time", "stage"), [(1.0, 0), (0.9, 0), (0.61, 0), (0.59, 1), (0.4, 1), (0.21, 1), (0.19, 2), (0.0, 2)]
-)
-def test_stages_by_time(host, model, time, stage):
+MOMENTS = [(1.0, 0), (0.9, 0), (0.61, 0), (0.59, 1), (0.4, 1), (0.21, 1), (0.19, 2), (0.0, 2)]
+
+
+@pytest.mark.parametrize(("host", "moment"), share(3, HOSTS, MOMENTS))
+def test_stages_by_time(host, model, moment):
     """SiT counts from noise to data, FLUX in [0, 1], the others from 999 to 0."""
+    time, stage = moment
     with attngen.apply(model, PLAN3):
         got = host(model, time=time)
     with attngen.apply(model, PLAN3.stages[stage].method_for("")):

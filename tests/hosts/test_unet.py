@@ -12,6 +12,7 @@ from attngen import PRESETS, AgentAttention, DownsampledKV, FocalAttention, Line
 from attngen.hosts.image import AttnGenProcessor
 from attngen.methods.base import Selection
 from tests.builders.hosts import HOSTS, TEXT, fresh, normal, self_attention
+from tests.cases import share
 from tests.hosts.numbers import assert_close, project, recorded, wanted, wanted_merging
 
 pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning")
@@ -95,10 +96,10 @@ def test_other_shapes_by_definition(size, grid, method):
 # tomesd
 
 
-@pytest.mark.share(3)
-@pytest.mark.parametrize("size", [(16, 16), (8, 24), (24, 10), (9, 15), (13, 11), (7, 8), (17, 5)])
-@pytest.mark.parametrize("ratio", [0.5, 0.3, 0.75])
-@pytest.mark.parametrize("name", ["sd15", "sd21"])
+SIZES = [(16, 16), (8, 24), (24, 10), (9, 15), (13, 11), (7, 8), (17, 5)]
+
+
+@pytest.mark.parametrize(("name", "ratio", "size"), share(3, ["sd15", "sd21"], [0.5, 0.3, 0.75], SIZES))
 def test_tome_gives_the_numbers_of_tomesd(name, size, ratio):
     host, ours, theirs = HOSTS[name], fresh(name), fresh(name)
     tomesd.apply_patch(theirs, ratio=ratio, max_downsample=1, use_rand=False)

@@ -13,6 +13,7 @@ from attngen import AgentAttention, LearnedLayers, LearnedMediators
 from attngen.learned.modules import HiddenModule
 from tests.builders.hosts import HOSTS, fresh, normal, snapshot
 from tests.builders.learned import METHODS, learned
+from tests.cases import share
 
 pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning")
 
@@ -121,8 +122,7 @@ def test_half_precision_and_autocast(name, method):
         assert out.dtype == torch.bfloat16 and (out.float() - want).norm() <= 0.1 * want.norm()
 
 
-@pytest.mark.share(4)
-@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize(("method", "sequential"), share(4, METHODS, [False, True]))
 def test_offloading(method, sequential):
     import accelerate
 

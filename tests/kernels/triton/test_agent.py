@@ -21,6 +21,7 @@ from attngen.kernels import reference
 from attngen.kernels.reference import Convolution
 from attngen.kernels.triton import agent as triton_agent
 from attngen.kernels.triton import common as triton_common
+from tests.cases import share
 
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
@@ -194,8 +195,7 @@ CASES = [
 ]
 
 
-@pytest.mark.share(2)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", share(2, CASES))
 def interpreted_gradients_match_float64(case):
     compare(case)
 
@@ -209,22 +209,20 @@ def interpreted_all_sizes(tokens, head_dim, agents):
 
 
 # Batch 5 of 2 heads: several programs share the batch of a gradient, and the last has fewer elements.
-@pytest.mark.share(2)
-@pytest.mark.parametrize(
-    ("aggregation_bias", "broadcast_bias"),
-    [
-        ((1, 2, 5, 20), (1, 2, 17, 5)),
-        ((5, 1, 5, 1), (5, 2, 17, 5)),
-        ((1, 20), (5,)),
-        ((2, 1, 20), (17, 1)),
-        ((5, 2, 1, 1), (1, 1, 1, 1)),
-        (None, (2, 17, 5)),
-        ((5, 20), None),
-    ],
-    ids=str,
-)
-def interpreted_biases_broadcast(aggregation_bias, broadcast_bias):
-    compare(Case(17, 8, 5, 20, 16, 5, 2, aggregation_bias, broadcast_bias))
+BIASES = [
+    ((1, 2, 5, 20), (1, 2, 17, 5)),
+    ((5, 1, 5, 1), (5, 2, 17, 5)),
+    ((1, 20), (5,)),
+    ((2, 1, 20), (17, 1)),
+    ((5, 2, 1, 1), (1, 1, 1, 1)),
+    (None, (2, 17, 5)),
+    ((5, 20), None),
+]
+
+
+@pytest.mark.parametrize("biases", share(2, BIASES))
+def interpreted_biases_broadcast(biases):
+    compare(Case(17, 8, 5, 20, 16, 5, 2, *biases))
 
 
 def interpreted_shared_bias_over_many_batches(monkeypatch):

@@ -16,6 +16,7 @@ import torch
 
 from attngen.kernels.triton import linear as triton_linear
 from attngen.methods import linear
+from tests.cases import share
 
 MAPS = ["elu", "relu", "focused", "identity"]
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1.5e-3, torch.bfloat16: 3e-2}
@@ -130,10 +131,9 @@ COVERING = [
 ]
 
 
-@pytest.mark.share(2)
-@pytest.mark.parametrize(("n", "length", "d", "e", "feature_map"), COVERING)
-def test_output_and_gradients_are_those_of_the_definition(poisoned, n, length, d, e, feature_map):
-    check(poisoned, n, length, d, e, feature_map)
+@pytest.mark.parametrize("case", share(2, COVERING))
+def test_output_and_gradients_are_those_of_the_definition(poisoned, case):
+    check(poisoned, *case)
 
 
 @pytest.mark.slow
@@ -144,9 +144,7 @@ def test_all_sizes(poisoned, n, d, feature_map):
     check(poisoned, n, {1: 63, 63: 256, 256: 1000, 300: 300, 1000: 1}[n], d, d, feature_map)
 
 
-@pytest.mark.share(2)
-@pytest.mark.parametrize("feature_map", MAPS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "feature_map"), share(2, [torch.float16, torch.bfloat16], MAPS))
 def test_half_precision(poisoned, feature_map, dtype):
     check(poisoned, 63, 70, 40, 72, feature_map, dtype)
 
@@ -359,7 +357,7 @@ print(why_not(x, x, x, "elu"))
 COMPILE = """
 import sys, torch, triton
 from triton.backends.compiler import GPUTarget
-from attngen.kernels import triton_linear
+from attngen.kernels.triton import linear as triton_linear
 
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", int: "i32", float: "fp32"}
 
