@@ -51,10 +51,19 @@ def check_tokens(x: Tensor, grid: Grid) -> None:
         raise ValueError(f"{x.shape[1]} tokens do not fill a grid of {grid[0]} x {grid[1]} = {math.prod(grid)}")
 
 
-def check_number(name: str, value: float, at_least: float = 0.0) -> None:
-    """Raise ValueError unless `value` is a finite number not below `at_least`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < at_least:
-        raise ValueError(f"{name} must be a finite number >= {at_least}, got {value!r}")
+def check_number(name: str, value: float, at_least: float = 0.0, below: float | None = None) -> None:
+    """Raise ValueError unless `value` is a finite number >= `at_least`, and below `below` where that is given."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if is_number and value >= at_least and (below is None or value < below):
+        return
+    wanted = f">= {at_least:g}" if below is None else f"in [{at_least:g}, {below:g})"
+    raise ValueError(f"{name} must be a finite number {wanted}, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def check_count(name: str, value: int, at_least: int = 1) -> None:

@@ -4,7 +4,7 @@
 from attngen.methods.agent import agent_attention
 from attngen.methods.focal import focal_attention
 from attngen.methods.linear import focused_feature_map, linear_attention
-from attngen.methods.merge import TokenMatching, match_tokens
+from attngen.methods.matching import TokenMatching, match_tokens
 from attngen.tokens import agent_grid, downsample_tokens, pool_tokens
 
 __all__ = [

@@ -1,72 +1,86 @@
-"""`apply` puts a plan on a pipeline's denoisers; the handle it returns reports and takes it back."""
+"""`apply` puts a plan on a pipeline's denoisers; the handle it returns reports on it and removes it."""
 
 from __future__ import annotations
 
 import os
 import uuid
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from attngen.checks import Grid, check_count
 from attngen.hosts import hooks
-from attngen.hosts.describe import default_size, describe_model, left_alone
-from attngen.hosts.families import denoisers_of
-from attngen.hosts.install import attention_modules, install, patchable_layers, refused_layers, uninstall
-from attngen.hosts.owners import check_owner, note_owner
-from attngen.kernels.dispatch import AUTO, check_kernel
+from attngen.hosts.clock import Clock
+from attngen.hosts.families import denoisers_of, drawing_models, family_of, why_unknown
+from attngen.hosts.install import (
+    Detached,
+    Patching,
+    attach,
+    attention_modules,
+    detach,
+    install,
+    patchable_layers,
+    refused_layers,
+)
+from attngen.kernels.dispatch import AUTO, Kernel, check_kernel
 from attngen.learned.file import SUFFIX, LearnedLayers
 from attngen.learned.methods import LearnedMethod
 from attngen.learned.modules import HiddenModule
 from attngen.methods import AttentionMethod, SoftmaxAttention
 from attngen.plan import Plan
 from attngen.presets import resolve_preset
-from attngen.report import LayerReport, Report
+from attngen.report import LayerReport, Report, Review, default_call, left_alone, rows_of
 from attngen.schedule import ChangeSchedule
+from attngen.trace import Trace
+
+Target = DiffusionPipeline | nn.Module
+Method = str | os.PathLike[str] | AttentionMethod | Plan | LearnedLayers
 
 
 def apply(
-    target: Any,
-    method: str | AttentionMethod | Plan | LearnedLayers | os.PathLike[str],
+    target: Target,
+    method: Method,
     *,
     min_tokens: int | None = None,
     seed: int = 0,
     switch: ChangeSchedule | None = None,
-    kernel: str = AUTO,
+    kernel: Kernel = AUTO,
+    **options: Any,
 ) -> AttentionPatch:
-    """Change the attention of a diffusers pipeline or model in place. One call undoes it, bit for bit.
+    """Change the attention of a diffusers pipeline or model in place. `handle.remove()` restores it, bit for bit.
 
     A model that is patched already gets the new plan instead of the old one. Cross-attention, and layers whose
     processor is not a plain one, stay as they are; `handle.report()` lists them with the reason. The patch belongs to
-    the model: pipelines that share a model share its patch, and only the one it was applied through, or the bare model,
-    may be given another.
+    the model: pipelines that share a model share its patch, and the last `apply` holds.
 
     Args:
-        target: a pipeline (its UNet, transformer and ControlNets are patched) or a bare model.
+        target: a pipeline (its UNet, transformers and ControlNets are patched) or a bare model.
         method: a preset's name (`attngen.PRESETS`), a method such as `AgentAttention(num_agents=64)`, a `Plan`, the
             path of a plan file (.json), or `LearnedLayers` or the path of a file of them (.safetensors).
-        min_tokens: overrides the plan's.
+        min_tokens: layers with fewer tokens stay exact; overrides the plan's.
         seed: of random token merging; the global random state is never read.
         switch: chooses the stage by the change of the latents instead of the time. Pass the same object to the
-            pipeline as `callback_on_step_end`. It starts anew when the time runs back.
+            pipeline as `callback_on_step_end`. It resets at the start of each generation.
         kernel: the path that computes agent and linear attention: "auto" takes the one measured to be fastest, any
-            other ("absorbed", "triton", "sdpa", "matmul", "reference") is taken wherever it can run. The report says
-            which one a layer takes, and why not the one that was asked for.
+            other is taken wherever it can run. The report names the one a layer takes, and why not the one asked for.
+        options: values for the options of a preset's methods, such as `num_agents=64`.
 
     Returns:
-        The handle: `.report()`, `.remove()`, `.reapply()`; also a context manager that removes on exit.
+        The handle: `.report()`, `.trace()`, `.remove()`, `.reapply()`; also a context manager that removes on exit.
 
     Raises:
-        ValueError: before anything is changed, for an unknown method or kernel, a bad plan file, a plan whose patterns
-            match no layer, learned layers that do not fit, a target without a self-attention layer that can be patched,
-            or a pipeline that shares a model with another one through which it is patched.
+        ValueError: for an unknown method, kernel or option, a bad plan file, a plan whose patterns match no layer,
+            learned layers that do not fit, or a target without a self-attention layer that can be patched. The target
+            is then as it was before, an older patch included.
     """
     learned = _learned(method)
-    plan = _resolve(method) if learned is None else learned.plan
+    plan = _resolve(method, options) if learned is None else learned.plan
+    if learned is not None and options:
+        raise ValueError(f"options such as {next(iter(options))!r} are for presets; learned layers have their own")
     if min_tokens is not None:
         check_count("min_tokens", min_tokens, at_least=0)
         plan = Plan(plan.stages, min_tokens=min_tokens, max_levels=plan.max_levels)
@@ -76,24 +90,20 @@ def apply(
     models = denoisers_of(target)
     if learned is not None:
         models = learned.models_of(models)
-    check_owner(target, models)
     for name, model in models.items():
         _check_patchable(model, name or type(model).__name__)
     _check_patterns(plan, models.values())
     cores = {} if learned is None else _cores(learned, models)
-    patch = AttentionPatch(models, plan, seed, switch, kernel, cores)
-    patch._install(target)
+    patch = AttentionPatch(target, models, plan, seed, switch, kernel, cores)
+    _warn_of_others(target, models)
+    patch._install()
     return patch
 
 
-def remove(target: Any) -> None:
-    """Take any patch of attngen off a pipeline or model; nothing happens where there is none.
-
-    Raises:
-        ValueError: if the target has no model that attngen knows.
-    """
-    for model in denoisers_of(target).values():
-        uninstall(model)
+def remove(target: Target) -> None:
+    """Remove any patch of attngen from a pipeline or model; nothing happens where there is none."""
+    for model in drawing_models(target).values():
+        detach(model)
 
 
 class AttentionPatch:
@@ -105,21 +115,22 @@ class AttentionPatch:
 
     def __init__(
         self,
-        models: dict[str, nn.Module],
+        target: Target,
+        models: Mapping[str, nn.Module],
         plan: Plan,
-        seed: int,
-        switch: ChangeSchedule | None,
-        kernel: str,
+        seed: int = 0,
+        switch: ChangeSchedule | None = None,
+        kernel: str = AUTO,
         cores: Mapping[str, Mapping[str, HiddenModule]] | None = None,
     ) -> None:
         self.plan = plan
         self._cores = cores or {}
-        self._models, self._seed, self._switch, self._kernel = models, seed, switch, kernel
+        self._models, self._seed, self._switch, self._kernel = dict(models), seed, switch, kernel
+        self._clock = Clock(None if isinstance(target, nn.Module) else target)
+        unknown = {name: model for name, model in drawing_models(target).items() if family_of(model) is None}
+        self._unknown = {name: why_unknown(model) for name, model in unknown.items()}
         self._id = uuid.uuid4().hex
-        self._owner: weakref.ref[Any] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_owner": None}  # a copy's models are in no pipeline yet
+        self._trace: Trace | None = None
 
     def __enter__(self) -> AttentionPatch:
         return self
@@ -135,30 +146,27 @@ class AttentionPatch:
         return any(self._is_on(model) for model in self._models.values())
 
     def remove(self) -> None:
-        """Undo the patch: the layers' own processors come back and no hook, attribute or key is left.
+        """Undo the patch: the layers' own processors are restored and no hook, attribute or key is left.
 
         A processor that another tool has put in place of ours since then stays. Nothing happens when the patch is off.
         """
         for model in self._models.values():
             if self._is_on(model):
-                uninstall(model)
+                detach(model)
 
     def reapply(self) -> None:
-        """Put the patch back where another tool replaced its processors; theirs become the ones to restore.
+        """Patch again where another tool replaced the patch's processors; theirs become the ones to restore.
 
         Raises:
-            ValueError: if no layer can be patched by now, or another pipeline has patched a model that it shares.
+            ValueError: if no layer can be patched by now; everything is then as it was before.
         """
-        owner = None if self._owner is None else self._owner()
-        check_owner(owner, self._models)
         for name, model in self._models.items():
-            uninstall(model)
             _check_patchable(model, name or type(model).__name__)
-        self._install(owner)
+        self._install()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within it every layer is exact, bit for bit; what the layers are does not change."""
+        """Within it every layer is exact, bit for bit; the patch, its learned weights and its settings stay."""
         found = [hook for model in self._models.values() if self._is_on(model) and (hook := hooks.root_hook(model))]
         before = [hook.paused for hook in found]
         try:
@@ -196,21 +204,71 @@ class AttentionPatch:
             hook = hooks.root_hook(model)
             if hook is None or not self._is_on(model):
                 continue
-            size = hook.last_seen or default_size(model)
+            seen, grids = hook.last_seen or default_call(model), hooks.seen_grids(model)
             if grid is not None:
-                size = size._replace(grid=grid, tokens=grid[0] * grid[1])
-            patched += describe_model(model, name, self.plan.starts, size)
+                seen, grids = seen._replace(grid=grid, tokens=grid[0] * grid[1]), {}
+            patched += rows_of(model, name, self.plan.starts, seen, grids)
             left += [left_alone(name, layer, reason) for layer, reason in refused_layers(model, patched=True).items()]
+        if self.is_applied:
+            left += [left_alone(name, "", reason) for name, reason in self._unknown.items()]
         return Report(patched + left, self.plan.starts)
+
+    def trace(self) -> Trace:
+        """Start to count what each layer really runs, and return the counts; the running ones where it has started.
+
+        Print it, or take `to_json()`; `stop()`, or the end of `with handle.trace() as trace:`, ends the counting. Off,
+        a trace costs nothing; on, it breaks no graph of `torch.compile`.
+        """
+        if self._trace is None or not self._trace.is_running:
+            models = {name: model for name, model in self._models.items() if self._is_on(model)}
+            self._trace = Trace(models, self._id)
+        return self._trace
 
     def _is_on(self, model: nn.Module) -> bool:
         hook = hooks.root_hook(model)
         return hook is not None and hook.patch_id == self._id
 
-    def _install(self, target: Any) -> None:
-        self._owner = note_owner(target, self._models)
-        for name, model in self._models.items():
-            install(model, self.plan, self._id, self._seed, self._switch, self._kernel, self._cores.get(name))
+    def _install(self) -> None:
+        """Patch all models, or none."""
+        done: list[tuple[nn.Module, Detached]] = []
+        try:
+            for name, model in self._models.items():
+                before = detach(model)
+                done.append((model, before))
+                attach(model, before)
+                install(model, self._patching(name))
+        except BaseException:
+            for model, before in done:
+                detach(model)
+                attach(model, before)
+            raise
+
+    def _patching(self, component: str) -> Patching:
+        return Patching(
+            self.plan,
+            self._id,
+            Review(self.plan.starts),
+            self._clock,
+            self._seed,
+            self._switch,
+            self._kernel,
+            self._cores.get(component, {}),
+        )
+
+
+def _warn_of_others(target: Target, models: Mapping[str, nn.Module]) -> None:
+    """Warn of components that generate and stay exact, and of a model that another pipeline has patched."""
+    for name, model in drawing_models(target).items():
+        if family_of(model) is None:
+            hooks.warn(f"the {name} stays exact: {why_unknown(model)}")
+    for name, model in models.items():
+        hook = hooks.root_hook(model)
+        other = None if hook is None else hook.clock.pipeline
+        if other is not None and other is not target and not isinstance(target, nn.Module):
+            hooks.warn(
+                f"the {name} is shared with a {type(other).__name__} through which it was patched; the new patch holds"
+                " there too"
+            )
 
 
 def _learned(method: Any) -> LearnedLayers | None:
@@ -231,21 +289,24 @@ def _cores(learned: LearnedLayers, models: Mapping[str, nn.Module]) -> dict[str,
     return {name: learned.cores(model) for name, model in models.items()}
 
 
-def _resolve(method: Any) -> Plan:
-    if isinstance(method, Plan):
-        kinds = {m.kind for stage in method.stages for m in stage.layers.values() if isinstance(m, LearnedMethod)}
-        if kinds:
-            raise ValueError(f"{kinds.pop()} needs weights: apply the file of learned layers ({SUFFIX}) instead")
-        return method
-    if isinstance(method, LearnedMethod):
-        raise ValueError(f"{method.kind} needs weights: apply a file of learned layers ({SUFFIX}) instead")
-    if isinstance(method, AttentionMethod):
-        return Plan.of(method)
-    if isinstance(method, os.PathLike) or (isinstance(method, str) and method.endswith(".json")):
-        return Plan.load(method)
-    if isinstance(method, str):
-        return resolve_preset(method)
-    raise ValueError(f"a method is a preset's name, an attention method, a Plan or the path of one, got {method!r}")
+def _resolve(method: Any, options: Mapping[str, Any]) -> Plan:
+    if isinstance(method, str) and not method.endswith(".json"):
+        return resolve_preset(method, options)
+    if options:
+        raise ValueError(
+            f"options such as {next(iter(options))!r} are for presets, such as apply(pipe, 'agent', num_agents=64); set"
+            " them in the method itself"
+        )
+    plan = Plan.of(method) if isinstance(method, AttentionMethod) else method
+    if isinstance(plan, (str, os.PathLike)):
+        plan = Plan.load(plan)
+    if not isinstance(plan, Plan):
+        raise ValueError(f"a method is a preset's name, an attention method, a Plan or the path of one, got {method!r}")
+    for stage in plan.stages:
+        for one in stage.layers.values():
+            if isinstance(one, LearnedMethod):
+                raise ValueError(f"{one.kind} needs weights: apply a file of learned layers ({SUFFIX}) instead")
+    return plan
 
 
 def _check_switch(switch: Any, plan: Plan) -> None:
@@ -264,7 +325,7 @@ def _check_patterns(plan: Plan, models: Iterable[nn.Module]) -> None:
     methods = (method for name in layers for method in plan.methods_for(name))
     if wanted and all(isinstance(method, SoftmaxAttention) for method in methods):
         raise ValueError(
-            f"the patterns {', '.join(dict.fromkeys(wanted))} give no layer a method; layers are named like {layers[0]}"
+            f"no attention layer matches {', '.join(dict.fromkeys(wanted))}; layer names look like {layers[0]}"
         )
 
 

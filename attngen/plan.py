@@ -156,7 +156,7 @@ class Plan:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; an older file of that name stays whole until the new one is.
 
-        Measurements go into a second file, "plan.measurements.json" beside "plan.json".
+        Measurements go into a second file, "plan.measurements.json" for "plan.json".
         """
         write_file(Path(path), (self.to_json() + "\n").encode())
         if self.measurements is not None:

@@ -1,25 +1,17 @@
-"""PRESETS: what `apply` makes of a preset's name."""
+"""PRESETS: plans by name, from the methods' own presets and from recipes of papers that mix methods over time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
-from attngen.methods import (
-    AgentAttention,
-    DownsampledKV,
-    FocalAttention,
-    LinearAttention,
-    SoftmaxAttention,
-    TokenMerging,
-)
+from attngen.methods import METHOD_CLASSES, AttentionMethod, SoftmaxAttention, TokenMerging
 from attngen.plan import Plan, Stage
 
-PRESETS: Mapping[str, Plan] = {
-    # Exact attention everywhere, bit for bit: to compare with, and to give older models diffusers' attention backends.
-    "softmax": Plan.of(SoftmaxAttention()),
-    # Agents pooled from the queries; no merging, no gather. The paper's number of agents at 512 px.
-    "agent": Plan.of(AgentAttention(num_agents=256), min_tokens=1024),
-    # The recipe of arXiv 2312.08874 for Stable Diffusion: agents in the first 40% of the way, then token merging.
+RECIPES: Mapping[str, Plan] = {
+    # arXiv 2312.08874 for Stable Diffusion: agents during the first 40% of denoising, then token merging.
     "agentsd": Plan(
         (
             Stage(1.0, {"*": TokenMerging(ratio=0.4, stride=4, agent_ratio=0.95)}),
@@ -27,19 +19,57 @@ PRESETS: Mapping[str, Plan] = {
         ),
         max_levels=1,
     ),
-    # tomesd 0.1.3's defaults (arXiv 2303.17604) but for the draw: each cell's destination is its top-left token.
-    "tome": Plan.of(TokenMerging(ratio=0.5, stride=2), max_levels=1),
-    # arXiv 2402.13573.
-    "todo": Plan.of(DownsampledKV(factor=2), max_levels=1),
-    # arXiv 2107.00641 with plain means in place of learned pooling: near tokens exactly, far ones as 64 cells.
-    "focal": Plan.of(FocalAttention(), min_tokens=1024),
-    # For models trained with it; without training the picture is lost.
-    "linear": Plan.of(LinearAttention(feature_map="elu"), min_tokens=1024),
+}
+
+PRESETS: Mapping[str, Plan] = {
+    **{
+        name: Plan.of(cls(**preset.options), min_tokens=preset.min_tokens, max_levels=preset.max_levels)
+        for cls in METHOD_CLASSES.values()
+        for name, preset in cls.presets.items()
+    },
+    **RECIPES,
 }
 
 
-def resolve_preset(name: str) -> Plan:
-    """The plan of a preset; ValueError lists the known names."""
+def resolve_preset(name: str, overrides: Mapping[str, Any] | None = None) -> Plan:
+    """The plan of a preset, with other values of its methods' options.
+
+    Where a preset has several methods, an override changes those whose value is not the default, or all if none is.
+
+    Raises:
+        ValueError: for an unknown name, listing the known ones; for an option that no method of the preset has, naming
+            the nearest; for a bad value.
+    """
     if name not in PRESETS:
-        raise ValueError(f"unknown method {name!r}; known: {', '.join(PRESETS)}, or the path of a plan file (.json)")
-    return PRESETS[name]
+        raise ValueError(
+            f"unknown method {name!r}; {_nearest(name, PRESETS)}known: {', '.join(PRESETS)}, or the path of a plan file"
+            " (.json)"
+        )
+    plan = PRESETS[name]
+    for option, value in (overrides or {}).items():
+        plan = _overridden(name, plan, option, value)
+    return plan
+
+
+def _overridden(name: str, plan: Plan, option: str, value: Any) -> Plan:
+    methods = [method for stage in plan.stages for method in stage.layers.values()]
+    known = dict.fromkeys(o.name for method in methods for o in method.options())
+    if option not in known:
+        raise ValueError(
+            f"the preset {name!r} has no option {option!r}; {_nearest(option, known)}it has:"
+            f" {', '.join(known) or 'none'}"
+        )
+    changed = [m for m in methods if any(o.name == option and getattr(m, option) != o.default for o in m.options())]
+
+    def with_value(method: AttentionMethod) -> AttentionMethod:
+        if isinstance(method, SoftmaxAttention) or (changed and method not in changed):
+            return method
+        return replace(method, **{option: value})
+
+    stages = tuple(Stage(s.start, {pattern: with_value(m) for pattern, m in s.layers.items()}) for s in plan.stages)
+    return replace(plan, stages=stages)
+
+
+def _nearest(name: object, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f"did you mean {near[0]!r}? " if near else ""

@@ -1,13 +1,33 @@
-"""What a patch does: for each layer the grid, tokens, agents, method by stage, and operations exact and now."""
+"""What a patch does: for each layer the grid, tokens, agents, method by stage, and operations exact and now.
+
+The rows are made of the routes that the processors run.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
+import torch
+from torch import nn
+
 from attngen.checks import Grid
+from attngen.hosts import hooks
+from attngen.hosts.families import default_grid, family_of, halved, halvings
+from attngen.hosts.spec import MASKED, LayerSpec, decide, spec_of
+from attngen.kernels.crossovers import TOLERANCE
+from attngen.kernels.like import Like
+from attngen.layers.call import Call
+from attngen.layers.layer import Layer
+from attngen.layers.route import EXACT
+from attngen.learned.modules import num_weights
+from attngen.methods.base import LayerShape
+from attngen.methods.softmax import SoftmaxAttention
 
 
 @dataclass(frozen=True)
@@ -18,10 +38,9 @@ class StageReport:
         start: time from which the stage holds, 1 is noise.
         method: kind of the method that runs.
         agents: number of agents, or None for a method without.
-        flops: floating-point operations of the layer for one picture.
+        flops: floating-point operations of the layer for one sample.
         why_exact: why the layer is exact in this stage, or None where its method runs.
-        kernel: the path that computes the method, see `attngen.kernels.dispatch`: one of its names, the name of the
-            attention backend the user chose, or None where there is one way only.
+        kernel: what computes the method, see `attngen.layers.route.Route`; None where the layer is exact.
         speedup: how many times faster than the best softmax attention its attention was measured to be at sizes like
             these, without projections; None where that was not measured.
         why_not_kernel: why it is not the kernel that was asked for, or None.
@@ -40,31 +59,30 @@ class StageReport:
         if self.why_exact is not None:
             return f"exact: {self.why_exact}"
         agents = "" if self.agents is None else f" ({self.agents})"
-        kernel = "" if self.kernel is None else f" by {self.kernel}"
         slower = f", {self.speedup:.2f}x the speed of softmax" if self.is_slower else ""
-        return f"{self.method}{agents}{kernel}{slower}"
+        return f"{self.method}{agents} by {self.kernel}{slower}"
 
     @property
     def is_slower(self) -> bool:
         """Whether softmax attention was measured to be faster, by more than 2%."""
-        return self.speedup is not None and self.speedup < 0.98
+        return self.speedup is not None and self.speedup < TOLERANCE
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One attention layer.
+    """One attention layer, or a whole model that was left alone.
 
     Attributes:
         model: component of the pipeline, "" for a bare model.
-        name: module name.
+        name: module name; "" for a whole model.
         grid: (height, width) in tokens, or None for a layer left alone.
         tokens: height times width.
         heads: attention heads.
         head_dim: size of a head.
-        flops_exact: operations with softmax attention, projections included, for one picture.
+        flops_exact: operations with softmax attention, projections included, for one sample.
         stages: one entry a stage; empty for a layer left alone.
-        left_alone: why the patch did not touch it, or None.
-        learned_weights: numbers that the patch put beside it; see `attngen.LearnedLayers`.
+        left_alone: why the patch did not change it, or None.
+        learned_weights: number of parameters the patch added; see `attngen.LearnedLayers`.
     """
 
     model: str
@@ -80,7 +98,13 @@ class LayerReport:
 
     @property
     def is_active(self) -> bool:
+        """Whether a method other than exact attention runs in some stage."""
         return any(stage.why_exact is None for stage in self.stages)
+
+    @property
+    def path(self) -> str:
+        """Component and name, separated by a dot."""
+        return ".".join(part for part in (self.model, self.name) if part)
 
 
 @dataclass(frozen=True)
@@ -101,7 +125,7 @@ class Report:
 
     @property
     def flops_exact(self) -> int:
-        """Operations of all patched layers with softmax attention, for one picture and one network call."""
+        """Operations of all patched layers with softmax attention, for one sample and one network call."""
         return sum(layer.flops_exact or 0 for layer in self.patched)
 
     @property
@@ -111,7 +135,7 @@ class Report:
 
     @property
     def learned_weights(self) -> int:
-        """Numbers that the patch put beside all layers."""
+        """Number of parameters the patch added to all layers."""
         return sum(layer.learned_weights for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,46 +152,216 @@ class Report:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        header = ("layer", "grid", "tokens", *(f"from {start:g}" for start in self.starts), "GFLOP", "of exact")
-        rows = [self._row(layer) for layer in self.patched]
-        lines = _table(header, rows)
+        """A table with one line for each group of layers that differ in their names alone."""
+        header = ("layers", "number", "grid", "tokens", *(f"from {s:g}" for s in self.starts), "GFLOP", "of exact")
+        lines = table(header, [_row(group) for group in _grouped(self.patched, _content)])
         if self.flops_exact:
             shares = zip(self.starts, self.flops, strict=True)
             now = ", ".join(f"{flops / self.flops_exact:.1%} from {start:g}" for start, flops in shares)
             lines.append(f"attention layers: {self.flops_exact / 1e9:.2f} GFLOP exact; now {now}")
             if self.learned_weights:
                 learned = sum(layer.learned_weights > 0 for layer in self.patched)
-                lines.append(f"learned weights: {self.learned_weights:,} beside {learned} layers")
+                lines.append(f"learned weights: {self.learned_weights:,} in {learned} layers")
         else:
             lines = ["no layer is patched"]
         return "\n".join([*lines, *self._other_kernels(), *self._left_alone()])
 
-    def _row(self, layer: LayerReport) -> tuple[str, ...]:
-        assert layer.grid is not None and layer.flops_exact is not None
-        cells = [str(stage) for stage in layer.stages]
-        flops = "/".join(f"{stage.flops / 1e9:.3f}" for stage in layer.stages)
-        share = "/".join(f"{stage.flops / layer.flops_exact:.0%}" for stage in layer.stages)
-        name = f"{layer.model}.{layer.name}" if layer.model else layer.name
-        return (name, f"{layer.grid[0]}x{layer.grid[1]}", str(layer.tokens), *cells, flops, share)
-
     def _other_kernels(self) -> list[str]:
-        reasons: dict[str, list[str]] = {}
+        reasons: dict[str, list[LayerReport]] = {}
         for layer in self.patched:
             for reason in {stage.why_not_kernel for stage in layer.stages if stage.why_not_kernel is not None}:
-                reasons.setdefault(reason, []).append(layer.name)
-        return [f"another kernel than asked for: {len(n)} layers ({n[0]}, …): {r}" for r, n in reasons.items()]
+                reasons.setdefault(reason, []).append(layer)
+        return [f"another kernel than asked for: {_names(layers)}: {reason}" for reason, layers in reasons.items()]
 
     def _left_alone(self) -> list[str]:
-        reasons: dict[str, list[str]] = {}
-        for layer in self.layers:
-            if layer.left_alone is not None:
-                reasons.setdefault(layer.left_alone, []).append(layer.name)
-        return [f"left alone: {len(n)} layers ({n[0]}{', …' if len(n) > 1 else ''}): {r}" for r, n in reasons.items()]
+        alone = [layer for layer in self.layers if layer.left_alone is not None]
+        groups = _grouped(alone, lambda layer: (layer.model, layer.left_alone))
+        return [f"unchanged: {_names(group)}: {group[0].left_alone}" for group in groups]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def _grouped(layers: Iterable[LayerReport], key: Callable[[LayerReport], Any]) -> list[list[LayerReport]]:
+    groups: dict[Any, list[LayerReport]] = {}
+    for layer in layers:
+        groups.setdefault(key(layer), []).append(layer)
+    return list(groups.values())
+
+
+def _content(layer: LayerReport) -> tuple[Any, ...]:
+    return layer.model, layer.grid, layer.heads, layer.head_dim, layer.flops_exact, layer.stages, layer.learned_weights
+
+
+def _row(group: Sequence[LayerReport]) -> tuple[str, ...]:
+    layer = group[0]
+    assert layer.grid is not None and layer.flops_exact is not None
+    cells = [str(stage) for stage in layer.stages]
+    flops = "/".join(f"{stage.flops / 1e9:.3f}" for stage in layer.stages)
+    share = "/".join(f"{stage.flops / layer.flops_exact:.0%}" for stage in layer.stages)
+    grid = f"{layer.grid[0]}x{layer.grid[1]}"
+    return (pattern([one.path for one in group]), str(len(group)), grid, str(layer.tokens), *cells, flops, share)
+
+
+def _names(layers: Sequence[LayerReport]) -> str:
+    if len(layers) == 1 and not layers[0].name:
+        return layers[0].path
+    return f"{len(layers)} layer{'s' * (len(layers) > 1)} ({pattern([layer.path for layer in layers])})"
+
+
+def pattern(names: Sequence[str]) -> str:
+    """The names as one, with `*` for the parts in which they differ; the first and "…" where they differ in length."""
+    parts = [name.split(".") for name in names]
+    if len({len(part) for part in parts}) > 1:
+        short = {re.sub(r"\d+", "*", name) for name in names}
+        return short.pop() if len(short) == 1 else f"{names[0]}, …"
+    return ".".join(words[0] if len(set(words)) == 1 else "*" for words in zip(*parts, strict=True))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with aligned columns."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in [header, *rows]
     ]
+
+
+# Rows from routes
+
+
+class Review:
+    """The warning of `RootHook` about a new call: a patch that does nothing there, or costs more than it saves."""
+
+    def __init__(self, starts: tuple[float, ...]) -> None:
+        self.starts = starts
+
+    def __call__(self, model: nn.Module, seen: hooks.Seen) -> str | None:
+        layers = rows_of(model, "", self.starts, seen)
+        wanted = [layer for layer in layers if any(stage.method != SoftmaxAttention.kind for stage in layer.stages)]
+        if not wanted:
+            return None
+        what = f"{type(model).__name__} at a grid of {seen.grid[0]} x {seen.grid[1]}"
+        if not any(layer.is_active for layer in wanted):
+            reason = next(stage.why_exact for stage in wanted[0].stages if stage.method != SoftmaxAttention.kind)
+            return f"the patch does nothing for {what}: {wanted[0].name} is exact because {reason}"
+        return next((message for layer in wanted if (message := _cost_warning(layer, what))), None)
+
+
+def _cost_warning(layer: LayerReport, what: str) -> str | None:
+    assert layer.flops_exact is not None
+    for stage in layer.stages:
+        if stage.why_exact is None and stage.flops > layer.flops_exact:
+            return (
+                f"{stage.method} costs more than softmax attention in {layer.name} of {what}: "
+                f"{stage.flops / layer.flops_exact:.2f} times the operations"
+            )
+        if stage.is_slower:
+            return (
+                f"{stage.method} attention by {stage.kernel} is slower than softmax attention in {layer.name} "
+                f"of {what}: {stage.speedup:.2f} times its speed, as measured at sizes like these; "
+                "min_tokens leaves small layers exact"
+            )
+    return None
+
+
+def default_call(model: nn.Module) -> hooks.Seen:
+    """The call that the model's configuration was made for, with guidance."""
+    grid = default_grid(model)
+    dtype, device = getattr(model, "dtype", torch.float32), getattr(model, "device", torch.device("cpu"))
+    return hooks.Seen(grid, 0, grid[0] * grid[1], 2, dtype, device, torch.is_grad_enabled())
+
+
+def rows_of(
+    model: nn.Module,
+    component: str,
+    starts: tuple[float, ...],
+    seen: hooks.Seen,
+    grids: Mapping[str, Grid] = MappingProxyType({}),
+) -> list[LayerReport]:
+    """Rows of the layers whose processors are ours.
+
+    Args:
+        model: patched.
+        component: its name in the pipeline.
+        starts: of the plan's stages.
+        seen: the call that the rows are for.
+        grids: by block, where that call has been made; otherwise they follow from the model's structure.
+    """
+    family = family_of(model)
+    on_one_grid = family is not None and family.spatial_block is None
+    rows = []
+    with _as_in(seen):
+        for name, attn in hooks.patched_layers(model).items():
+            if isinstance(attn.processor, hooks.PROCESSORS):
+                grid = seen.grid if on_one_grid else _grid_of(model, name, seen.grid, grids)
+                tokens = seen.tokens if on_one_grid else grid[0] * grid[1]
+                rows.append(_layer_row(component, name, attn, starts, seen._replace(grid=grid, tokens=tokens)))
+    return rows
+
+
+def _grid_of(model: nn.Module, name: str, latents: Grid, grids: Mapping[str, Grid]) -> Grid:
+    """The grid of a layer of a UNet: what its block had, or what follows from its place in the model."""
+    block = next((block for block in grids if name.startswith(f"{block}.")), None)
+    return halved(latents, halvings(model, name)) if block is None else grids[block]
+
+
+@contextmanager
+def _as_in(seen: hooks.Seen) -> Iterator[None]:
+    """Gradients and autocast as they were in a call: routes depend on them."""
+    kind = seen.device.type
+    with torch.set_grad_enabled(seen.records):
+        if torch.amp.is_autocast_available(kind):
+            with torch.autocast(kind, dtype=seen.autocast, enabled=seen.autocast is not None):
+                yield
+        else:
+            yield
+
+
+def _layer_row(component: str, name: str, attn: Any, starts: tuple[float, ...], seen: hooks.Seen) -> LayerReport:
+    spec = spec_of(attn)
+    assert spec is not None
+    layer: Layer = attn.processor.layer(attn, seen.text)
+    shape = layer_shape(layer, seen.grid)
+    stages = tuple(_stage_row(spec, layer, shape, i, start, seen) for i, start in enumerate(starts))
+    return LayerReport(
+        component,
+        name,
+        seen.grid,
+        seen.tokens,
+        layer.heads,
+        layer.head_dim,
+        shape.exact_flops(),
+        stages,
+        None,
+        num_weights(attn),
+    )
+
+
+def _stage_row(
+    spec: LayerSpec, layer: Layer, shape: LayerShape, stage: int, start: float, seen: hooks.Seen
+) -> StageReport:
+    method = spec.methods[stage]
+    tokens = Like((seen.batch, seen.tokens, layer.channels), seen.dtype, seen.device, seen.requires_grad)
+    why = f"decided per call: {MASKED}" if seen.masked else None
+    route = decide(layer, Call(str(stage), seen.grid, context=seen.text), layer.like(tokens), why)
+    if route.kernel == EXACT:
+        return StageReport(start, method.kind, None, shape.exact_flops(), route.why)
+    flops = method.flops(shape, route.kernel)
+    return StageReport(start, method.kind, route.agents, flops, None, route.kernel, route.speedup, route.why)
+
+
+def layer_shape(layer: Layer, grid: Grid) -> LayerShape:
+    """Sizes of a layer; which projections it has decides whether text takes part and who projects the output."""
+    attn = layer.attn
+    return LayerShape(
+        grid,
+        channels=layer.channels,
+        width=layer.width,
+        num_heads=layer.heads,
+        context=layer.context_tokens,
+        has_output=not getattr(attn, "pre_only", False),
+        has_context_output=getattr(attn, "to_add_out", None) is not None,
+    )
+
+
+def left_alone(component: str, name: str, reason: str) -> LayerReport:
+    """The row of a layer, or of a whole model, that the patch did not change."""
+    return LayerReport(component, name, None, None, None, None, None, (), reason)

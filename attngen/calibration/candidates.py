@@ -7,27 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from attngen.learned.methods import LearnedMethod
-from attngen.methods import (
-    AgentAttention,
-    AttentionMethod,
-    DownsampledKV,
-    FocalAttention,
-    SoftmaxAttention,
-    TokenMerging,
-)
+from attngen.methods import METHOD_CLASSES, AgentAttention, AttentionMethod, SoftmaxAttention
 
-DEFAULT_CANDIDATES: tuple[AttentionMethod, ...] = (
-    *(AgentAttention(num_agents=count) for count in (1, 4, 16, 64, 256)),
-    *(AgentAttention(num_agents=count, correction="nystrom") for count in (16, 64, 256)),
-    *(AgentAttention(num_agents=count, agents="merged", correction="nystrom") for count in (16, 64, 256)),
-    AgentAttention(num_agents=64, agents="strided", correction="nystrom"),
-    *(FocalAttention(window=8, margin=4, num_cells=count) for count in (64, 256)),
-    *(FocalAttention(window=4, margin=2, num_cells=count) for count in (16, 64, 256)),
-    FocalAttention(window=4, margin=4, num_cells=64),
-    FocalAttention(window=4, margin=1, num_cells=16),
-    DownsampledKV(factor=2),
-    TokenMerging(ratio=0.5, stride=2),
-    TokenMerging(ratio=0.75, stride=4),
+DEFAULT_CANDIDATES: tuple[AttentionMethod, ...] = tuple(
+    cls(**options) for cls in METHOD_CLASSES.values() for options in cls.candidates
 )
 """Those that were the best somewhere in a trained UNet or SiT, and the same with more agents; docs/calibration.md."""
 
@@ -37,7 +20,7 @@ EXPONENTS = (0.0, 0.3, 0.5, 0.75, 1.0, 1.3)
 
 @dataclass(frozen=True)
 class Probe:
-    """One computation of a layer beside the exact one.
+    """One computation of a layer to compare with the exact one.
 
     Attributes:
         method: what is run.
@@ -67,7 +50,7 @@ def probes_of(candidates: Sequence[AttentionMethod]) -> list[Probe]:
         plain = replace(candidate, gain=1.0, shortcut=0.0)
         exponents = dict.fromkeys((*EXPONENTS, candidate.broadcast_exponent))
         probes += [Probe(replace(plain, broadcast_exponent=exponent), i, fitted=True) for exponent in exponents]
-        # Never compared, but what it costs: a shortcut may need a projection more.
+        # Timed only: a shortcut can need one more projection.
         probes.append(Probe(replace(candidate, shortcut=candidate.shortcut or 0.075), i))
     return probes
 
@@ -85,7 +68,7 @@ def check_candidates(candidates: Any) -> tuple[AttentionMethod, ...]:
     found = tuple(dict.fromkeys(_check_candidate(candidate) for candidate in candidates))
     wanted = tuple(candidate for candidate in found if not isinstance(candidate, SoftmaxAttention))
     if not wanted:
-        raise ValueError("there is no candidate beside exact attention; leave candidates out for the usual ones")
+        raise ValueError("candidates holds only exact attention; omit it to use the defaults")
     return wanted
 
 
@@ -94,6 +77,6 @@ def _check_candidate(candidate: Any) -> AttentionMethod:
         raise ValueError(f"a candidate is an attention method such as AgentAttention(num_agents=64), got {candidate!r}")
     if isinstance(candidate, LearnedMethod):
         raise ValueError(f"{candidate.kind} needs weights and cannot be a candidate")
-    if getattr(candidate, "random", False):
+    if candidate.needs_draws:
         raise ValueError(f"{candidate!r} draws at random; give random=False")
     return candidate

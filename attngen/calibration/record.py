@@ -18,11 +18,15 @@ from torch import Tensor, nn
 
 from attngen.calibration.candidates import Probe
 from attngen.calibration.fit import Products
-from attngen.hosts.families import family_of, slot
+from attngen.hosts.clock import Clock
+from attngen.hosts.families import family_of, slots
 from attngen.hosts.hooks import patched_layers
-from attngen.hosts.layers import active_method
+from attngen.hosts.spec import decide
+from attngen.layers.call import CHANNEL_KEY, Call
+from attngen.layers.route import EXACT, Route
+from attngen.methods import AttentionMethod, SoftmaxAttention
+from attngen.report import layer_shape
 from attngen.schedule import stage_at
-from attngen.step import CHANNEL_KEY, StepInfo
 
 TIMING_ROUNDS = 5
 SMALLEST_PROBE = 1e-3
@@ -47,28 +51,28 @@ class Sums:
 
 
 class ClockHook:
-    """On a denoiser: hands the time of each call, 1 to 0, to a listener before the call."""
+    """On a denoiser: passes the time of each call, 1 to 0, to a listener before the call."""
 
-    def __init__(self, model: nn.Module, listener: Callable[[float], None]) -> None:
+    def __init__(self, model: nn.Module, clock: Clock, listener: Callable[[float], None]) -> None:
         family = family_of(model)
         assert family is not None
-        self.clock, self.place, self.listener = family.clock, slot(model.forward, family.time), listener
+        self.clock, self.default, self.place, self.listener = clock, family.clock, slots(model)[family.time], listener
 
     @torch.compiler.disable
     def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = self.place.get(args, kwargs)
         values = timestep.flatten().tolist() if isinstance(timestep, Tensor) else [float(timestep)]
-        self.listener(max(self.clock(value) for value in values))
+        self.listener(max(self.clock.time(value, self.default) for value in values))
 
 
 @contextmanager
-def clocked(models: Mapping[str, nn.Module], listener: Callable[[str, float], None]) -> Iterator[None]:
-    """Within it `listener` hears of every call: the model's name and the time."""
+def clocked(models: Mapping[str, nn.Module], clock: Clock, listener: Callable[[str, float], None]) -> Iterator[None]:
+    """Within it `listener` is called before every call, with the model's name and the time."""
 
     def tell(name: str) -> Callable[[float], None]:
         return lambda moment: listener(name, moment)
 
-    hooks: dict[str, Any] = {name: ClockHook(model, tell(name)) for name, model in models.items()}
+    hooks: dict[str, Any] = {name: ClockHook(model, clock, tell(name)) for name, model in models.items()}
     handles = [model.register_forward_pre_hook(hooks[name], with_kwargs=True) for name, model in models.items()]
     try:
         yield
@@ -80,10 +84,9 @@ def clocked(models: Mapping[str, nn.Module], listener: Callable[[str, float], No
 class Recorder:
     """Measures all probes in all layers at chosen calls of each model.
 
-    The models are patched with a plan whose stage 0 is exact and whose stage 1 + i is probe i, and stay in stage 0.
-
     Args:
-        models: the patched models, by name.
+        models: by name, patched with a plan that is exact everywhere.
+        clock: of the pipeline.
         probes: `WITHOUT`, `VALUES`, then the others.
         starts: of the stages.
         chosen: for each model, the numbers of the calls to measure at, and whether influence is measured there.
@@ -94,16 +97,19 @@ class Recorder:
     def __init__(
         self,
         models: Mapping[str, nn.Module],
+        clock: Clock,
         probes: Sequence[Probe],
         starts: Sequence[float],
         chosen: Mapping[str, Mapping[int, bool]],
         timed: bool,
         tell: Callable[[], None],
     ) -> None:
-        self.models, self.probes, self.starts, self.chosen = models, probes, starts, chosen
+        self.models, self.clock, self.probes, self.starts, self.chosen = models, clock, probes, starts, chosen
         self.timed, self.tell = timed, tell
         self.sums: dict[tuple[str, int], Sums] = {}
         self.active: dict[str, set[int]] = {}
+        self.tokens: dict[str, int] = {}
+        self.operations: dict[str, dict[int, float]] = {}  # by layer; probe -1 is exact
         self.times: dict[str, dict[int, float]] = {}  # by layer; probe -1 is exact
         self._timed_shapes: dict[tuple[Any, ...], dict[int, float]] = {}
         self._counts = dict.fromkeys(models, 0)
@@ -116,7 +122,7 @@ class Recorder:
         """Within it the models' calls are measured."""
         handles = []
         for name, model in self.models.items():
-            clock: Any = ClockHook(model, self._before(name))
+            clock: Any = ClockHook(model, self.clock, self._before(name))
             handles.append(model.register_forward_pre_hook(clock, with_kwargs=True))
             handles.append(model.register_forward_hook(self._after(name), with_kwargs=True))
             for layer, attn in patched_layers(model).items():
@@ -153,7 +159,7 @@ class Recorder:
         def listen(attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if self._replaced is not None:
                 replaced, probe = self._replaced
-                return Replay(attn, args, kwargs).output(probe) if replaced is attn else None
+                return Replay(attn, args, kwargs).output(self.probes[probe].method) if replaced is attn else None
             if self._stage is not None:
                 self._measure(layer, Replay(attn, args, kwargs), output)
             return None
@@ -162,8 +168,12 @@ class Recorder:
 
     def _measure(self, layer: str, replay: Replay, output: Any) -> None:
         """Take in one call of a layer."""
-        active = [i for i in range(len(self.probes)) if replay.is_active(i)]
+        routes = {i: replay.route(probe.method) for i, probe in enumerate(self.probes)}
+        active = [i for i, route in routes.items() if route.kernel != EXACT]
         self.active.setdefault(layer, set()).update(active)
+        if layer not in self.operations:
+            self.tokens[layer] = replay.tokens
+            self.operations[layer] = replay.operations([probe.method for probe in self.probes], routes)
         if not active:
             return
         assert self._stage is not None
@@ -175,14 +185,14 @@ class Recorder:
         sums.exact += length
         without, values, target = None, None, None
         if 0 in active and any(self.probes[i].fitted for i in active):
-            without = replay.image(0).float()
-            values, target = replay.image(1).float() - without, exact - without
+            without = replay.image(self.probes[0].method).float()
+            values, target = replay.image(self.probes[1].method).float() - without, exact - without
         errors = self._errors.setdefault(layer, {})
         for i in active:
             probe = self.probes[i]
             if probe.candidate < 0 or self._only_timed(probe):
                 continue
-            got = replay.image(i).float()
+            got = replay.image(probe.method).float()
             square = float((got - exact).double().square().sum())
             sums.squares[i] = sums.squares.get(i, 0.0) + square
             errors[i] = errors.get(i, 0.0) + (square / max(length, 1e-30)) ** 0.5
@@ -206,7 +216,7 @@ class Recorder:
             seconds: dict[int, list[float]] = {i: [] for i in wanted}
             for _ in range(1 + TIMING_ROUNDS):
                 for i in wanted:
-                    seconds[i].append(replay.seconds(i))
+                    seconds[i].append(replay.seconds(SoftmaxAttention() if i < 0 else self.probes[i].method))
             self._timed_shapes[key] = {i: statistics.median(values[1:]) for i, values in seconds.items()}
         return self._timed_shapes[key]
 
@@ -236,35 +246,50 @@ class Replay:
 
     def __init__(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.attn, self.args, self.kwargs = attn, args, kwargs
-        self.info: StepInfo | None = kwargs.get(CHANNEL_KEY)
+        self.call: Call | None = kwargs.get(CHANNEL_KEY)
         self.hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
+        text = kwargs.get("encoder_hidden_states")
+        in_front = 0 if self.call is None or text is not None else self.call.context
+        self.text_tokens: int = in_front if text is None else text.shape[1]
+        self.tokens: int = self.hidden_states.shape[1] - in_front
 
     @property
     def shape(self) -> tuple[Any, ...]:
         """What its time depends on."""
-        hidden_states, text = self.hidden_states, self.kwargs.get("encoder_hidden_states")
-        sizes = (tuple(hidden_states.shape), None if text is None else tuple(text.shape), self.attn.heads)
-        return (*sizes, self.attn.inner_dim, None if self.info is None else self.info.grid)
+        sizes = tuple(self.hidden_states.shape), self.text_tokens, self.attn.heads, self.attn.inner_dim
+        return (*sizes, None if self.call is None else self.call.grid)
 
-    def is_active(self, probe: int) -> bool:
-        if self.info is None:
-            return False
-        in_one = self.kwargs.get("encoder_hidden_states") is None
-        tokens = self.hidden_states.shape[1] - (self.info.context if in_one else 0)
-        return active_method(self.attn, self.info._replace(stage=str(probe + 1)), tokens) is not None
+    def route(self, method: AttentionMethod) -> Route:
+        """What the layer would run by a method."""
+        layer = self.attn.processor.layer(self.attn, self.text_tokens)
+        like = layer.like(self.hidden_states)
+        like = like.sized(like.shape[0], self.tokens, *like.shape[2:])
+        return decide(layer, None if self.call is None else self.call._replace(method=method), like)
 
-    def output(self, probe: int) -> Any:
-        """What the layer gives by a probe, or exactly where that is -1. Its own hooks are not called."""
-        assert self.info is not None
-        return self.attn.forward(*self.args, **{**self.kwargs, CHANNEL_KEY: self.info._replace(stage=str(probe + 1))})
+    def operations(self, methods: Sequence[AttentionMethod], routes: Mapping[int, Route]) -> dict[int, float]:
+        """Of one sample and call, by probe; -1 is exact."""
+        assert self.call is not None
+        shape = layer_shape(self.attn.processor.layer(self.attn, self.text_tokens), self.call.grid)
+        found = {-1: float(shape.exact_flops())}
+        for i, route in routes.items():
+            found[i] = shape.exact_flops() if route.kernel == EXACT else methods[i].flops(shape, route.kernel)
+        return found
 
-    def image(self, probe: int) -> Tensor:
-        return _image(self.output(probe))
+    def output(self, method: AttentionMethod) -> Any:
+        """What the layer gives by a method. Its own hooks are not called."""
+        assert self.call is not None
+        call = self.call._replace(method=method, trace=None)
+        return self.attn.forward(*self.args, **{**self.kwargs, CHANNEL_KEY: call})
 
-    def seconds(self, probe: int) -> float:
+    def image(self, method: AttentionMethod) -> Tensor:
+        """The image part of that."""
+        return _image(self.output(method))
+
+    def seconds(self, method: AttentionMethod) -> float:
+        """What computing that takes."""
         _wait(self.hidden_states.device)
         start = time.perf_counter()
-        self.output(probe)
+        self.output(method)
         _wait(self.hidden_states.device)
         return time.perf_counter() - start
 

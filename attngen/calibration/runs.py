@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attngen.hosts.families import denoisers_of
+from attngen.hosts.hooks import root_hook
 from attngen.hosts.install import patchable_layers, refused_layers
 
 
@@ -20,13 +21,13 @@ def check_pipeline(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, nn.Modu
     """The models of a pipeline that draw.
 
     Raises:
-        ValueError: for a bare model, something that is no pipeline, an argument it does not take, a pipeline with a
-            cache, whose layers are not computed at every call, or one without a layer that can be patched.
+        ValueError: for a bare model, something that is no pipeline, an argument it does not take, a patched pipeline,
+            one with a cache, whose layers are not computed at every call, or one without a layer that can be patched.
     """
     if isinstance(pipe, nn.Module) or not callable(pipe):
         raise ValueError(
-            f"calibrate needs a pipeline, which shows its layers what they see at every step; {type(pipe).__name__} is"
-            f" none: put a bare model into its pipeline, such as SiTPipeline(transformer, scheduler)"
+            f"calibrate() needs a pipeline, got {type(pipe).__name__}; wrap the model first, e.g."
+            " SiTPipeline(transformer, scheduler)"
         )
     models = denoisers_of(pipe)
     parameters = inspect.signature(pipe.__call__).parameters
@@ -35,8 +36,12 @@ def check_pipeline(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, nn.Modu
         if unknown:
             raise ValueError(f"{type(pipe).__name__} takes no {unknown[0]!r}; it takes {', '.join(parameters)}")
     for name, model in models.items():
+        if root_hook(model) is not None:
+            raise ValueError(
+                f"the {name} is patched, so its exact output is not known; call attngen.remove(pipe) first"
+            )
         if getattr(model, "is_cache_enabled", False):
-            raise ValueError(f"the {name} has a cache, which leaves out layers; call disable_cache() on it first")
+            raise ValueError(f"the {name} has a cache, which skips layers; call disable_cache() on it first")
     if not any(patchable_layers(model) for model in models.values()):
         reasons = sorted({reason for model in models.values() for reason in refused_layers(model).values()})
         why = f": {', '.join(reasons)}" if reasons else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,14 +19,14 @@ from attngen.calibration.measurements import Cell, LayerMeasurements, Measuremen
 from attngen.calibration.record import Recorder, clocked
 from attngen.calibration.runs import Runner, check_pipeline, relative_error, untouched
 from attngen.calibration.trials import Layers, Place, make_trials
-from attngen.checks import check_count
-from attngen.hosts.hooks import warn
-from attngen.hosts.install import install, uninstall
-from attngen.hosts.snapshot import restored
-from attngen.kernels.dispatch import AUTO
+from attngen.checks import check_choice, check_count
+from attngen.hosts.clock import Clock
+from attngen.hosts.hooks import AttnGenWarning, warn
+from attngen.hosts.install import Patching, detach, install
 from attngen.methods import AttentionMethod, SoftmaxAttention
 from attngen.plan import Plan, Stage
-from attngen.schedule import ChangeSchedule, stage_at
+from attngen.report import Review
+from attngen.schedule import stage_at
 
 COSTS = ("time", "flops")
 SAMPLES = 2
@@ -55,15 +56,15 @@ def calibrate(
     candidate would give; the gain, the shortcut and the sharpness of agents are fitted to it, layer by layer and stage
     by stage, without training. How much an error of a layer changes the network's prediction, and how much an error of
     a stage changes the final latents, is measured too. Then the best plan is chosen, run, and chosen again until what
-    was asked for holds. The pipeline, its patch and all random states are what they were afterwards.
+    was asked for holds. The pipeline and all random states are what they were afterwards.
 
     Args:
-        pipe: a diffusers pipeline. A patch on it is taken off for the while, and put back.
+        pipe: a diffusers pipeline without a patch.
         candidates: methods to try in every layer; None tries the usual ones. Those of agents are fitted.
         max_error: find the cheapest plan whose relative error ‖latents - exact latents‖ / ‖exact latents‖, after the
             last step and with the same random numbers, is at most this. One of this and `speedup`.
         speedup: find the most exact plan whose attention layers, projections included, cost this many times less.
-        num_stages: parts of the way from noise to picture that may have methods of their own.
+        num_stages: number of stages the denoising schedule is split into.
         seed: of the pipeline's generator, where `call_kwargs` have none.
         cost: what is to be low: "time", measured here and now, or "flops", counted, which is the same everywhere.
         call_kwargs: of the pipeline's call: prompts or labels, steps, guidance. Several prompts measure better.
@@ -80,17 +81,16 @@ def calibrate(
     _check_bound(max_error, speedup)
     check_count("num_stages", num_stages)
     check_count("seed", seed, at_least=0)
-    if cost not in COSTS:
-        raise ValueError(f"unknown cost {cost!r}; known: {', '.join(COSTS)}")
+    check_choice("cost", cost, COSTS)
     methods = check_candidates(candidates)
     models = check_pipeline(pipe, call_kwargs)
     runner = Runner(pipe, call_kwargs, seed)
-    with untouched(pipe), restored(models.values()), torch.compiler.set_stance("force_eager"), _bar() as bar:
+    with untouched(pipe), torch.compiler.set_stance("force_eager"), _bar() as bar:
         try:
-            for model in models.values():
-                uninstall(model)
             return _Search(models, runner, methods, num_stages, cost, bar).find(max_error, speedup)
         finally:
+            for model in models.values():
+                detach(model)
             runner.rewind()
 
 
@@ -107,12 +107,13 @@ class _Search:
         bar: Any,
     ) -> None:
         self.models, self.runner, self.candidates, self.cost, self.bar = models, runner, candidates, cost, bar
+        self.clock = Clock(runner.pipe)
         self.runs = 0
         self.checks: list[dict[str, float]] = []
         self._errors: dict[Plan, float] = {}
         self.moments: dict[str, list[float]] = {name: [] for name in models}
         self.bar.set_description("exact run")
-        with clocked(models, lambda name, moment: self.moments[name].append(moment)):
+        with clocked(models, self.clock, lambda name, moment: self.moments[name].append(moment)):
             self.exact = self._run(count=False)
         self.starts = stage_starts([t for times in self.moments.values() for t in times], num_stages)
         self.calls = tuple(self._calls_in(stage) for stage in range(len(self.starts)))
@@ -152,12 +153,18 @@ class _Search:
     def _error(self, plan: Plan) -> float:
         """Measured error of the final latents with a plan."""
         if plan not in self._errors:
-            for model in self.models.values():
-                install(model, plan, uuid.uuid4().hex, 0, None, AUTO)
+            self._patch(plan)
             self._errors[plan] = relative_error(self._run(), self.exact)
-            for model in self.models.values():
-                uninstall(model)
+            self._unpatch()
         return self._errors[plan]
+
+    def _patch(self, plan: Plan, metric: bool = False) -> None:
+        for model in self.models.values():
+            install(model, Patching(plan, uuid.uuid4().hex, Review(plan.starts), self.clock, metric=metric))
+
+    def _unpatch(self) -> None:
+        for model in self.models.values():
+            detach(model)
 
     def _calls_in(self, stage: int) -> int:
         return sum(stage_at(self.starts, t) == stage for times in self.moments.values() for t in times)
@@ -166,22 +173,18 @@ class _Search:
 
     def _measure(self) -> Layers:
         probes = probes_of(self.candidates)
-        methods = [SoftmaxAttention(), *(probe.method for probe in probes)]
-        # Stages that no time chooses: the switch stays at the first, which is exact.
-        starts = [1 - i / len(methods) for i in range(len(methods))]
-        plan = Plan(tuple(Stage(start, {"*": m}) for start, m in zip(starts, methods, strict=True)))
-        for model in self.models.values():
-            install(model, plan, uuid.uuid4().hex, 0, ChangeSchedule(), AUTO)
+        metric = any(probe.method.needs_metric for probe in probes)
+        self._patch(Plan.of(SoftmaxAttention()), metric)
         chosen = {name: choose_calls(times, self.starts) for name, times in self.moments.items()}
         self.bar.set_description("measuring layers")
-        recorder = Recorder(self.models, probes, self.starts, chosen, self.cost == "time", lambda: self.bar.update(1))
+        timed = self.cost == "time"
+        recorder = Recorder(self.models, self.clock, probes, self.starts, chosen, timed, lambda: self.bar.update(1))
         with recorder.listening(), _quiet():
             output = self._run(count=False)
         if not torch.equal(output, self.exact):
             warn("two runs of the pipeline with the same seed differ, so errors below that difference mean nothing")
         layers = Layers.of(self.models, recorder, self.moments, self.starts)
-        for model in self.models.values():
-            uninstall(model)
+        self._unpatch()
         return layers
 
     def _stage_gains(self, size: float) -> list[float]:
@@ -353,11 +356,7 @@ def _bar() -> Iterator[Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What a patch says about methods that are slow here is no news while all are tried."""
-    import warnings
-
-    from attngen.hosts.hooks import AttnGenWarning
-
+    """Suppresses warnings about slow methods while all of them are tried."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AttnGenWarning)
         yield

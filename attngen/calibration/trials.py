@@ -1,4 +1,4 @@
-"""From sums to trials: what each candidate, fitted, costs and spoils in each layer and stage."""
+"""From sums to trials: cost and error of each fitted candidate, per layer and stage."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from attngen.calibration.candidates import Probe
 from attngen.calibration.choose import Choice
 from attngen.calibration.measurements import Trial
 from attngen.calibration.record import Recorder, Sums
-from attngen.hosts.describe import describe_model
-from attngen.hosts.hooks import root_hook
+from attngen.hosts.hooks import patched_layers
 from attngen.methods import AgentAttention, AttentionMethod, SoftmaxAttention
 from attngen.schedule import stage_at
 
@@ -52,20 +51,13 @@ class Layers:
         starts: Sequence[float],
     ) -> Layers:
         """Collect what a recorder found; models that share names of layers share their methods, as in a plan."""
-        layers = cls({}, recorder.probes, recorder.active, {}, recorder.times, recorder.sums, {})
+        tokens, operations = recorder.tokens, recorder.operations
+        layers = cls(tokens, recorder.probes, recorder.active, operations, recorder.times, recorder.sums, {})
         for name, model in models.items():
-            hook = root_hook(model)
-            assert hook is not None
-            if hook.last_seen is None:
-                continue
-            for report in describe_model(model, "", hook.starts, hook.last_seen):
-                layers.tokens[report.name] = report.tokens or 0
-                operations = layers.operations.setdefault(report.name, {})
-                for i, stage in enumerate(report.stages):
-                    operations[i - 1] = operations.get(i - 1, 0.0) + stage.flops
-                for i in range(len(starts)):
+            for layer in patched_layers(model):
+                for i in range(len(starts)) if layer in tokens else ():
                     number = sum(stage_at(starts, moment) == i for moment in moments[name])
-                    layers.calls[report.name, i] = layers.calls.get((report.name, i), 0) + number
+                    layers.calls[layer, i] = layers.calls.get((layer, i), 0) + number
         return layers
 
     def influence(self, place: Place) -> float:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import inspect
 import math
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import diffusers
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from attngen.checks import Grid
-from attngen.step import Slot
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class Family:
             model works on one grid.
         text: name of the forward argument with the text tokens, where layers attend to image and text jointly.
         rotary: whether layers rotate queries and keys by position.
+        mask: name of the forward argument whose value reaches self-attention as a mask, or None.
     """
 
     sample: str
@@ -40,6 +40,7 @@ class Family:
     spatial_block: str | None = None
     text: str | None = None
     rotary: bool = False
+    mask: str | None = None
 
 
 def _discrete(timestep: float) -> float:
@@ -75,33 +76,36 @@ def _patches(model: nn.Module, arguments: dict[str, Any]) -> Grid:
     return int(height) // side, int(width) // side
 
 
-@dataclass
-class _PackedGrid:
-    """Grid of FLUX's packed tokens, from their position ids; read once a tensor, for reading waits for the GPU."""
-
-    last: tuple[Any, Grid] | None = field(default=None, compare=False)
-
-    def __call__(self, model: nn.Module, arguments: dict[str, Any]) -> Grid:
-        ids: Tensor | None = arguments.get("img_ids")
-        tokens = int(arguments["hidden_states"].shape[1])
-        if ids is None:
-            side = math.isqrt(tokens)
-            return side, tokens // max(1, side)
-        last = self.last
-        if last is not None and last[0]() is ids:
-            return last[1]
-        rows, columns = (ids[..., 1:3].reshape(-1, 2).amax(dim=0) + 1).int().tolist()
-        self.last = (weakref.ref(ids), (rows, columns))
-        return rows, columns
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _PackedGrid:
-        return _PackedGrid()
-
-    def __reduce__(self) -> tuple[type[_PackedGrid], tuple[()]]:
-        return _PackedGrid, ()
+def _packed(model: nn.Module, arguments: dict[str, Any]) -> Grid:
+    """Grid of FLUX's packed tokens, from the position ids of the image: id 0 is 0 there, and not in references."""
+    ids: Tensor | None = arguments.get("img_ids")
+    tokens = int(arguments["hidden_states"].shape[1])
+    if ids is None:
+        side = math.isqrt(tokens)
+        return side, tokens // max(1, side)
+    # Reading waits for the GPU, so it is done once a tensor.
+    known = _GRIDS.get(ids)
+    if known is None:
+        rows = ids.reshape(-1, ids.shape[-1])
+        image = rows[rows[:, 0] == 0]
+        size = (image if len(image) else rows)[:, 1:3].amax(dim=0) + 1
+        height, width = size.int().tolist()
+        known = _GRIDS[ids] = (height, width)
+    return known
 
 
-_UNET = Family("sample", "timestep", "cross_attention_kwargs", _discrete, _latents, spatial_block="Transformer2DModel")
+_GRIDS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+_UNET = Family(
+    "sample",
+    "timestep",
+    "cross_attention_kwargs",
+    _discrete,
+    _latents,
+    spatial_block="Transformer2DModel",
+    mask="attention_mask",
+)
 _DIT = Family("hidden_states", "timestep", "cross_attention_kwargs", _discrete, _patches)
 
 _SIT = Family("hidden_states", "timestep", "attention_kwargs", _data_at_one, _patches)
@@ -111,7 +115,7 @@ FAMILIES: dict[str, Family] = {
     "UNet2DConditionModel": _UNET,
     "ControlNetModel": _UNET,
     "DiTTransformer2DModel": _DIT,
-    "PixArtTransformer2DModel": _DIT,
+    "PixArtTransformer2DModel": replace(_DIT, mask="attention_mask"),
     "SD3Transformer2DModel": Family(
         "hidden_states",
         "timestep",
@@ -125,15 +129,12 @@ FAMILIES: dict[str, Family] = {
         "timestep",
         "joint_attention_kwargs",
         _continuous,
-        _PackedGrid(),
+        _packed,
         text="encoder_hidden_states",
         rotary=True,
     ),
     "SiTTransformer2DModel": _SIT,
 }
-
-DENOISERS = ("unet", "transformer", "transformer_2", "controlnet")
-"""Components of a pipeline that draw; the others (text encoders, VAE) are left alone."""
 
 
 def family_of(model: nn.Module) -> Family | None:
@@ -146,37 +147,86 @@ def family_of(model: nn.Module) -> Family | None:
 
 
 def denoisers_of(target: Any) -> dict[str, nn.Module]:
-    """The models of a pipeline that draw, or the model itself under the name "": name -> module.
+    """The models of a pipeline that attngen patches, or the model itself under the name "": name -> module.
 
     Compiled models are unwrapped; several ControlNets count one by one.
 
     Raises:
-        ValueError: if there is none that attngen knows, naming what was given and what is known.
+        ValueError: if there is none, naming the class that draws, what is known, and the way out.
     """
-    if isinstance(target, nn.Module):
-        candidates = {"": target}
-    else:
-        candidates = {name: getattr(target, name, None) for name in DENOISERS}
-    found: dict[str, nn.Module] = {}
-    for name, candidate in candidates.items():
-        for suffix, module in _unwrapped(candidate):
-            if family_of(module) is not None:
-                found[f"{name}{suffix}"] = module
+    found = {name: model for name, model in drawing_models(target).items() if family_of(model) is not None}
     if not found:
-        raise ValueError(
-            f"{type(target).__name__} has no denoiser that attngen knows; it patches pipelines with, or bare models of,"
-            f" {', '.join(FAMILIES)}"
-        )
+        raise ValueError(_refusal(target))
     return found
 
 
+def drawing_models(target: Any) -> dict[str, nn.Module]:
+    """The models of a pipeline that predict noise from latents, known or not: name -> module; a bare model as ""."""
+    if isinstance(target, nn.Module):
+        return {suffix: model for suffix, model in _unwrapped(target)}
+    components: Any = getattr(target, "components", None)
+    names = components if isinstance(components, dict) else vars(target) if hasattr(target, "__dict__") else {}
+    found: dict[str, nn.Module] = {}
+    for name in names:
+        for suffix, model in _unwrapped(getattr(target, name, None)):
+            if family_of(model) is not None or _draws(model):
+                found[f"{name}{suffix}"] = model
+    return found
+
+
+# Models of diffusers that have attention and predict no noise: decoders, encoders, adapters, safety checkers.
+_OTHERS = (
+    "Autoencoder",
+    "Asymmetric",
+    "VQModel",
+    "Consistency",
+    "Encoder",
+    "Connector",
+    "Adapter",
+    "Upsampler",
+    "Prior",
+)
+
+
+def _draws(model: nn.Module) -> bool:
+    kind = type(model)
+    return (
+        isinstance(model, diffusers.ModelMixin)
+        and not any(word in cls.__name__ for cls in kind.__mro__ for word in _OTHERS)
+        and any(hasattr(module, "set_processor") for module in model.modules())
+    )
+
+
 def _unwrapped(candidate: Any) -> list[tuple[str, nn.Module]]:
+    if isinstance(candidate, (list, tuple)):
+        return [(f".{i}{s}", model) for i, entry in enumerate(candidate) for s, model in _unwrapped(entry)]
     if not isinstance(candidate, nn.Module):
         return []
     candidate = getattr(candidate, "_orig_mod", candidate)
-    if isinstance(candidate, diffusers.MultiControlNetModel):
+    # Containers of several ControlNets hold them under this name.
+    if isinstance(getattr(candidate, "nets", None), nn.ModuleList):
         return [(f".nets.{i}", net) for i, net in enumerate(candidate.nets)]
     return [("", candidate)]
+
+
+def why_unknown(model: nn.Module) -> str:
+    """Why a model that draws is left exact, and the way out."""
+    return f"{type(model).__name__} is not among the models that attngen knows"
+
+
+def _refusal(target: Any) -> str:
+    kind = type(target).__name__
+    models = {} if isinstance(target, nn.Module) else drawing_models(target)
+    inner = ", ".join(dict.fromkeys(type(model).__name__ for model in models.values()))
+    what = (
+        f"{kind} draws with {inner}, which attngen does not know"
+        if inner
+        else f"{kind} has no denoiser that attngen knows"
+    )
+    return (
+        f"{what}; it patches pipelines with, or bare models of, {', '.join(FAMILIES)}; layers of your own can call"
+        " attngen.functional"
+    )
 
 
 def halvings(model: nn.Module, layer: str) -> int:
@@ -208,6 +258,27 @@ def default_grid(model: nn.Module) -> Grid:
     return height // side, width // side
 
 
-def slot(function: Callable[..., Any], name: str) -> Slot:
-    """Where the bound method `function` takes the argument `name`."""
-    return Slot(name, list(inspect.signature(function).parameters).index(name))
+class Slot(NamedTuple):
+    """Where an argument of a forward method is: its name, and its position when it is given by position."""
+
+    name: str
+    index: int
+
+    def get(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The argument, or None."""
+        return args[self.index] if len(args) > self.index else kwargs.get(self.name)
+
+    def put(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with another value for this one."""
+        if len(args) > self.index:
+            return (*args[: self.index], value, *args[self.index + 1 :]), kwargs
+        return args, {**kwargs, self.name: value}
+
+
+def slots(module: nn.Module) -> dict[str, Slot]:
+    """The arguments of a module's forward method by name, as its class declares them.
+
+    The instance may have a `forward` that another tool put there, which takes anything and passes it on.
+    """
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return {name: Slot(name, index) for index, name in enumerate(names)}

@@ -8,12 +8,12 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 
-from attngen.hosts.image import project, to_heads
-from attngen.hosts.joint import Heads, image_heads, mix, select, text_heads
-from attngen.hosts.layers import active_method, attention_of, spec_of
-from attngen.methods.base import Selection
-from attngen.step import StepInfo
-from attngen.tokens import split_heads
+from attngen.hosts.backend import attention_of
+from attngen.hosts.joint import JointLayer, Rotate, text_heads
+from attngen.hosts.spec import MASKED, decide, noted, spec_of
+from attngen.kernels.dispatch import AUTO
+from attngen.layers.call import Call
+from attngen.layers.layer import Heads, Layer, Selection
 
 Tables = tuple[Tensor, Tensor]
 """Cosines and sines, (tokens, head size) each, text first."""
@@ -22,8 +22,17 @@ Tables = tuple[Tensor, Tensor]
 class FluxAttnGenProcessor:
     """FLUX's layers; the single-stream ones get text and image in one sequence. See `AttnGenProcessor`."""
 
+    default = FluxAttnProcessor
+
     _attention_backend = None
     _parallel_config = None
+
+    def layer(self, attn: Any, text_tokens: int = 0) -> JointLayer:
+        """The layer as this processor sees it."""
+        spec = spec_of(attn)
+        original, kernel = (self.default(), AUTO) if spec is None else (spec.original, spec.kernel)
+        in_one_sequence = getattr(attn, "add_k_proj", None) is None
+        return JointLayer(attn, attention_of(self, original, kernel), kernel, text_tokens, not in_one_sequence)
 
     def __call__(
         self,
@@ -32,43 +41,31 @@ class FluxAttnGenProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: Tables | None = None,
-        attngen: StepInfo | None = None,
+        attngen: Call | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        spec = spec_of(attn)
-        original = spec.original if spec is not None else FluxAttnProcessor()
-        text_length = 0 if attngen is None else attngen.context
         in_one_sequence = encoder_hidden_states is None
-        image_tokens = hidden_states.shape[1] - (text_length if in_one_sequence else 0)
-        method = active_method(attn, attngen, image_tokens) if attention_mask is None else None
-        if method is None:
-            processor = _with_settings(original, self)
+        in_front = 0 if attngen is None else attngen.context
+        image = hidden_states[:, in_front:] if in_one_sequence else hidden_states
+        layer = self.layer(attn, in_front if encoder_hidden_states is None else encoder_hidden_states.shape[1])
+        why = None if attention_mask is None else MASKED
+        run = noted(decide(layer, attngen, layer.like(image), why), attn, attngen).run
+        if run is None:
+            spec = spec_of(attn)
+            processor = _with_settings(self.default() if spec is None else spec.original, self)
             return processor(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        assert attngen is not None
-        if in_one_sequence:
-            text_states, image_states = hidden_states[:, :text_length], hidden_states[:, text_length:]
-            text = _heads(attn, text_states)
+        if encoder_hidden_states is None:
+            text = _heads(layer, hidden_states[:, :in_front])
         else:
-            image_states = hidden_states
-            assert encoder_hidden_states is not None
-            text = text_heads(attn, encoder_hidden_states)
-        tables = image_rotary_emb
-
-        def rotate(x: Tensor, positions: Tensor | None) -> Tensor:
-            return x if tables is None else _rotate(x, *(_rows(table[text_length:], positions) for table in tables))
-
-        if tables is not None:
-            cos, sin = (table[:text_length] for table in tables)
-            text = (_rotate(text[0], cos, sin), _rotate(text[1], cos, sin), text[2])
-        selection = select(method, image_states, attngen)
-        image, agents = image_heads(attn, selection, method, attngen, rotate)
-        mixed_image, mixed_text = mix(method, image, text, agents, attention_of(self, original, spec), attngen)
-        assert mixed_text is not None
+            text = text_heads(layer, encoder_hidden_states)
+        rotate: Rotate | None = None
+        if image_rotary_emb is not None:
+            cos, sin = (table[:in_front] for table in image_rotary_emb)
+            text = (_rotated(text[0], cos, sin), _rotated(text[1], cos, sin), text[2])
+            rotate = _rotation((image_rotary_emb[0][in_front:], image_rotary_emb[1][in_front:]))
+        output = run(layer.with_text(text, rotate), image, attngen)  # type: ignore[arg-type]
         if in_one_sequence:
-            restored = mixed_image if selection.restore is None else selection.restore(mixed_image)
-            return torch.cat([mixed_text, restored], dim=1)
-        output = attn.to_out[1](attn.to_out[0](mixed_image))
-        output = output if selection.restore is None else selection.restore(output)
-        return output, attn.to_add_out(mixed_text)
+            return torch.cat([layer.mixed_text(), output], dim=1)
+        return output, attn.to_add_out(layer.mixed_text())
 
 
 def _with_settings(original: Any, ours: Any) -> Any:
@@ -80,10 +77,16 @@ def _with_settings(original: Any, ours: Any) -> Any:
     return copied
 
 
-def _heads(attn: Any, states: Tensor) -> Heads:
+def _heads(layer: Layer, states: Tensor) -> Heads:
     """Text by the image's projections, as single-stream layers have it."""
-    query, key, value = project(attn, Selection(states, states))
-    return to_heads(attn, query, "norm_q"), to_heads(attn, key, "norm_k"), split_heads(value, attn.heads)
+    return Layer.project(layer, Selection(states, states))
+
+
+def _rotation(tables: Tables) -> Rotate:
+    def rotate(x: Tensor, positions: Tensor | None) -> Tensor:
+        return _rotated(x, *(_rows(table, positions) for table in tables))
+
+    return rotate
 
 
 def _rows(table: Tensor, positions: Tensor | None) -> Tensor:
@@ -94,7 +97,7 @@ def _rows(table: Tensor, positions: Tensor | None) -> Tensor:
     return picked if positions.ndim == 1 else picked.unsqueeze(1)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate neighbouring pairs of (B, H, N, D) in float32, as FLUX does (arXiv 2104.09864, eq. 34)."""
     real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)

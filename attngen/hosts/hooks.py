@@ -1,4 +1,4 @@
-"""Forward pre-hooks that carry a `StepInfo` from the denoiser's arguments to the attention layers.
+"""Forward pre-hooks that carry a `Call` from the denoiser's arguments to the attention layers.
 
 They are objects of these classes and hold no module, so a patched model can be copied and pickled, and all that a patch
 put on a model can be found again on the model itself.
@@ -18,13 +18,16 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from attngen.checks import Grid
-from attngen.hosts.families import Family, family_of, slot
+from attngen.hosts.clock import Clock
+from attngen.hosts.families import Family, family_of, slots
 from attngen.hosts.flux import FluxAttnGenProcessor
 from attngen.hosts.image import AttnGenProcessor
 from attngen.hosts.joint import JointAttnGenProcessor
-from attngen.hosts.layers import spec_of
+from attngen.hosts.spec import spec_of
+from attngen.kernels.autocast import autocast_dtype
+from attngen.layers.call import CHANNEL_KEY, Call
+from attngen.layers.trace import COUNTS
 from attngen.schedule import ChangeSchedule, stage_at
-from attngen.step import CHANNEL_KEY, StepInfo
 
 PROCESSORS = (AttnGenProcessor, JointAttnGenProcessor, FluxAttnGenProcessor)
 INNER_HOOK = -1  # torch numbers hooks from 0
@@ -36,20 +39,32 @@ class AttnGenWarning(UserWarning):
     """Something attngen did not do that was probably expected."""
 
 
-class CallSize(NamedTuple):
-    """Sizes of one denoiser call.
+class Seen(NamedTuple):
+    """One denoiser call, as far as it decides what the layers run.
 
     Attributes:
         grid: (height, width) of the latents of a UNet, of the tokens of a transformer.
         text: text tokens in joint attention, else 0.
-        tokens: image tokens; more than the grid holds where a model is given pictures to refer to.
-        batch: pictures, both halves of guidance counted.
+        tokens: image tokens; more than the grid holds where a model is given reference images.
+        batch: samples, both halves of guidance counted.
+        dtype: of the latents.
+        device: of the latents.
+        records: whether gradients were recorded.
+        requires_grad: whether the latents have one.
+        autocast: its dtype, or None.
+        masked: whether the model was given a mask for self-attention.
     """
 
     grid: Grid
     text: int
     tokens: int
     batch: int
+    dtype: torch.dtype
+    device: torch.device
+    records: bool = False
+    requires_grad: bool = False
+    autocast: torch.dtype | None = None
+    masked: bool = False
 
 
 class Hook:
@@ -57,20 +72,23 @@ class Hook:
 
 
 class RootHook(Hook):
-    """On the denoiser: reads time and size once a call, outside of any compiled graph, and makes the `StepInfo`.
+    """On the denoiser: reads time and size once a call, outside of any compiled graph, and makes the `Call`.
 
     Args:
         patch_id: tells this patch from a later one on the same model.
         model: the denoiser; only the places of its arguments are kept.
         starts: of the plan's stages.
-        random: for each stage, whether a method of it wants draws.
+        draws: for each stage, whether a method of it needs them.
+        layers: names of the patched layers; looked at to notice that another tool replaced our processors.
+        clock: time of a timestep by the pipeline's scheduler.
         seed: of the draws.
         switch: chooses the stage instead of the time, or None.
-        layers: names of the patched layers, looked at to notice that another tool replaced our processors.
-        review: called once for every new size with (model, `CallSize`); returns a warning or None.
+        review: called once for everything new in `Seen`, with (model, seen); returns a warning or None.
 
     Attributes:
         paused: whether every layer is exact, bit for bit, for as long as this is set.
+        trace: key of the running trace, or None.
+        last_seen: the last call; for reports only, no computation reads it.
     """
 
     def __init__(
@@ -78,27 +96,27 @@ class RootHook(Hook):
         patch_id: str,
         model: nn.Module,
         starts: Sequence[float],
-        random: Sequence[bool],
+        draws: Sequence[bool],
+        layers: Sequence[str],
+        clock: Clock,
         seed: int,
         switch: ChangeSchedule | None,
-        layers: Sequence[str],
-        review: Callable[[nn.Module, CallSize], str | None],
+        review: Callable[[nn.Module, Seen], str | None],
     ) -> None:
         family = family_of(model)
         assert family is not None
-        self.patch_id, self.starts, self.random = patch_id, tuple(starts), tuple(random)
-        self.seed, self.switch, self.layers, self.review = seed, switch, tuple(layers), review
-        self.sample, self.time, self.channel = (
-            slot(model.forward, name) for name in (family.sample, family.time, family.channel)
-        )
-        extra = [name for name in ("img_ids", family.text) if name is not None]
-        parameters = inspect.signature(model.forward).parameters
-        self.extra = {name: slot(model.forward, name) for name in extra if name in parameters}
-        self.last_seen: CallSize | None = None  # for reports only; no computation reads it
-        self._reviewed: set[CallSize] = set()
-        self._said: set[str] = set()
-        self._told_about: str | None = None
+        self.patch_id, self.starts, self.draws, self.layers = patch_id, tuple(starts), tuple(draws), tuple(layers)
+        self.clock, self.seed, self.switch, self.review = clock, seed, switch, review
+        places = slots(model)
+        self.sample, self.time, self.channel = (places[n] for n in (family.sample, family.time, family.channel))
+        extra = [name for name in ("img_ids", family.text, family.mask) if name is not None]
+        self.extra = {name: places[name] for name in extra if name in places}
         self.paused = False
+        self.trace: str | None = None
+        self.last_seen: Seen | None = None
+        self._reviewed: set[Seen] = set()
+        self._warned: set[str] = set()
+        self._replaced_by: str | None = None
 
     @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -106,35 +124,34 @@ class RootHook(Hook):
         assert family is not None
         sample = self.sample.get(args, kwargs)
         if sample is None or self.paused:
-            return args, kwargs  # the model itself will say what is missing
+            return args, kwargs  # the model itself will raise what is missing
         extra = {name: place.get(args, kwargs) for name, place in self.extra.items()}
-        grid = family.grid(model, {family.sample: sample, **extra})
-        text = extra.get(family.text) if family.text else None
-        text_tokens = 0 if text is None else int(text.shape[1])
         times = self._times(family, args, kwargs)
         if times is None:
             return args, kwargs  # the same for the time step
         stage = self._stage(times)
-        info = StepInfo(
+        seen = self._see(model, family, sample, extra)
+        if self.trace is not None:
+            COUNTS[self.trace].call(str(stage))
+        call = Call(
             str(stage),
-            grid,
-            context=text_tokens if family.rotary else 0,
-            draws=self._draws(grid, times, sample.device) if self.random[stage] else None,
+            seen.grid,
+            context=seen.text if family.rotary else 0,
+            draws=self._draws(seen.grid, times, sample.device) if self.draws[stage] else None,
+            trace=self.trace,
         )
-        tokens = int(sample.shape[1]) if sample.ndim == 3 else grid[0] * grid[1]
-        self._watch(model, CallSize(grid, text_tokens, tokens, int(sample.shape[0])))
         given = self.channel.get(args, kwargs)
-        return self.channel.put(args, kwargs, {**(given or {}), CHANNEL_KEY: info})
+        return self.channel.put(args, kwargs, {**(given or {}), CHANNEL_KEY: call})
 
     def _times(self, family: Family, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[float] | None:
         """Times of the call, read only where something depends on them: on a GPU reading waits for it."""
-        if len(self.starts) == 1 and not any(self.random):
+        if len(self.starts) == 1 and not any(self.draws):
             return []
         timestep = self.time.get(args, kwargs)
         if timestep is None:
             return None
         values = timestep.flatten().tolist() if isinstance(timestep, Tensor) else [float(timestep)]
-        return [family.clock(value) for value in values]
+        return [self.clock.time(value, family.clock) for value in values]
 
     def _stage(self, times: list[float]) -> int:
         if self.switch is not None:
@@ -146,30 +163,54 @@ class RootHook(Hook):
             )
         return stages.pop()
 
+    def _see(self, model: nn.Module, family: Family, sample: Tensor, extra: dict[str, Any]) -> Seen:
+        """What the call is like; warns once where nothing is active at this size, or our processors were replaced."""
+        grid = family.grid(model, {family.sample: sample, **extra})
+        text = extra.get(family.text) if family.text else None
+        seen = Seen(
+            grid,
+            0 if text is None else int(text.shape[1]),
+            int(sample.shape[1]) if sample.ndim == 3 else grid[0] * grid[1],
+            int(sample.shape[0]),
+            sample.dtype,
+            sample.device,
+            torch.is_grad_enabled(),
+            sample.requires_grad,
+            autocast_dtype(sample.device.type),
+            family.mask is not None and extra.get(family.mask) is not None,
+        )
+        self.last_seen = seen
+        if seen not in self._reviewed:
+            self._reviewed.add(seen)
+            self._warn_once(self._reviewed_safely(model, seen))
+        name = self._replacement(model)
+        if name is not None and self._replaced_by != name:
+            warn(
+                f"another tool replaced attngen's attention processors with {name}, so the patch is no longer active"
+                " there; call handle.reapply()"
+            )
+        self._replaced_by = name
+        return seen
+
+    def _reviewed_safely(self, model: nn.Module, seen: Seen) -> str | None:
+        """A report never ends a user's work."""
+        try:
+            return self.review(model, seen)
+        except Exception as error:
+            return f"what the patch does for {type(model).__name__} could not be reviewed: {error!r}"
+
+    def _warn_once(self, message: str | None) -> None:
+        if message is not None and message not in self._warned:
+            self._warned.add(message)
+            warn(message)
+
     def _draws(self, grid: Grid, times: list[float], device: torch.device) -> Tensor:
         """Draws that depend on the seed and the time alone: the same for both halves of guidance, in any batch."""
         digest = hashlib.sha256(f"{self.seed} {times[0] if times else 0.0!r}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         return torch.randint(2**31 - 1, (grid[0] * grid[1],), generator=generator).to(device)
 
-    def _watch(self, model: nn.Module, size: CallSize) -> None:
-        """Say once what a user would want to know: nothing active at this size, or our processors replaced."""
-        self.last_seen = size
-        if size not in self._reviewed:
-            self._reviewed.add(size)
-            message = self.review(model, size)
-            if message is not None and message not in self._said:
-                self._said.add(message)
-                warn(message)
-        name = self._replaced_by(model)
-        if name is not None and self._told_about != name:
-            warn(
-                f"something replaced attngen's processors by {name}, so attention is not what the patch says; "
-                f"handle.reapply() puts them back"
-            )
-        self._told_about = name
-
-    def _replaced_by(self, model: nn.Module) -> str | None:
+    def _replacement(self, model: nn.Module) -> str | None:
         for layer in self.layers:
             processor: Any = model.get_submodule(layer).processor
             if not isinstance(processor, PROCESSORS):
@@ -189,34 +230,42 @@ class _InnerHook(Hook, ABC):
     """On a module between the denoiser and its layers: changes the payload that passes through."""
 
     def __init__(self, module: nn.Module, channel: str) -> None:
-        self.channel = slot(module.forward, channel)
+        self.channel = slots(module)[channel]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         given = self.channel.get(args, kwargs)
         if given is None or CHANNEL_KEY not in given:
             return None
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        info = self.refine(given[CHANNEL_KEY], hidden_states)
-        return self.channel.put(args, kwargs, {**given, CHANNEL_KEY: info})
+        call = self.refine(given[CHANNEL_KEY], hidden_states)
+        return self.channel.put(args, kwargs, {**given, CHANNEL_KEY: call})
 
     @abstractmethod
-    def refine(self, info: StepInfo, hidden_states: Tensor) -> StepInfo:
+    def refine(self, call: Call, hidden_states: Tensor) -> Call:
         """The payload for the modules inside, given the input of this one."""
 
 
 class SpatialHook(_InnerHook):
-    """On the modules of a UNet that turn latents into tokens: puts in this level's exact grid."""
+    """On the modules of a UNet that turn latents into tokens: puts in this level's exact grid.
 
-    def refine(self, info: StepInfo, hidden_states: Tensor) -> StepInfo:
+    Attributes:
+        seen: the grid of the last call, or None.
+    """
+
+    seen: Grid | None = None
+
+    def refine(self, call: Call, hidden_states: Tensor) -> Call:
         height, width = hidden_states.shape[-2:]
-        return info._replace(grid=(height, width))
+        if not torch.compiler.is_compiling():
+            self.seen = int(height), int(width)  # for reports only
+        return call._replace(grid=(height, width))
 
 
 class MetricHook(_InnerHook):
     """On transformer blocks: passes on their input, on which token merging measures similarity."""
 
-    def refine(self, info: StepInfo, hidden_states: Tensor) -> StepInfo:
-        return info._replace(metric=hidden_states)
+    def refine(self, call: Call, hidden_states: Tensor) -> Call:
+        return call._replace(metric=hidden_states)
 
 
 class StripHook(Hook):
@@ -239,15 +288,17 @@ def add_hook(module: nn.Module, hook: Any) -> None:
         module._forward_pre_hooks_with_kwargs[INNER_HOOK] = True
 
 
-def add_inner_hooks(model: nn.Module, family: Family, metric: bool) -> None:
-    """Hooks on all modules between the denoiser and its layers, and on all attention modules."""
+def inner_hooks(model: nn.Module, family: Family, metric: bool) -> list[tuple[nn.Module, Hook]]:
+    """Hooks for all modules between the denoiser and its layers, and for all attention modules."""
+    hooks: list[tuple[nn.Module, Hook]] = []
     for module in model.modules():
         if family.spatial_block is not None and type(module).__name__ == family.spatial_block:
-            add_hook(module, SpatialHook(module, family.channel))
+            hooks.append((module, SpatialHook(module, family.channel)))
         elif metric and isinstance(module, BasicTransformerBlock):
-            add_hook(module, MetricHook(module, family.channel))
+            hooks.append((module, MetricHook(module, family.channel)))
         elif hasattr(module, "get_processor"):
-            add_hook(module, StripHook())
+            hooks.append((module, StripHook()))
+    return hooks
 
 
 def root_hook(model: nn.Module) -> RootHook | None:
@@ -255,14 +306,26 @@ def root_hook(model: nn.Module) -> RootHook | None:
     return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, RootHook)), None)
 
 
-def remove_hooks(model: nn.Module) -> None:
-    """Take all hooks of a patch off a model."""
+def remove_hooks(model: nn.Module) -> list[tuple[nn.Module, Hook]]:
+    """Remove all hooks of a patch from a model and return them with their modules."""
+    removed: list[tuple[nn.Module, Hook]] = []
     for module in model.modules():
         for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, Hook)]:
-            del module._forward_pre_hooks[key]
+            removed.append((module, cast("Hook", module._forward_pre_hooks.pop(key))))
             module._forward_pre_hooks_with_kwargs.pop(key, None)
+    return removed
 
 
 def patched_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Layers with a spec beside them, by name."""
+    """Layers with a spec attached, by name."""
     return {name: module for name, module in model.named_modules() if spec_of(module) is not None}
+
+
+def seen_grids(model: nn.Module) -> dict[str, Grid]:
+    """The grid that each module with a `SpatialHook` had in the last call, by module name."""
+    found: dict[str, Grid] = {}
+    for name, module in model.named_modules():
+        hook = module._forward_pre_hooks.get(INNER_HOOK)
+        if isinstance(hook, SpatialHook) and hook.seen is not None:
+            found[name] = hook.seen
+    return found

@@ -1,41 +1,80 @@
-"""Which layers can be patched, and putting a patch on them and taking it off."""
+"""Which layers can be patched, and putting a patch on them and off again, all or nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import nn
 
 from attngen.hosts import hooks
-from attngen.hosts.describe import Review
-from attngen.hosts.families import family_of, halvings
+from attngen.hosts.clock import Clock
+from attngen.hosts.families import Family, family_of, halvings
 from attngen.hosts.flux import FluxAttnGenProcessor
 from attngen.hosts.image import AttnGenProcessor
 from attngen.hosts.joint import JointAttnGenProcessor
-from attngen.hosts.layers import SPEC, LayerSpec, spec_of
-from attngen.hosts.learned import drop_core, put_core
-from attngen.learned.modules import HiddenModule
+from attngen.hosts.spec import SPEC, LayerSpec, spec_of
+from attngen.learned.modules import HiddenModule, drop_core, put_core
 from attngen.plan import Plan
 from attngen.schedule import ChangeSchedule
-from attngen.sit.attention import SiTAttention, SiTAttnProcessor
 
-# Processors that compute plain softmax attention, by class name, and ours for them. All others (IP-Adapter, PAG,
-# custom ones, layers with learned mediators) do something of their own that we must not take away.
-_PLAIN = {
+PLAIN: dict[str, type] = {
     "AttnProcessor": AttnGenProcessor,
     "AttnProcessor2_0": AttnGenProcessor,
     "SlicedAttnProcessor": AttnGenProcessor,
     "XFormersAttnProcessor": AttnGenProcessor,
     "FusedAttnProcessor2_0": AttnGenProcessor,
-    "SiTAttnProcessor": AttnGenProcessor,
     "JointAttnProcessor2_0": JointAttnGenProcessor,
     "FusedJointAttnProcessor2_0": JointAttnGenProcessor,
     "XFormersJointAttnProcessor": JointAttnGenProcessor,
     "FluxAttnProcessor": FluxAttnGenProcessor,
 }
+"""Processors that compute plain softmax attention, by class name, and ours for them.
+
+All others (IP-Adapter, PAG, custom ones, layers with learned mediators) do something of their own that must stay.
+`attngen.hosts.registry` adds those of attngen's own models.
+"""
+
+
+@dataclass(frozen=True)
+class Patching:
+    """What is put on a model.
+
+    Attributes:
+        plan: which method where and when.
+        patch_id: tells this patch from a later one.
+        review: see `RootHook`.
+        clock: see `RootHook`.
+        seed: of random draws.
+        switch: chooses the stage instead of the time, or None.
+        kernel: which of attngen's paths computes the methods.
+        cores: learned weights by layer.
+        metric: whether transformer blocks pass on their input even where the plan does not need it.
+    """
+
+    plan: Plan
+    patch_id: str
+    review: Callable[[nn.Module, hooks.Seen], str | None]
+    clock: Clock = field(default_factory=Clock)
+    seed: int = 0
+    switch: ChangeSchedule | None = None
+    kernel: str = "auto"
+    cores: Mapping[str, HiddenModule] = field(default_factory=dict)
+    metric: bool = False
+
+
+@dataclass
+class Detached:
+    """A patch that was taken off a model, to be put on again.
+
+    Attributes:
+        hooks: with their modules.
+        layers: attention modules with their processor, spec and learned weights.
+    """
+
+    hooks: list[tuple[nn.Module, hooks.Hook]] = field(default_factory=list)
+    layers: list[tuple[Any, Any, LayerSpec, HiddenModule | None]] = field(default_factory=list)
 
 
 def attention_modules(model: nn.Module) -> Iterable[tuple[str, Any]]:
@@ -46,26 +85,37 @@ def attention_modules(model: nn.Module) -> Iterable[tuple[str, Any]]:
 
 
 def refused_layers(model: nn.Module, patched: bool = False) -> dict[str, str]:
-    """Attention layers that are left alone, and why; of a `patched` model also those another tool took back."""
+    """Attention layers that stay as they are, and why; of a `patched` model also those another tool changed since."""
     family = family_of(model)
-    refused: dict[str, str] = {}
-    spatial: tuple[str, ...] | None = None
-    if family is not None and family.spatial_block is not None:
-        modules = model.named_modules()
-        spatial = tuple(f"{name}." for name, module in modules if type(module).__name__ == family.spatial_block)
-    for name, attn in attention_modules(model):
-        processor = type(attn.processor).__name__
-        if getattr(attn, "is_cross_attention", False):
-            refused[name] = "cross-attention stays exact"
-        elif name.endswith("fuser.attn"):
-            refused[name] = "its tokens are an image and objects, not a grid"
-        elif spatial is not None and not name.startswith(spatial):
-            refused[name] = f"it is not in a {family.spatial_block}" if family else ""
-        elif patched and spec_of(attn) is not None and not isinstance(attn.processor, hooks.PROCESSORS):
-            refused[name] = f"its processor was replaced by {processor}; reapply() puts ours back"
-        elif processor not in _PLAIN and not isinstance(attn.processor, hooks.PROCESSORS):
-            refused[name] = f"its processor {processor} is not a plain one"
-    return refused
+    inside = None if family is None else _inside_spatial_blocks(model, family)
+    reasons = {name: _why_refused(name, attn, family, inside, patched) for name, attn in attention_modules(model)}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _inside_spatial_blocks(model: nn.Module, family: Family) -> tuple[str, ...] | None:
+    if family.spatial_block is None:
+        return None
+    modules = model.named_modules()
+    return tuple(f"{name}." for name, module in modules if type(module).__name__ == family.spatial_block)
+
+
+def _why_refused(
+    name: str, attn: Any, family: Family | None, inside: tuple[str, ...] | None, patched: bool
+) -> str | None:
+    processor, ours = type(attn.processor).__name__, isinstance(attn.processor, hooks.PROCESSORS)
+    if "AddedKV" in processor:
+        return f"image and text are keys of one softmax in its {processor}"
+    if getattr(attn, "is_cross_attention", False):
+        return "cross-attention stays exact"
+    if name.endswith("fuser.attn"):
+        return "its tokens are an image and objects, not a grid"
+    if patched and spec_of(attn) is not None and not ours:
+        return f"its processor was replaced by {processor}; reapply() restores ours"
+    if processor not in PLAIN and not ours:
+        return f"its processor {processor} is not a plain one"
+    if family is not None and inside is not None and not name.startswith(inside):
+        return f"it is not in a {family.spatial_block}"
+    return None
 
 
 def patchable_layers(model: nn.Module) -> dict[str, Any]:
@@ -77,65 +127,81 @@ def patchable_layers(model: nn.Module) -> dict[str, Any]:
 def learnable_layers(model: nn.Module) -> dict[str, Any]:
     """Those of `patchable_layers` that can have learned weights: of image tokens alone."""
     layers = patchable_layers(model).items()
-    return {n: attn for n, attn in layers if _PLAIN[type(_original(attn)).__name__] is AttnGenProcessor}
+    return {n: attn for n, attn in layers if PLAIN[type(_original(attn)).__name__] is AttnGenProcessor}
 
 
-def install(
-    model: nn.Module,
-    plan: Plan,
-    patch_id: str,
-    seed: int,
-    switch: ChangeSchedule | None,
-    kernel: str,
-    cores: Mapping[str, HiddenModule] | None = None,
-) -> None:
-    """Put a plan, and learned weights by layer, on a model, in place of any patch it has.
+def install(model: nn.Module, patching: Patching) -> None:
+    """Put a patch on a model, in place of any that it has. An attention backend set on that one stays.
 
-    An attention backend set on a patch stays.
+    If anything fails, the model is as it was before, an older patch included.
     """
-    family = family_of(model)
+    detached = detach(model)
+    try:
+        _install(model, patching, {id(attn): processor for attn, processor, _, _ in detached.layers})
+    except BaseException:
+        detach(model)
+        attach(model, detached)
+        raise
+
+
+def _install(model: nn.Module, patching: Patching, backends: Mapping[int, Any]) -> None:
+    family, plan = family_of(model), patching.plan
     assert family is not None
-    previous: dict[str, Any] = dict(hooks.patched_layers(model))
-    backends = {name: attn.processor for name, attn in previous.items() if isinstance(attn.processor, hooks.PROCESSORS)}
-    uninstall(model)
     layers = patchable_layers(model)
-    levels = sorted({halvings(model, name) for name in layers})
-    originals = {name: _original(attn) for name, attn in layers.items()}
+    specs = _specs(model, family, layers, patching)
+    by_stage = list(zip(*(spec.methods for spec in specs.values()), strict=True))
+    metric = patching.metric or any(method.needs_metric for methods in by_stage for method in methods)
+    inner = hooks.inner_hooks(model, family, metric)
+    draws = [any(method.needs_draws for method in methods) for methods in by_stage]
+    root = hooks.RootHook(
+        patching.patch_id,
+        model,
+        plan.starts,
+        draws,
+        tuple(layers),
+        patching.clock,
+        patching.seed,
+        patching.switch,
+        patching.review,
+    )
+    # Nothing has changed so far.
     for name, attn in layers.items():
-        spec = LayerSpec(
-            original=originals[name],
-            methods=plan.methods_for(name),
-            min_tokens=plan.min_tokens,
-            level=levels.index(halvings(model, name)),
-            max_levels=plan.max_levels,
-            rotary=family.rotary,
-            kernel=kernel,
-        )
-        ours = _PLAIN[type(originals[name]).__name__]()
-        _copy_settings(backends.get(name, attn.processor), ours)
+        spec = specs[name]
+        ours = PLAIN[type(spec.original).__name__]()
+        _copy_settings(backends.get(id(attn), attn.processor), ours)
         setattr(attn, SPEC, spec)
         attn.set_processor(ours)
-        if cores is not None and name in cores:
-            put_core(attn, cores[name])
-    by_stage = list(zip(*map(plan.methods_for, layers), strict=True))
-    needs_metric = any(method.needs_metric for methods in by_stage for method in methods)
-    random = [any(getattr(method, "random", False) for method in methods) for methods in by_stage]
-    hooks.add_inner_hooks(model, family, needs_metric)
-    root = hooks.RootHook(patch_id, model, plan.starts, random, seed, switch, tuple(layers), Review(plan.starts))
-    hooks.add_hook(model, root)
+        if name in patching.cores:
+            put_core(attn, patching.cores[name])
+    for module, hook in [*inner, (model, root)]:
+        hooks.add_hook(module, hook)
+
+
+def _specs(model: nn.Module, family: Family, layers: Mapping[str, Any], patching: Patching) -> dict[str, LayerSpec]:
+    plan = patching.plan
+    levels = sorted({halvings(model, name) for name in layers})
+    groups: dict[Any, str] = {}
+    specs: dict[str, LayerSpec] = {}
+    for name, attn in layers.items():
+        methods, level = plan.methods_for(name), levels.index(halvings(model, name))
+        sizes = attn.heads, attn.inner_dim, getattr(attn, "query_dim", None), getattr(attn, "pre_only", None)
+        group = groups.setdefault((methods, level, sizes), name)
+        original, rotary = _original(attn), family.rotary
+        specs[name] = LayerSpec(
+            name, group, original, methods, plan.min_tokens, level, plan.max_levels, rotary, patching.kernel
+        )
+    return specs
 
 
 def _original(attn: Any) -> Any:
-    """The processor to restore. One of ours without a patch was left by another tool, and means diffusers' default."""
+    """The processor to restore. One of ours without a patch was left by another tool, and means the default one."""
     if not isinstance(attn.processor, hooks.PROCESSORS):
         return attn.processor
-    if isinstance(attn, SiTAttention):
-        return SiTAttnProcessor()
-    defaults: dict[type, type] = {
-        JointAttnGenProcessor: JointAttnProcessor2_0,
-        FluxAttnGenProcessor: FluxAttnProcessor,
-    }
-    return defaults.get(type(attn.processor), AttnProcessor2_0)()
+    spec = spec_of(attn)
+    if spec is not None:
+        return spec.original
+    # Modules that come with processors of their own name them.
+    return (getattr(attn, "_default_processor_cls", None) or type(attn.processor).default)()
 
 
 def _copy_settings(source: Any, target: Any) -> None:
@@ -145,14 +211,27 @@ def _copy_settings(source: Any, target: Any) -> None:
             setattr(target, name, getattr(source, name))
 
 
-def uninstall(model: nn.Module) -> None:
+def detach(model: nn.Module) -> Detached:
     """Take any patch off a model; a processor that is not ours by now stays."""
-    hooks.remove_hooks(model)
-    for attn in hooks.patched_layers(model).values():
-        layer: Any = attn
-        if isinstance(layer.processor, hooks.PROCESSORS):
-            original = getattr(layer, SPEC).original
-            _copy_settings(layer.processor, original)
-            layer.set_processor(original)
-        delattr(layer, SPEC)
-        drop_core(layer)
+    detached = Detached(hooks.remove_hooks(model))
+    for layer in hooks.patched_layers(model).values():
+        attn: Any = layer
+        processor, spec = attn.processor, getattr(attn, SPEC)
+        if isinstance(processor, hooks.PROCESSORS):
+            _copy_settings(processor, spec.original)
+            attn.set_processor(spec.original)
+        delattr(attn, SPEC)
+        detached.layers.append((attn, processor, spec, drop_core(attn)))
+    return detached
+
+
+def attach(model: nn.Module, detached: Detached) -> None:
+    """Put a patch that was taken off on the model again."""
+    for attn, processor, spec, core in detached.layers:
+        setattr(attn, SPEC, spec)
+        if isinstance(processor, hooks.PROCESSORS):
+            attn.set_processor(processor)
+        if core is not None:
+            put_core(attn, core)
+    for module, hook in detached.hooks:
+        hooks.add_hook(module, hook)

@@ -1,4 +1,4 @@
-"""The two things importing attngen does to diffusers: its classes become loadable, its processors and blocks known."""
+"""Side effects of `import attngen` on diffusers: its classes become loadable, its processors and blocks known."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 from attngen.hosts.flux import FluxAttnGenProcessor
 from attngen.hosts.image import AttnGenProcessor
+from attngen.hosts.install import PLAIN
 from attngen.hosts.joint import JointAttnGenProcessor
 from attngen.sit.attention import SiTAttnProcessor, SiTLinearAttnProcessor, SiTMediatorAttnProcessor
 from attngen.sit.model import SiTTransformerBlock
@@ -32,6 +33,7 @@ def register() -> None:
     """Make diffusers load and save attngen's classes, and let its guiders and caches work on them."""
     methods = ["save_pretrained", "from_pretrained"]
     LOADABLE_CLASSES.setdefault("attngen", {"ModelMixin": methods, "SchedulerMixin": methods})
+    PLAIN["SiTAttnProcessor"] = AttnGenProcessor
     plain: AttentionProcessorMetadata = AttentionProcessorRegistry.get(AttnProcessor2_0)
     for processor in (
         AttnGenProcessor,

@@ -18,14 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attngen.checks import check_bias
-from attngen.kernels import dispatch
 from attngen.kernels.autocast import autocast_dtype
-from attngen.kernels.crossovers import AbsorbedCost
-from attngen.kernels.dispatch import AUTO
 
 
 class Projection(NamedTuple):
@@ -67,7 +64,7 @@ def absorbed_agent_attention(
 
     Equations 3 to 6 of arXiv 2312.08874 and 4 to 6 of arXiv 2408.05710 (whose agents are pooled queries: pooled `x` has
     them as its projection). About 4·H·M·C multiply-adds a token and 5·M·C² a picture, for 4·C² + 4·M·C a token of the
-    layer written out; a `shortcut` or `input_branch` adds C² a token, a `value_branch` 2·C². See `LayerSize`.
+    layer written out; a `shortcut` or `input_branch` adds C² a token, a `value_branch` 2·C².
 
     Training keeps `x` and two numbers a token, head and agent, and no projection; it has first derivatives only. Where
     `x` is in half precision, the logits and all that has the size of the agents are float32.
@@ -143,143 +140,6 @@ def absorbed_agent_attention(
         output = _WeighRows.apply(weights, rows, constant, num_heads)
         output = output if projected is None else projected + output
     return output.to(result_dtype)
-
-
-class LayerSize(NamedTuple):
-    """Sizes that decide whether absorbing a layer's projections pays.
-
-    Attributes:
-        num_agents: M.
-        head_dim: D.
-        num_heads: H.
-        channels: C.
-        tokens: N, of one picture.
-        kept_projections: products of all tokens by C × C weights that stay: 1 with a `shortcut` or `input_branch`, 2
-            with a `value_branch`.
-    """
-
-    num_agents: int
-    head_dim: int
-    num_heads: int
-    channels: int
-    tokens: int
-    kept_projections: int = 0
-
-    @property
-    def flops(self) -> int:
-        """Floating-point operations of the absorbed layer for one picture, two a multiply-add."""
-        channels, width, tokens = self.channels, self.num_heads * self.head_dim, self.tokens
-        kept = self.kept_projections * tokens * width * channels
-        if self.kept_projections == 1:  # through W_v and W_o: one after the other, or their product made first
-            kept = min(2 * kept, channels * width * channels + tokens * channels * channels)
-        narrow, own = 4 * self.num_agents * self.num_heads * tokens * channels, 5 * self.num_agents * channels * width
-        return 2 * (narrow + own + kept)
-
-    def gain(self, cost: AbsorbedCost) -> float:
-        """How many times faster the absorbed layer is than projections and `agent_attention`, estimated.
-
-        Compares multiply-adds a token, weighted as they were measured. That is about M < 0.8 · D for many tokens.
-        """
-        width = self.num_heads * self.head_dim
-        direct = 4 * width * (self.channels + self.num_agents)
-        narrow = 4 * self.num_agents * self.num_heads * self.channels
-        own = 5 * self.num_agents * self.channels * width / self.tokens
-        kept = self.kept_projections * self.channels * width
-        return direct / (cost.narrow * narrow + cost.own * own + cost.kept * kept)
-
-
-def why_not_absorbed(size: LayerSize, x: Tensor, weight: Tensor, kernel: str = AUTO) -> str | None:
-    """Why a layer of this size had better not be absorbed, in a few words; None where it had.
-
-    Args:
-        size: of the layer.
-        x: (B, N, C), its input; only dtype, device and `requires_grad` are read.
-        weight: of one of its projections; `requires_grad` is read.
-        kernel: the path wanted, see `attngen.kernels.dispatch`: "absorbed" wherever it can run, "auto" where it pays.
-
-    Raises:
-        ValueError: for an unknown `kernel`.
-    """
-    dispatch.check_kernel(kernel)
-    if kernel != AUTO:
-        return None if kernel == "absorbed" else f"the kernel {kernel!r} was asked for"
-    cost = dispatch.absorbed_cost(x, weight)
-    if cost is None:
-        return f"absorbing was not measured on {dispatch.device_key(x.device)}"
-    if size.gain(cost) <= 1:
-        return f"{size.num_agents} agents are too many for heads of {size.head_dim} to absorb"
-    return None
-
-
-def effective_projection(module: nn.Module) -> Projection | None:
-    """The one matrix and bias that `module` applies, or None where it may do anything else.
-
-    A plain `nn.Linear`, or peft's LoRA around one: W + Σ scaling · B A of the active adapters, summed in float32 for C²
-    multiply-adds a rank, differentiable in all parts. None for dropout in training, other adapters (DoRA), adapters to
-    be unmerged, quantised or sharded weights, hooks, and every other module: these have to be called.
-    """
-    if _is_plain_linear(module):
-        linear: Any = module
-        return Projection(linear.weight, linear.bias)
-    # By name: whoever has such a layer has imported peft, and nobody else should.
-    kind = type(module)
-    if (kind.__module__, kind.__qualname__) != ("peft.tuners.lora.layer", "Linear") or _is_hooked(module):
-        return None
-    lora: Any = module
-    if not _is_plain_linear(lora.base_layer):
-        return None
-    weight, bias = lora.base_layer.weight, lora.base_layer.bias
-    if lora.disable_adapters:
-        return None if lora.merged else Projection(weight, bias)
-    for name in () if lora.merged else lora.active_adapters:
-        if name not in lora.lora_A:
-            continue
-        down, up, dropout = lora.lora_A[name], lora.lora_B[name], lora.lora_dropout[name]
-        drops = not isinstance(dropout, nn.Identity) and dropout.training
-        if drops or name in lora.lora_variant or not (_is_plain_linear(down) and _is_plain_linear(up)):
-            return None
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        weight = weight.to(wide) + lora.scaling[name] * (up.weight.to(wide) @ down.weight.to(wide))
-        if up.bias is not None:
-            added = lora.scaling[name] * up.bias
-            bias = added if bias is None else bias + added
-    return Projection(weight, bias)
-
-
-def layer_projections(attn: Any) -> list[Projection] | None:
-    """Query, key, value and output projections of a layer as matrices, or None where one does more than multiply.
-
-    Args:
-        attn: a module with `to_out[0]` and `to_q`, `to_k`, `to_v`, or with `fused_projections` and `to_qkv`, as
-            diffusers names them.
-    """
-    if getattr(attn, "fused_projections", False):
-        fused = effective_projection(attn.to_qkv)
-        if fused is None:
-            return None
-        biases = (None, None, None) if fused.bias is None else fused.bias.chunk(3)
-        inputs = [Projection(*parts) for parts in zip(fused.weight.chunk(3), biases, strict=True)]
-    else:
-        inputs = [effective_projection(module) for module in (attn.to_q, attn.to_k, attn.to_v)]
-    found = [*inputs, effective_projection(attn.to_out[0])]
-    projections = [projection for projection in found if projection is not None]
-    return projections if len(projections) == len(found) else None
-
-
-def _is_plain_linear(module: nn.Module) -> bool:
-    # Quantised and sharded weights are subclasses of Tensor inside of a plain nn.Linear.
-    return (
-        type(module) is nn.Linear
-        and not _is_hooked(module)
-        and type(module.weight) in (nn.Parameter, Tensor)
-        and module.weight.is_floating_point()
-        and module.weight.dtype.itemsize > 1
-    )
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """Hooks of PyTorch, and replaced `forward`s: offloading, layerwise casting."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
 
 
 def _check(

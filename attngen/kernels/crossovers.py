@@ -104,19 +104,22 @@ def _capability(index: int | None) -> str:
 
 
 @torch.compiler.assume_constant_result
-def _axes(device: str, kind: str) -> tuple[tuple[int, ...], ...]:
+def axes(device: str, kind: str) -> tuple[tuple[int, ...], ...]:
+    """The sizes measured on a device for a kind of call. This and what follows are constants for torch.compile."""
     table = _tables().get(device)
     return () if table is None else table.axes(kind)
 
 
 @torch.compiler.assume_constant_result
-def _cell(device: str, kind: str, *sizes: int) -> tuple[str, float | None] | None:
+def cell(device: str, kind: str, *sizes: int) -> tuple[str, float | None] | None:
+    """The fastest path at a measured point and its speedup, or None."""
     choice = _tables()[device].cell(kind, sizes)
     return None if choice is None else (choice.kernel, choice.speedup)
 
 
 @torch.compiler.assume_constant_result
-def _absorbed_cost(device: str, kind: str) -> tuple[float, ...] | None:
+def absorbed_cost(device: str, kind: str) -> tuple[float, ...] | None:
+    """The fields of the `AbsorbedCost` measured on a device for a kind of layer, or None."""
     table = _tables().get(device)
     cost = None if table is None else table.absorbed.get(kind)
     return None if cost is None else tuple(cost)

@@ -8,28 +8,23 @@ it, two fused attention calls run, and nothing is claimed about speed. The argum
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attngen.kernels import matmul, reference, sdpa
+from attngen.checks import check_choice
+from attngen.kernels import crossovers, matmul, reference, sdpa
 from attngen.kernels.autocast import autocast_dtype
-from attngen.kernels.crossovers import (
-    AbsorbedCost,
-    Choice,
-    _absorbed_cost,
-    _axes,
-    _cell,
-    call_kind,
-    device_key,
-    layer_kind,
-)
-from attngen.kernels.reference import Convolution
+from attngen.kernels.crossovers import AbsorbedCost, Choice, call_kind, device_key, layer_kind
+from attngen.kernels.like import Like
+from attngen.kernels.reference import NO_BIASES, AgentScales, Biases, Convolution
 from attngen.kernels.triton import agent as triton_agent
 from attngen.kernels.triton import linear as triton_linear
 
-AUTO = "auto"
+Kernel = Literal["auto", "reference", "sdpa", "matmul", "triton", "absorbed"]
+
+AUTO: Kernel = "auto"
 AGENT_KERNELS = ("reference", "sdpa", "matmul", "triton")
 LINEAR_KERNELS = ("reference", "triton")
 LAYER_KERNELS = ("absorbed",)
@@ -43,7 +38,7 @@ class Problem(NamedTuple):
     Attributes:
         device: "cpu" or a CUDA device's capability, such as "cuda-9.0"; see `device_key`.
         dtype: "float32" or "bfloat16".
-        batch_heads: pictures times heads.
+        batch_heads: samples times heads.
         tokens: queries or keys, whichever are more.
         agents: M, or 0 for linear attention.
         head_dim: D.
@@ -66,33 +61,27 @@ def agent_attention(
     key: Tensor,
     value: Tensor,
     agents: Tensor,
-    scale: float,
-    broadcast_scale: float,
-    aggregation_bias: Tensor | None = None,
-    broadcast_bias: Tensor | None = None,
-    shortcut: float = 0.0,
+    scales: AgentScales,
+    biases: Biases = NO_BIASES,
     convolution: Convolution | None = None,
-    gain: float = 1.0,
-    correction: str | None = None,
     kernel: str = AUTO,
 ) -> Tensor:
-    """`reference.agent_attention` by the fastest path, or by `kernel` wherever that one runs."""
-    biases = (aggregation_bias, broadcast_bias)
-    choice = choose_agent_kernel(query, key, value, agents, biases, kernel, correction)
-    path = _AGENT_PATHS[choice.kernel]
-    return path(query, key, value, agents, scale, broadcast_scale, *biases, shortcut, convolution, gain, correction)
+    """`reference.agent_attention` by `kernel`, one that `choose_agent_kernel` gave; "auto" chooses here."""
+    if kernel == AUTO:
+        kernel = choose_agent_kernel(query, key, value, agents, biases, correction=scales.correction).kernel
+    return _AGENT_PATHS[kernel](query, key, value, agents, scales, biases, convolution)
 
 
 def choose_agent_kernel(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    agents: Tensor,
-    biases: Sequence[Tensor | None] = (None, None),
+    query: Tensor | Like,
+    key: Tensor | Like,
+    value: Tensor | Like,
+    agents: Tensor | Like,
+    biases: Sequence[Tensor | Like | None] = (None, None),
     kernel: str = AUTO,
     correction: str | None = None,
 ) -> Choice:
-    """The path that `agent_attention` takes for these tensors."""
+    """The path for these tensors, or for tensors like these."""
     tensors = [query, key, value, agents, *(bias for bias in biases if bias is not None)]
     problem = Problem(
         device_key(query.device),
@@ -104,7 +93,9 @@ def choose_agent_kernel(
         _records(tensors),
         len(tensors) > 4,
     )
-    return choose_for_agents(problem, kernel, lambda: triton_agent.why_not(query, key, value, agents, correction))
+    choice = choose_for_agents(problem, kernel, lambda: triton_agent.why_not(query, key, value, agents, correction))
+    # What was measured had no correction between its softmaxes.
+    return choice if correction is None else choice._replace(speedup=None)
 
 
 def choose_for_agents(
@@ -115,7 +106,7 @@ def choose_for_agents(
     Args:
         problem: the sizes.
         kernel: the path wanted, from `KERNELS`.
-        why_not_triton: asked where the Triton kernels come into question; says why they cannot run, or None.
+        why_not_triton: asked where the Triton kernels come into question; the reason they cannot run, or None.
     """
     found = _look_up("agent", problem) or Choice("sdpa")
     return _settle(found, kernel, AGENT_KERNELS, "sdpa", why_not_triton)
@@ -130,7 +121,7 @@ def linear_attention(
     eps: float,
     kernel: str = AUTO,
 ) -> Tensor:
-    """Linear attention by the fastest path, or by `kernel` wherever that one runs.
+    """Linear attention by `kernel`, one that `choose_linear_kernel` gave; "auto" chooses here.
 
     Args:
         query: (B, H, N, D).
@@ -139,17 +130,20 @@ def linear_attention(
         feature_map: name of `features`; "" for one that only it knows.
         features: the feature map.
         eps: see `attngen.functional.linear_attention`.
-        kernel: the path wanted.
+        kernel: the path.
     """
-    choice = choose_linear_kernel(query, key, value, feature_map, kernel)
-    if choice.kernel == "triton":
+    if kernel == AUTO:
+        kernel = choose_linear_kernel(query, key, value, feature_map).kernel
+    if kernel == "triton":
         return triton_linear.linear_attention(query, key, value, feature_map, eps)
     wide = torch.promote_types(query.dtype, torch.float32)
     return reference.linear_attention(features(query.to(wide)), features(key.to(wide)), value, eps)
 
 
-def choose_linear_kernel(query: Tensor, key: Tensor, value: Tensor, feature_map: str, kernel: str = AUTO) -> Choice:
-    """The path that `linear_attention` takes for these tensors."""
+def choose_linear_kernel(
+    query: Tensor | Like, key: Tensor | Like, value: Tensor | Like, feature_map: str, kernel: str = AUTO
+) -> Choice:
+    """The path for these tensors, or for tensors like these."""
     problem = Problem(
         device_key(query.device),
         _computing_dtype(query),
@@ -170,16 +164,15 @@ def choose_for_linear(
     return _settle(found, kernel, LINEAR_KERNELS, "reference", why_not_triton)
 
 
-def absorbed_cost(x: Tensor, weight: Tensor) -> AbsorbedCost | None:
-    """What the absorbed path of a layer with this input and projection costs, or None where it was not measured."""
-    cost = _absorbed_cost(device_key(x.device), layer_kind(_computing_dtype(x), _records((x, weight))))
+def absorbed_cost(like: Tensor | Like) -> AbsorbedCost | None:
+    """What the absorbed path of a layer with such an input costs, or None where it was not measured."""
+    cost = crossovers.absorbed_cost(device_key(like.device), layer_kind(_computing_dtype(like), _records((like,))))
     return None if cost is None else AbsorbedCost(*cost)
 
 
 def check_kernel(kernel: str, known: Sequence[str] = KERNELS) -> None:
-    """ValueError for a kernel that is not among the `known`, listing them."""
-    if kernel not in known:
-        raise ValueError(f"unknown kernel {kernel!r}; known: {', '.join(known)}")
+    """Raise ValueError for a kernel that is not among the `known`, listing them."""
+    check_choice("kernel", kernel, known)
 
 
 def _settle(
@@ -199,11 +192,13 @@ def _settle(
 
 def _look_up(method: str, problem: Problem) -> Choice | None:
     kind = call_kind(method, problem.dtype, problem.training, problem.bias)
-    axes = _axes(problem.device, kind)
+    axes = crossovers.axes(problem.device, kind)
     if not axes:
         return None
     sizes = [problem.batch_heads, problem.head_dim, problem.tokens, *([problem.agents] if problem.agents else [])]
-    cell = _cell(problem.device, kind, *[_nearest(size, axis) for size, axis in zip(sizes, axes, strict=True)])
+    cell = crossovers.cell(
+        problem.device, kind, *[_nearest(size, axis) for size, axis in zip(sizes, axes, strict=True)]
+    )
     return None if cell is None else Choice(*cell)
 
 
@@ -217,7 +212,7 @@ def _nearest(size: int, axis: Iterable[int]) -> int:
     return chosen
 
 
-def _computing_dtype(x: Tensor) -> str:
+def _computing_dtype(x: Tensor | Like) -> str:
     """The dtype that attention over `x` runs in, or the one of those measured whose paths rank alike."""
     wanted = None if x.dtype == torch.float64 else autocast_dtype(x.device.type)
     dtype = wanted or x.dtype
@@ -226,7 +221,7 @@ def _computing_dtype(x: Tensor) -> str:
     return "float32" if dtype == torch.float64 else str(dtype).removeprefix("torch.")
 
 
-def _records(tensors: Iterable[Tensor]) -> bool:
+def _records(tensors: Iterable[Tensor | Like]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attngen.kernels.reference import Convolution, add_branches, between
+from attngen.kernels.reference import NO_BIASES, AgentScales, Biases, Convolution, add_branches, between
 
 
 def agent_attention(
@@ -13,14 +13,9 @@ def agent_attention(
     key: Tensor,
     value: Tensor,
     agents: Tensor,
-    scale: float,
-    broadcast_scale: float,
-    aggregation_bias: Tensor | None = None,
-    broadcast_bias: Tensor | None = None,
-    shortcut: float = 0.0,
+    scales: AgentScales,
+    biases: Biases = NO_BIASES,
     convolution: Convolution | None = None,
-    gain: float = 1.0,
-    correction: str | None = None,
 ) -> Tensor:
     """`reference.agent_attention` with scores rounded to the dtype of the inputs, as the published code has it.
 
@@ -30,10 +25,10 @@ def agent_attention(
     dtype = value.dtype
     if dtype == torch.float16:
         query, key, agents, value = query.float(), key.float(), agents.float(), value.float()
-    aggregated = _softmax_attention(agents * scale, key, value, aggregation_bias)
-    aggregated = between(aggregated, agents, broadcast_scale, gain, correction)
-    output = _softmax_attention(query, agents * broadcast_scale, aggregated, broadcast_bias)
-    return add_branches(output, value, shortcut, convolution).to(dtype)
+    aggregated = _softmax_attention(agents * scales.scale, key, value, biases[0])
+    aggregated = between(aggregated, agents, scales)
+    output = _softmax_attention(query, agents * scales.broadcast_scale, aggregated, biases[1])
+    return add_branches(output, value, scales.shortcut, convolution).to(dtype)
 
 
 def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,6 +12,30 @@ RIDGE = 0.03
 """Added to the eigenvalues, 0 to 1, that the Nyström correction divides by: noise is amplified 34 times at most."""
 
 
+class AgentScales(NamedTuple):
+    """The numbers of agent attention, see `attngen.functional.agent_attention`.
+
+    Attributes:
+        scale: of the aggregation's scores.
+        broadcast_scale: of the broadcast's scores.
+        shortcut: share of the values added to the output.
+        gain: factor of what comes through the agents.
+        correction: matrix applied between the two softmaxes: "nystrom", or None.
+    """
+
+    scale: float
+    broadcast_scale: float
+    shortcut: float = 0.0
+    gain: float = 1.0
+    correction: str | None = None
+
+
+Biases = tuple[Tensor | None, Tensor | None]
+"""Position biases, broadcastable to (B, H, M, L) of the aggregation and (B, H, N, M) of the broadcast, or None each."""
+
+NO_BIASES: Biases = (None, None)
+
+
 class Convolution(NamedTuple):
     """A 3 x 3 depth-wise convolution of the values on their grid, which learned agent attention adds to its output.
 
@@ -50,35 +74,28 @@ def agent_attention(
     key: Tensor,
     value: Tensor,
     agents: Tensor,
-    scale: float,
-    broadcast_scale: float,
-    aggregation_bias: Tensor | None = None,
-    broadcast_bias: Tensor | None = None,
-    shortcut: float = 0.0,
+    scales: AgentScales,
+    biases: Biases = NO_BIASES,
     convolution: Convolution | None = None,
-    gain: float = 1.0,
-    correction: str | None = None,
 ) -> Tensor:
     """Aggregation: agents read the keys; broadcast: queries read the agents. Shapes as in `attngen.functional`."""
-    aggregated = softmax_attention(agents, key, value, scale, aggregation_bias)
-    aggregated = between(aggregated, agents, broadcast_scale, gain, correction)
-    output = softmax_attention(query, agents, aggregated, broadcast_scale, broadcast_bias)
-    return add_branches(output, value, shortcut, convolution)
+    aggregated = softmax_attention(agents, key, value, scales.scale, biases[0])
+    aggregated = between(aggregated, agents, scales)
+    output = softmax_attention(query, agents, aggregated, scales.broadcast_scale, biases[1])
+    return add_branches(output, value, scales.shortcut, convolution)
 
 
-def between(aggregated: Tensor, agents: Tensor, broadcast_scale: float, gain: float, correction: str | None) -> Tensor:
-    """What is done to the M aggregated values before the broadcast, where it costs next to nothing.
+def between(aggregated: Tensor, agents: Tensor, scales: AgentScales) -> Tensor:
+    """Correction and gain, applied to the M aggregated values before the broadcast, where they cost next to nothing.
 
     Args:
         aggregated: (B, H, M, E).
         agents: (B, H, M, D).
-        broadcast_scale: of the broadcast's scores.
-        gain: factor of the values; as good as a factor of the broadcast's output.
-        correction: "nystrom" for `nystrom_correction`, or None.
+        scales: a factor of these values is a factor of the broadcast's output.
     """
-    if correction is not None:
-        aggregated = nystrom_correction(aggregated, agents, broadcast_scale)
-    return aggregated if gain == 1 else aggregated * gain
+    if scales.correction is not None:
+        aggregated = nystrom_correction(aggregated, agents, scales.broadcast_scale)
+    return aggregated if scales.gain == 1 else aggregated * scales.gain
 
 
 def nystrom_correction(aggregated: Tensor, agents: Tensor, broadcast_scale: float) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from attngen.kernels.reference import Convolution, add_branches, between
+from attngen.kernels.reference import NO_BIASES, AgentScales, Biases, Convolution, add_branches, between
 
 
 def agent_attention(
@@ -13,24 +13,19 @@ def agent_attention(
     key: Tensor,
     value: Tensor,
     agents: Tensor,
-    scale: float,
-    broadcast_scale: float,
-    aggregation_bias: Tensor | None = None,
-    broadcast_bias: Tensor | None = None,
-    shortcut: float = 0.0,
+    scales: AgentScales,
+    biases: Biases = NO_BIASES,
     convolution: Convolution | None = None,
-    gain: float = 1.0,
-    correction: str | None = None,
 ) -> Tensor:
     """The same numbers as `reference.agent_attention`; neither softmax is stored. Shapes as in `attngen.functional`."""
     aggregated = F.scaled_dot_product_attention(
-        agents, key, value, attn_mask=_mask(aggregation_bias, agents, key), scale=scale
+        agents, key, value, attn_mask=_mask(biases[0], agents, key), scale=scales.scale
     )
-    aggregated = between(aggregated, agents, broadcast_scale, gain, correction)
+    aggregated = between(aggregated, agents, scales)
     output = F.scaled_dot_product_attention(
-        query, agents, aggregated, attn_mask=_mask(broadcast_bias, query, agents), scale=broadcast_scale
+        query, agents, aggregated, attn_mask=_mask(biases[1], query, agents), scale=scales.broadcast_scale
     )
-    return add_branches(output, value, shortcut, convolution)
+    return add_branches(output, value, scales.shortcut, convolution)
 
 
 def _mask(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from attngen.checks import Grid
 from attngen.kernels import dispatch
 from attngen.kernels.dispatch import AUTO
-from attngen.kernels.reference import Convolution
+from attngen.kernels.reference import AgentScales, Convolution
 from attngen.tokens import agent_grid, convolve_tokens, depthwise_convolution, join_heads, pool_tokens, split_heads
 
 CONVOLUTIONS = ("values", "input")
@@ -162,18 +162,11 @@ class MediatorMixer(nn.Module):
             convolved = convolve_tokens(self.dwc, value, grid)
         scale = (query.shape[-1] // self.num_heads) ** -0.5
         query, key, value, agents = (split_heads(x, self.num_heads) for x in (query, key, value, pooled))
-        mixed = dispatch.agent_attention(
-            query,
-            key,
-            value,
-            agents,
-            scale,
-            scale,
-            aggregation_bias=self.aggregation_bias(mediators, grid).to(query.dtype),
-            broadcast_bias=self.broadcast_bias(mediators, grid).transpose(-1, -2).to(query.dtype),
-            convolution=fused,
-            kernel=kernel,
+        biases = (
+            self.aggregation_bias(mediators, grid).to(query.dtype),
+            self.broadcast_bias(mediators, grid).transpose(-1, -2).to(query.dtype),
         )
+        mixed = dispatch.agent_attention(query, key, value, agents, AgentScales(scale, scale), biases, fused, kernel)
         return join_heads(mixed) if convolved is None else join_heads(mixed) + convolved
 
     def _fusible_convolution(self, grid: Grid) -> Convolution | None:

@@ -23,20 +23,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from attngen.checks import check_count
+from attngen.checks import Grid, check_choice, check_count
 from attngen.files import write_file
 from attngen.hosts.families import default_grid, halved, halvings
 from attngen.hosts.install import attention_modules, learnable_layers
-from attngen.hosts.learned import CORE, copy_projections, sizes_of
+from attngen.layers.layer import CORE, FusedAttention, Layer
 from attngen.learned import linfusion
-from attngen.learned.methods import LEARNED_METHODS, STARTS, LearnedMethod
+from attngen.learned.methods import LEARNED_METHODS, LearnedMethod
 from attngen.learned.modules import HiddenModule, LayerSizes, LearnedCore
+from attngen.methods import method_from_dict
 from attngen.plan import Plan, Stage
 from attngen.version import __version__
 
 FORMAT, VERSION = "attngen-layers", 1
 METADATA_KEY = "attngen"
 SUFFIX = ".safetensors"
+
+STARTS = ("plain", "agent")
+"""What new mediators begin as: agent attention, or `AgentAttention` with its default scales."""
 
 _SHOWN = 5
 
@@ -77,19 +81,17 @@ class LearnedLayers:
         Raises:
             ValueError: if there is no such layer.
         """
-        if start not in STARTS:
-            raise ValueError(f"unknown start {start!r}; known: {', '.join(STARTS)}")
+        check_choice("start", start, STARTS)
         sizes, tensors = {}, {}
         generator = torch.Generator().manual_seed(seed)
         for name, attn in learnable_layers(model).items():
             grid = halved(default_grid(model), halvings(model, name))
             if method.why_exact(grid) is not None:
                 continue
-            sizes[name] = sizes_of(attn, grid, method.stored_mediators())
+            sizes[name] = sizes_of(attn, grid, method.stored_mediators)
             core = _empty_core(method, sizes[name]).to_empty(device="cpu")
             core.start(start, generator)
-            if core.projections is not None:
-                copy_projections(attn, core)
+            core.copy_projections(Layer(attn, FusedAttention()))
             tensors[name] = core.state_dict()
         if not sizes:
             raise ValueError(
@@ -233,26 +235,10 @@ def config_hash(model: nn.Module) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def learned_method_from_dict(data: Any) -> LearnedMethod:
-    """The method that `AttentionMethod.to_dict` wrote.
-
-    Raises:
-        ValueError: for an unknown method or option.
-    """
-    if not isinstance(data, Mapping) or data.get("method") not in LEARNED_METHODS:
-        raise ValueError(f"a learned method is one of {', '.join(LEARNED_METHODS)}, got {data!r}")
-    cls = LEARNED_METHODS[data["method"]]
-    options = {name: value for name, value in data.items() if name != "method"}
-    unknown = set(options) - {f.name for f in dataclasses.fields(cls)}
-    if unknown:
-        raise ValueError(f"the method {cls.kind!r} has no option {sorted(map(str, unknown))[0]!r}")
-    return cls(**options)
-
-
 def _read(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> LearnedLayers:
     """Content of a file -> layers; ValueError says what is wrong with it."""
     content = _content(metadata)
-    method = learned_method_from_dict(content.get("method"))
+    method = method_from_dict(content.get("method"), LEARNED_METHODS)
     sizes = {name: _sizes_from_dict(name, value) for name, value in content["layers"].items()}
     by_layer: dict[str, dict[str, Tensor]] = {name: {} for name in sizes}
     for key, tensor in tensors.items():
@@ -299,6 +285,13 @@ def _sizes_from_dict(layer: str, data: Mapping[str, Any]) -> LayerSizes:
     if data["width"] % data["num_heads"]:
         raise ValueError(f"{data['num_heads']} heads of {layer} do not divide its width {data['width']}")
     return LayerSizes(**{**data, "grid": (grid[0], grid[1])})
+
+
+def sizes_of(attn: Any, grid: Grid, num_mediators: int) -> LayerSizes:
+    """Sizes of a layer, with learned weights stored for a grid and a number of mediators."""
+    layer = Layer(attn, FusedAttention())
+    biases = [getattr(module, "bias", None) is not None for module in (attn.to_q, attn.to_out[0])]
+    return LayerSizes(layer.channels, layer.width, layer.heads, grid, num_mediators, *biases)
 
 
 def check_weights(layer: str, method: LearnedMethod, sizes: LayerSizes, weights: Mapping[str, Tensor]) -> None:

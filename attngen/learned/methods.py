@@ -13,59 +13,63 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from attngen.checks import Grid, check_count, check_number
+from attngen.checks import Grid
 from attngen.kernels import dispatch
-from attngen.kernels.crossovers import Choice
-from attngen.layers.mediator import CONVOLUTIONS
-from attngen.learned.modules import HEDGEHOG, LayerSizes, LearnedCore, LinearCore, MediatorCore, hedgehog_features
+from attngen.kernels.absorbed import Projection
+from attngen.kernels.autocast import autocast_dtype
+from attngen.kernels.like import Like
+from attngen.layers.call import Call
+from attngen.layers.layer import Layer
+from attngen.layers.route import AbsorbedSize, Agents, Route, Run, exact, mediator_route
+from attngen.learned.modules import (
+    HEDGEHOG,
+    HeadMap,
+    LayerSizes,
+    LearnedCore,
+    LinearCore,
+    MediatorCore,
+    hedgehog_features,
+)
 from attngen.methods.agent import agent_flops
-from attngen.methods.base import AttentionMethod, LayerShape
-from attngen.methods.linear import FEATURE_MAPS, FeatureMap
+from attngen.methods.base import AttentionMethod, LayerShape, option
+from attngen.methods.linear import FEATURE_MAPS
 from attngen.tokens import agent_grid, convolve_tokens, join_heads, split_heads
-
-STARTS = ("plain", "agent")
-MAPS = ("input", "heads", "none")
-MEDIATOR_MAPS = ("heads", "none")
 
 
 @dataclass(frozen=True)
 class LearnedMethod(AttentionMethod):
-    """An attention method whose weights beside each layer are loaded from a file; see `attngen.LearnedLayers`."""
+    """An attention method with weights for each layer, loaded from a file; see `attngen.LearnedLayers`."""
 
     supports_rotary: ClassVar[bool] = False
 
     @abstractmethod
     def make_core(self, sizes: LayerSizes) -> LearnedCore:
-        """The module for a layer's weights, with any numbers in it."""
+        """The module for a layer's weights, with arbitrary numbers."""
 
+    @property
     @abstractmethod
     def stored_mediators(self) -> int:
         """`LayerSizes.num_mediators` of new weights."""
 
-    @abstractmethod
-    def mix(
-        self, core: Any, query: Tensor, key: Tensor, value: Tensor, grid: Grid, kernel: str, **beside: Any
-    ) -> Tensor:
-        """Mix values into queries, (B, N, H · D) each, after the projections and norms of the layer."""
-
-    @abstractmethod
-    def choose_path(self, query: Tensor, key: Tensor, value: Tensor, agents: Tensor | None, kernel: str) -> Choice:
-        """The path that `mix` takes for tensors (B, H, N, D)."""
+    def why_exact(self, grid: Grid) -> str | None:
+        """Why this is exact attention on `grid`, or None where it is not."""
+        return None
 
 
 @dataclass(frozen=True)
 class LearnedMediators(LearnedMethod):
-    """Mediator attention learned beside frozen weights.
+    """Mediator attention with learned weights, attached to a model whose own weights stay frozen.
 
         softmax(Q Pᵀ s₂ + B₂) softmax(P Kᵀ s₁ + B₁) V + conv₃ₓ₃(V),  P = pooled Q
 
     Q and K pass a learned matrix within each head. B₁ and B₂ are interpolated, so any number of mediators and any
-    picture shape works. s₁ and s₂ are learned for each head. The convolution's centre is the training-free method's
+    image shape works. s₁ and s₂ are learned for each head. The convolution's centre is the training-free method's
     shortcut, for each channel. New weights start as agent attention without biases and convolution ("plain"), or as
     `AgentAttention` with its scales ("agent").
 
@@ -74,70 +78,61 @@ class LearnedMediators(LearnedMethod):
         convolution: of the "values", or of the layer's "input", which needs no projection of all tokens (and leaves
             out the values' bias).
         maps: "heads": a matrix and a bias within each head after the projections of queries and keys, which absorbed
-            projections take in; or "none".
+            projections include; or "none".
         own_projections: whether each layer has projections of its own instead of the model's.
     """
 
-    num_mediators: int = 16
-    convolution: str = "values"
-    maps: str = "heads"
-    own_projections: bool = False
+    num_mediators: int = option(16, "most mediators a layer uses", low=1, high=4096, shown=True)
+    convolution: Literal["values", "input"] = option("values", "what the 3 x 3 convolution is applied to")
+    maps: Literal["heads", "none"] = option("heads", "learned matrices after the projections")
+    own_projections: bool = option(False, "projections of its own instead of the model's")
 
     kind: ClassVar[str] = "learned-mediator"
-
-    def __post_init__(self) -> None:
-        check_count("num_mediators", self.num_mediators)
-        if self.convolution not in CONVOLUTIONS:
-            raise ValueError(f"unknown convolution {self.convolution!r}; known: {', '.join(CONVOLUTIONS)}")
-        if self.maps not in MEDIATOR_MAPS:
-            raise ValueError(f"unknown maps {self.maps!r}; known: {', '.join(MEDIATOR_MAPS)}")
-        _check_bool("own_projections", self.own_projections)
+    title: ClassVar[str] = "Learned mediators"
+    source: ClassVar[str] = "arXiv 2408.05710"
 
     def why_exact(self, grid: Grid) -> str | None:
-        mediators, tokens = math.prod(self.pool_size(grid)), math.prod(grid)
+        mediators, tokens = math.prod(self.cells(grid)), math.prod(grid)
         return f"{mediators} mediators are too many for {tokens} tokens" if 2 * mediators >= tokens else None
 
-    def pool_size(self, grid: Grid) -> Grid:
+    def cells(self, grid: Grid) -> Grid:
+        """Rows and columns of the mediators on `grid`."""
         return agent_grid(self.num_mediators, grid)
 
     def make_core(self, sizes: LayerSizes) -> MediatorCore:
         return MediatorCore(sizes, self.convolution, self.maps, self.own_projections)
 
+    @property
     def stored_mediators(self) -> int:
         return self.num_mediators
 
-    def mix(
-        self, core: MediatorCore, query: Tensor, key: Tensor, value: Tensor, grid: Grid, kernel: str, **beside: Any
-    ) -> Tensor:
-        query, key = core.mapped(query, key)
-        return core.mixer(query, key, value, grid, self.pool_size(grid), kernel=kernel, **beside)
+    def route(self, layer: Layer, call: Call, like: Like) -> Route:
+        why = self.why_exact(call.grid)
+        if why is not None:
+            return exact(why)
+        core: MediatorCore = layer.core
+        agents = Agents(self.cells(call.grid), mixer=core.mixer, fold=partial(_fold, core))
+        route = mediator_route(layer, like, agents, core.mapped)
+        return route._replace(run=partial(_with_core, run=route.run))
 
-    def choose_path(self, query: Tensor, key: Tensor, value: Tensor, agents: Tensor | None, kernel: str) -> Choice:
-        assert agents is not None
-        bias = query.detach()[:1, :1, :1, :1]
-        return dispatch.choose_agent_kernel(query, key, value, agents, (bias, bias), kernel)
-
-    def flops(self, shape: LayerShape) -> int:
-        agents = math.prod(self.pool_size(shape.grid))
+    def flops(self, shape: LayerShape, kernel: str = "") -> int:
+        agents = math.prod(self.cells(shape.grid))
+        convolution, mapped = 18 * shape.tokens * shape.width, 4 * shape.width * shape.head_dim
+        if kernel == "absorbed":
+            kept = 2 if self.convolution == "values" else 1
+            sizes = AbsorbedSize(agents, shape.head_dim, shape.num_heads, shape.channels, shape.tokens, kept)
+            return sizes.flops + convolution + (shape.channels * mapped if self.maps == "heads" else 0)
         projections = shape.projection_flops(shape.tokens, shape.tokens)
         if self.convolution == "input":  # the projection of the values once more
             projections += 2 * shape.tokens * shape.channels * shape.width
-        return projections + agent_flops(shape, agents, shape.tokens) + self.beside_flops(shape)
-
-    def absorbed_flops(self, shape: LayerShape) -> int:
-        """What comes to the absorbed layer: the convolution, and maps of the projections' weights."""
-        maps = 4 * shape.channels * shape.width * (shape.width // shape.num_heads) if self.maps == "heads" else 0
-        return 18 * shape.tokens * shape.width + maps
-
-    def beside_flops(self, shape: LayerShape) -> int:
-        """The convolution, scales and maps."""
-        maps = 4 * shape.tokens * shape.width * (shape.width // shape.num_heads) if self.maps == "heads" else 0
-        return 20 * shape.tokens * shape.width + maps
+        scales = 2 * shape.tokens * shape.width
+        added = convolution + scales + (shape.tokens * mapped if self.maps == "heads" else 0)
+        return projections + agent_flops(shape, agents, shape.tokens) + added
 
 
 @dataclass(frozen=True)
 class LearnedLinear(LearnedMethod):
-    """Linear attention with learned maps in front of the feature map, beside frozen weights.
+    """Linear attention with learned maps before the feature map, attached to a model whose own weights stay frozen.
 
         O = φ(q) (φ(k)ᵀ v / N) / (φ(q) · mean φ(k) + eps) [+ conv₃ₓ₃(v)]
 
@@ -154,61 +149,64 @@ class LearnedLinear(LearnedMethod):
         own_projections: whether each layer has projections of its own instead of the model's.
     """
 
-    feature_map: str = HEDGEHOG
-    maps: str = "heads"
-    reduction: int = 4
-    convolution: bool = True
-    eps: float = 1e-4
-    own_projections: bool = False
+    feature_map: Literal["elu", "relu", "focused", "identity", "hedgehog"] = option("hedgehog", "replaces the softmax")
+    maps: Literal["input", "heads", "none"] = option("heads", "learned maps before the feature map")
+    reduction: int = option(4, "channels over hidden channels of the maps of the input", low=1, high=64)
+    convolution: bool = option(True, "add a 3 x 3 convolution of the values")
+    eps: float = option(1e-4, "added to the denominator")
+    own_projections: bool = option(False, "projections of its own instead of the model's")
 
     kind: ClassVar[str] = "learned-linear"
+    title: ClassVar[str] = "Learned linear"
+    source: ClassVar[str] = "arXiv 2409.02097"
 
     def __post_init__(self) -> None:
-        known = (*FEATURE_MAPS, HEDGEHOG)
-        if self.feature_map not in known:
-            raise ValueError(f"unknown feature_map {self.feature_map!r}; known: {', '.join(known)}")
-        if self.maps not in MAPS:
-            raise ValueError(f"unknown maps {self.maps!r}; known: {', '.join(MAPS)}")
-        check_count("reduction", self.reduction)
-        check_number("eps", self.eps)
-        _check_bool("convolution", self.convolution)
-        _check_bool("own_projections", self.own_projections)
+        super().__post_init__()
         if self.maps == "none" and not self.convolution and not self.own_projections:
             raise ValueError("without maps, convolution and own_projections there is nothing to learn")
-
-    def why_exact(self, grid: Grid) -> str | None:
-        return None
 
     def make_core(self, sizes: LayerSizes) -> LinearCore:
         return LinearCore(sizes, self.maps, self.reduction, self.convolution, self.own_projections)
 
+    @property
     def stored_mediators(self) -> int:
         return 0
 
-    def mix(
-        self, core: LinearCore, query: Tensor, key: Tensor, value: Tensor, grid: Grid, kernel: str, **beside: Any
-    ) -> Tensor:
-        queries, keys, values = (split_heads(x, core.sizes.num_heads) for x in (query, key, value))
-        if self.maps == "heads":
-            assert core.query_map is not None and core.key_map is not None
+    def route(self, layer: Layer, call: Call, like: Like) -> Route:
+        batch, tokens, _ = like.shape
+        features = layer.head_dim * (2 if self.feature_map == HEDGEHOG else 1)
+        mapped = like.sized(batch, layer.heads, tokens, features)
+        values = like.sized(batch, layer.heads, tokens, layer.head_dim)
+        choice = dispatch.choose_linear_kernel(mapped, mapped, values, self._feature_map, layer.wanted)
+        run = partial(_with_core, run=partial(self._run, kernel=choice.kernel))
+        return Route(run, choice.kernel, choice.reason, None, choice.speedup)
+
+    def _run(self, layer: Layer, hidden_states: Tensor, call: Call, *, kernel: str) -> Tensor:
+        core: LinearCore = layer.core
+        for_query = for_key = hidden_states
+        if isinstance(core.query_map, nn.Sequential) and isinstance(core.key_map, nn.Sequential):
+            for_query = hidden_states + core.query_map(hidden_states)
+            for_key = hidden_states + core.key_map(hidden_states)
+        query, key, value = layer.project_flat(for_query, for_key, hidden_states)
+        queries, keys = layer.to_heads(query, "norm_q"), layer.to_heads(key, "norm_k")
+        if isinstance(core.query_map, HeadMap) and isinstance(core.key_map, HeadMap):
             queries, keys = core.query_map(queries), core.key_map(keys)
-        name, features = self._features()
         if self.feature_map == HEDGEHOG:
             queries, keys = hedgehog_features(queries), hedgehog_features(keys)
-        mixed = join_heads(dispatch.linear_attention(queries, keys, values, name, features, self.eps, kernel))
-        return mixed if core.dwc is None else mixed + convolve_tokens(core.dwc, value, grid)
+        name = self._feature_map
+        values = split_heads(value, layer.heads)
+        mixed = dispatch.linear_attention(queries, keys, values, name, FEATURE_MAPS[name], self.eps, kernel)
+        mixed = join_heads(mixed)
+        if core.dwc is not None:
+            mixed = mixed + convolve_tokens(core.dwc, value, call.grid)
+        return layer.output(mixed.to(query.dtype))
 
-    def _features(self) -> tuple[str, FeatureMap]:
-        name = "identity" if self.feature_map == HEDGEHOG else self.feature_map
-        return name, FEATURE_MAPS[name]
+    @property
+    def _feature_map(self) -> str:
+        return "identity" if self.feature_map == HEDGEHOG else self.feature_map
 
-    def choose_path(self, query: Tensor, key: Tensor, value: Tensor, agents: Tensor | None, kernel: str) -> Choice:
-        if self.feature_map == HEDGEHOG:
-            query, key = (torch.cat([x, x], dim=-1) for x in (query, key))
-        return dispatch.choose_linear_kernel(query, key, value, self._features()[0], kernel)
-
-    def flops(self, shape: LayerShape) -> int:
-        tokens, width, head_dim = shape.tokens, shape.width, shape.width // shape.num_heads
+    def flops(self, shape: LayerShape, kernel: str = "") -> int:
+        tokens, width, head_dim = shape.tokens, shape.width, shape.head_dim
         features = 2 * head_dim if self.feature_map == HEDGEHOG else head_dim
         core = 4 * tokens * width * features + 3 * tokens * width
         if self.maps == "input":
@@ -220,9 +218,37 @@ class LearnedLinear(LearnedMethod):
         return shape.projection_flops(tokens, tokens) + core
 
 
+def _with_core(layer: Layer, hidden_states: Tensor, call: Call, *, run: Run) -> Tensor:
+    """`run`, with the layer's weights where its input is; they follow once where offloading moved the layer alone."""
+    core: LearnedCore = layer.core
+    parameter = next(core.parameters())
+    if parameter.device != hidden_states.device:
+        core.to(hidden_states.device)
+    if parameter.dtype != hidden_states.dtype and not parameter.requires_grad:
+        if autocast_dtype(hidden_states.device.type) is None:
+            core.to(hidden_states.dtype)
+    return run(layer, hidden_states, call)
+
+
+def _fold(core: MediatorCore, projections: list[Projection]) -> list[Projection]:
+    """The layer's matrices with the learned factors and maps of queries and keys multiplied in."""
+    query, key, value, out = projections
+    query_factor, key_factor = core.factors()
+    return [_folded(query, query_factor, core.query_map), _folded(key, key_factor, core.key_map), value, out]
+
+
+def _folded(projection: Projection, factor: Tensor, head_map: HeadMap | None) -> Projection:
+    """The projection and what comes after it as one: outputs of each head multiplied by a factor (H,), then mapped."""
+    weight, bias = projection
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    by_head = weight.to(wide).unflatten(0, (len(factor), -1)) * factor[:, None, None]
+    biases = None if bias is None else bias.to(wide).unflatten(0, (len(factor), 1, -1)) * factor[:, None, None]
+    if head_map is not None:
+        matrix = head_map.weight.to(wide)
+        by_head = by_head + matrix.transpose(1, 2) @ by_head
+        biases = head_map.bias.to(wide) if biases is None else head_map(biases)
+    folded = None if biases is None else biases.flatten().to(weight.dtype)
+    return Projection(by_head.flatten(0, 1).to(weight.dtype), folded)
+
+
 LEARNED_METHODS: Mapping[str, type[LearnedMethod]] = {cls.kind: cls for cls in (LearnedMediators, LearnedLinear)}
-
-
-def _check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, got {value!r}")

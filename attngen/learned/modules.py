@@ -12,12 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attngen.checks import Grid
+from attngen.layers.layer import CORE, PARTS, Layer
 from attngen.layers.mediator import MediatorMixer
 from attngen.methods.agent import AgentAttention
 from attngen.tokens import depthwise_convolution, join_heads, split_heads
-
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
-
 
 HEDGEHOG = "hedgehog"
 
@@ -69,6 +67,27 @@ class HiddenModule(nn.Module):
         return self
 
 
+def put_core(attn: nn.Module, hidden: HiddenModule) -> None:
+    """Attach learned weights to a layer."""
+    attn.add_module(CORE, hidden)
+
+
+def hidden_core(attn: nn.Module) -> HiddenModule | None:
+    """The learned weights attached to a layer, or None."""
+    return attn._modules.get(CORE)  # type: ignore[return-value]
+
+
+def drop_core(attn: nn.Module) -> HiddenModule | None:
+    """Detach the learned weights of a layer and return them; None where there are none."""
+    return attn._modules.pop(CORE, None)  # type: ignore[return-value]
+
+
+def num_weights(attn: nn.Module) -> int:
+    """Number of parameters attached to a layer."""
+    hidden = hidden_core(attn)
+    return 0 if hidden is None else sum(parameter.numel() for parameter in hidden.content.parameters())
+
+
 class LearnedCore(nn.Module, ABC):
     """The learned weights of one layer.
 
@@ -81,7 +100,7 @@ class LearnedCore(nn.Module, ABC):
         self.sizes = sizes
         self.projections: nn.ModuleDict | None = None
         if own_projections:
-            into = {n: nn.Linear(sizes.channels, sizes.width, bias=sizes.qkv_bias) for n in PROJECTIONS[:3]}
+            into = {n: nn.Linear(sizes.channels, sizes.width, bias=sizes.qkv_bias) for n in PARTS}
             out = nn.Linear(sizes.width, sizes.channels, bias=sizes.out_bias)
             self.projections = nn.ModuleDict({**into, "to_out": out})
 
@@ -93,6 +112,27 @@ class LearnedCore(nn.Module, ABC):
             start: "plain" or "agent", see `LearnedMediators`.
             generator: of the random weights.
         """
+
+    def copy_projections(self, layer: Layer) -> None:
+        """Fill the own projections, where there are any, with the layer's.
+
+        Raises:
+            ValueError: if one of the layer's is not a plain linear layer.
+        """
+        if self.projections is None:
+            return
+        matrices = layer.matrices()
+        if matrices is None:
+            raise ValueError(
+                f"own_projections=True needs plain nn.Linear projections (LoRA is fine) in {type(layer.attn).__name__},"
+                f" got {', '.join(dict.fromkeys(type(m).__name__ for m in layer.projection_modules()))}"
+            )
+        with torch.no_grad():
+            for module, (weight, bias) in zip(self.projections.values(), matrices, strict=True):
+                linear: Any = module
+                linear.weight.copy_(weight)
+                if linear.bias is not None and bias is not None:
+                    linear.bias.copy_(bias)
 
 
 class HeadMap(nn.Module):
@@ -134,8 +174,7 @@ class MediatorCore(LearnedCore):
             if not name.startswith("projections."):
                 nn.init.zeros_(parameter)
         if start == "agent":
-            scales = AgentAttention().agent_scales(self.sizes.head_dim)
-            assert scales is not None
+            scales = AgentAttention().scales(self.sizes.head_dim)
             nn.init.constant_(self.log_broadcast, math.log(scales.broadcast_scale / scales.scale))
             with torch.no_grad():
                 self.mixer.dwc.weight[:, :, 1, 1] = scales.shortcut
@@ -144,7 +183,7 @@ class MediatorCore(LearnedCore):
         """What queries and keys of each head are multiplied by, (H,) float32 each.
 
         Mediators are pooled queries, so a factor f of the queries makes f² of the broadcast's scores and f of the
-        aggregation's; the keys' factor mends the latter.
+        aggregation's; the keys' factor compensates for the latter.
         """
         broadcast, aggregation = self.log_broadcast.float(), self.log_aggregation.float()
         return (broadcast / 2).exp(), (aggregation - broadcast / 2).exp()

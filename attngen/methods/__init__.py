@@ -1,8 +1,10 @@
-"""Attention methods: one file each, options as a frozen dataclass and the pure functions behind them."""
+"""Attention methods: one file each, options as a frozen dataclass and the pure functions behind them.
+
+A new method is one file here and one line in `METHOD_CLASSES`.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,12 +18,23 @@ from attngen.methods.softmax import SoftmaxAttention
 
 METHOD_CLASSES: Mapping[str, type[AttentionMethod]] = {
     cls.kind: cls
-    for cls in (SoftmaxAttention, AgentAttention, FocalAttention, TokenMerging, DownsampledKV, LinearAttention)
+    for cls in (
+        SoftmaxAttention,
+        AgentAttention,
+        TokenMerging,
+        DownsampledKV,
+        FocalAttention,
+        LinearAttention,
+    )
 }
 
 
-def method_from_dict(data: Mapping[str, Any]) -> AttentionMethod:
+def method_from_dict(data: Any, known: Mapping[str, type[AttentionMethod]] = METHOD_CLASSES) -> AttentionMethod:
     """The method that `AttentionMethod.to_dict` wrote.
+
+    Args:
+        data: the object.
+        known: classes by kind.
 
     Raises:
         ValueError: for an unknown method or option, naming the known ones.
@@ -29,11 +42,6 @@ def method_from_dict(data: Mapping[str, Any]) -> AttentionMethod:
     if not isinstance(data, Mapping) or "method" not in data:
         raise ValueError(f"a method is an object with a 'method' name, got {data!r}")
     kind = data["method"]
-    if not isinstance(kind, str) or kind not in METHOD_CLASSES:
-        raise ValueError(f"unknown method {kind!r}; known: {', '.join(METHOD_CLASSES)}")
-    options = {name: value for name, value in data.items() if name != "method"}
-    known = [f.name for f in dataclasses.fields(METHOD_CLASSES[kind])]
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise ValueError(f"method {kind!r} has no option {unknown[0]!r}; it has: {', '.join(known) or 'none'}")
-    return METHOD_CLASSES[kind](**options)
+    if not isinstance(kind, str) or kind not in known:
+        raise ValueError(f"unknown method {kind!r}; known: {', '.join(known)}")
+    return known[kind].from_options({name: value for name, value in data.items() if name != "method"})

@@ -7,23 +7,26 @@ second softmax by a power of the usual scale and adds a share of the values, whi
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from attngen.checks import Grid, check_bias, check_choice, check_count, check_heads, check_number
+from attngen.checks import Grid, check_bias, check_choice, check_heads
 from attngen.kernels import dispatch
-from attngen.kernels.crossovers import Choice
-from attngen.kernels.dispatch import AGENT_KERNELS, AUTO
-from attngen.kernels.reference import between
-from attngen.methods.base import AgentScales, Attention, AttentionMethod, LayerShape, Selection, with_context
+from attngen.kernels.dispatch import AGENT_KERNELS, AUTO, Kernel
+from attngen.kernels.like import Like
+from attngen.kernels.reference import AgentScales, between
+from attngen.layers.call import Call
+from attngen.layers.layer import Layer, Selection
+from attngen.layers.route import AbsorbedSize, Agents, Route, agent_route, exact
+from attngen.methods.base import AttentionMethod, LayerShape, Preset, option, with_context
 from attngen.methods.matching import cells_of, match_drawn_tokens
-from attngen.tokens import agent_grid, nearest_positions
+from attngen.tokens import agent_grid, join_heads
 
-AGENTS = ("pooled", "strided", "merged")
-CORRECTIONS = (None, "nystrom")
+Correction = Literal["nystrom"]
 
 
 def agent_attention(
@@ -38,8 +41,8 @@ def agent_attention(
     broadcast_bias: Tensor | None = None,
     shortcut: float = 0.0,
     gain: float = 1.0,
-    correction: str | None = None,
-    kernel: str = AUTO,
+    correction: Correction | None = None,
+    kernel: Kernel = AUTO,
 ) -> Tensor:
     """gain · softmax(Q Aᵀ · s₂ + B₂) · softmax(A Kᵀ · s₁ + B₁) · V + shortcut · V: 4·M·N·D multiply-adds, not 2·N²·D.
 
@@ -71,7 +74,7 @@ def agent_attention(
             correction, one with a bias, or a `kernel` that is unknown or cannot run on these tensors.
     """
     check_heads(query, key, value, agents)
-    check_choice("correction", correction, CORRECTIONS)
+    check_choice("correction", correction, (None, *get_args(Correction)))
     if correction is not None and (aggregation_bias is not None or broadcast_bias is not None):
         raise ValueError(f"the correction {correction!r} takes no position biases")
     dispatch.check_kernel(kernel, (AUTO, *AGENT_KERNELS))
@@ -86,24 +89,13 @@ def agent_attention(
     choice = dispatch.choose_agent_kernel(query, key, value, agents, biases, kernel, correction)
     if kernel != AUTO and choice.reason is not None:
         raise ValueError(f"the kernel {kernel!r} cannot run here: {choice.reason}")
-    return dispatch.agent_attention(
-        query,
-        key,
-        value,
-        agents,
-        scale,
-        broadcast_scale,
-        *biases,
-        shortcut,
-        gain=gain,
-        correction=correction,
-        kernel=choice.kernel,
-    )
+    scales = AgentScales(scale, broadcast_scale, shortcut, gain, correction)
+    return dispatch.agent_attention(query, key, value, agents, scales, biases, kernel=choice.kernel)
 
 
 @dataclass(frozen=True)
 class AgentAttention(AttentionMethod):
-    """Training-free agent attention with agents made of the queries on the token grid.
+    """A few agents, made of the queries, stand between queries and keys: they read all keys, and queries read them.
 
     A layer stays exact where two agent passes would not be cheaper than one exact pass (2 · agents >= tokens).
 
@@ -113,99 +105,94 @@ class AgentAttention(AttentionMethod):
             which makes up for the averaging. 0.3 for Stable Diffusion in arXiv 2312.08874.
         shortcut: share of the values added to the output, 0.075 there.
         gain: factor of what comes through the agents, 1 there.
-        agents: how they are made: "pooled", the mean query of each cell; "strided", the query of the token nearest to
-            the cell's centre; "merged", the query of the mean of similar tokens, one from each cell and those most like
-            it from anywhere (the second merge of the paper, of the layer's input).
+        agents: how they are made: "pooled", the mean query of each cell; "merged", the query of the mean of similar
+            tokens, one from each cell and those most like it from anywhere (the second merge of the paper, of the
+            layer's input).
         correction: None, or "nystrom", see `attngen.functional.agent_attention`.
     """
 
-    num_agents: int = 256
-    broadcast_exponent: float = 0.3
-    shortcut: float = 0.075
-    gain: float = 1.0
-    agents: str = "pooled"
-    correction: str | None = None
+    num_agents: int = option(256, "most agents a layer uses", low=1, high=4096, shown=True)
+    broadcast_exponent: float = option(
+        0.3, "power of the usual scale in the broadcast; lower is sharper", high=2, step=0.05
+    )
+    shortcut: float = option(0.075, "share of the values added to the output", step=0.005)
+    gain: float = option(1.0, "factor of what comes through the agents", high=2, step=0.05)
+    agents: Literal["pooled", "merged"] = option("pooled", "mean query of each cell, or of similar tokens")
+    correction: Correction | None = option(None, "matrix applied between the two softmaxes")
 
     kind: ClassVar[str] = "agent"
-
-    def __post_init__(self) -> None:
-        check_count("num_agents", self.num_agents)
-        check_number("broadcast_exponent", self.broadcast_exponent)
-        check_number("shortcut", self.shortcut)
-        check_number("gain", self.gain)
-        check_choice("agents", self.agents, AGENTS)
-        check_choice("correction", self.correction, CORRECTIONS)
+    title: ClassVar[str] = "Agents"
+    source: ClassVar[str] = "arXiv 2312.08874"
+    presets: ClassVar[Mapping[str, Preset]] = {"agent": Preset(min_tokens=1024)}
+    candidates: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        *({"num_agents": count} for count in (1, 4, 16, 64, 256)),
+        *({"num_agents": count, "correction": "nystrom"} for count in (16, 64, 256)),
+        *({"num_agents": count, "agents": "merged", "correction": "nystrom"} for count in (16, 64, 256)),
+    )
 
     def why_exact(self, grid: Grid) -> str | None:
-        agents, tokens = math.prod(self._cells(grid)), math.prod(grid)
+        """Why this is exact attention on `grid`, or None where it is not."""
+        agents, tokens = self.agents_at(grid), math.prod(grid)
         return f"{agents} agents are too many for {tokens} tokens" if 2 * agents >= tokens else None
 
-    def pool_size(self, grid: Grid) -> Grid | None:
-        return self._cells(grid) if self.agents == "pooled" else None
-
-    def num_agents_at(self, grid: Grid) -> int:
+    def agents_at(self, grid: Grid) -> int:
+        """Number of agents on `grid`."""
         return math.prod(self._cells(grid))
+
+    def scales(self, head_dim: int) -> AgentScales:
+        """The numbers of `attngen.functional.agent_attention` for a head size."""
+        scales = scales_for(head_dim, self.broadcast_exponent, self.shortcut)
+        return scales._replace(gain=self.gain, correction=self.correction)
+
+    def route(self, layer: Layer, call: Call, like: Like) -> Route:
+        why = self.why_exact(call.grid)
+        if why is not None:
+            return exact(why)
+        agents = Agents(self._cells(call.grid), self.scales(layer.head_dim))
+        return agent_route(layer, like, agents, self._projected, absorbs=self.agents == "pooled")
+
+    def _projected(self, layer: Layer, hidden_states: Tensor, call: Call, *, kernel: str | None) -> Tensor:
+        selection = Selection(hidden_states, hidden_states)
+        if self.agents == "merged":
+            selection = self._merged(hidden_states, call.grid)
+        query, key, value = layer.project(selection)
+        if selection.agents is None:
+            agents = layer.pool_queries(query, call.grid, self._cells(call.grid))
+        else:
+            agents = layer.project_queries(selection.agents, selection.agent_positions)
+        mixed = through_agents(layer, query, key, value, agents, self.scales(layer.head_dim), kernel)
+        return layer.output(join_heads(mixed).to(query.dtype))
 
     def _cells(self, grid: Grid) -> Grid:
         """Rows and columns of the agents, or of what they grow from."""
         cells = agent_grid(self.num_agents, grid)
         return cells if self.agents != "merged" else cells_of(grid, _stride(cells, grid))
 
-    def select(self, x: Tensor, metric: Tensor, grid: Grid, draws: Tensor | None) -> Selection:
-        if self.agents == "strided":
-            positions = nearest_positions(grid, self._cells(grid), x.device)
-            return Selection(x, x, x[:, positions], agent_positions=positions)
-        if self.agents == "merged":
-            stride = _stride(agent_grid(self.num_agents, grid), grid)
-            with torch.no_grad():
-                matching = match_drawn_tokens(x, grid, stride, 0.0, None, None)
-            matching = replace(matching, num_merged=len(matching.source))
-            return Selection(x, x, matching.merge(x), agent_positions=matching.positions())
-        return Selection(x, x)
+    def _merged(self, x: Tensor, grid: Grid) -> Selection:
+        """All tokens, and means of similar ones, (B, M, C), as agents."""
+        with torch.no_grad():
+            matching = match_drawn_tokens(x, grid, _stride(agent_grid(self.num_agents, grid), grid), 0.0, None, None)
+        matching = replace(matching, num_merged=len(matching.source))
+        return Selection(x, x, matching.merge(x), agent_positions=matching.positions())
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        grid: Grid | None,
-        agents: Tensor | None,
-        context: tuple[Tensor, Tensor] | None,
-        attention: Attention,
-    ) -> Tensor:
-        assert agents is not None, "the host pools agents for every method with a pool size"
-        return through_agents(query, key, value, agents, context, self._scales(query.shape[-1]), attention)
+    @property
+    def label(self) -> str:
+        made = "" if self.agents == "pooled" else f" {self.agents}"
+        return f"{super().label}{made}{'' if self.correction is None else ' N'}"
 
-    def agent_scales(self, head_dim: int) -> AgentScales | None:
-        return self._scales(head_dim) if self.agents == "pooled" and self.correction is None else None
-
-    def _scales(self, head_dim: int) -> AgentScales:
-        scales = scales_for(head_dim, self.broadcast_exponent, self.shortcut)
-        return scales._replace(gain=self.gain, correction=self.correction)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Options that later versions brought are left out where they change nothing, so that older ones read it."""
-        newer = {"gain": 1.0, "agents": "pooled", "correction": None}
-        return {name: v for name, v in super().to_dict().items() if name not in newer or v != newer[name]}
-
-    def choose_kernel(self, query: Tensor, key: Tensor, value: Tensor, agents: Tensor | None, kernel: str) -> Choice:
-        assert agents is not None
-        choice = dispatch.choose_agent_kernel(query, key, value, agents, kernel=kernel, correction=self.correction)
-        # What was measured had nothing between its softmaxes.
-        return choice if self.correction is None else choice._replace(speedup=None)
-
-    def flops(self, shape: LayerShape) -> int:
-        agents = self.num_agents_at(shape.grid)
+    def flops(self, shape: LayerShape, kernel: str = "") -> int:
+        agents = self.agents_at(shape.grid)
+        if kernel == "absorbed":
+            kept = 1 if self.shortcut else 0
+            return AbsorbedSize(agents, shape.head_dim, shape.num_heads, shape.channels, shape.tokens, kept).flops
         core = shape.projection_flops(shape.tokens, shape.tokens) + agent_flops(shape, agents, shape.tokens)
-        return core + self._agents_flops(shape, agents) + self._correction_flops(shape, agents)
+        return core + self._matching_flops(shape, agents) + self._correction_flops(shape, agents)
 
-    def _agents_flops(self, shape: LayerShape, agents: int) -> int:
+    def _matching_flops(self, shape: LayerShape, agents: int) -> int:
         """Making agents that are not pooled: their matching, and their own projection."""
         if self.agents == "pooled":
             return 0
-        matching = 2 * (shape.tokens - agents) * agents * shape.channels if self.agents == "merged" else 0
-        return matching + 2 * agents * shape.channels * shape.width
+        return 2 * (shape.tokens - agents) * agents * shape.channels + 2 * agents * shape.channels * shape.width
 
     def _correction_flops(self, shape: LayerShape, agents: int) -> int:
         """Similarities of the agents, a factorisation, and a solution for each column of the values."""
@@ -226,40 +213,28 @@ def scales_for(head_dim: int, broadcast_exponent: float, shortcut: float) -> Age
 
 
 def through_agents(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    agents: Tensor,
-    context: tuple[Tensor, Tensor] | None,
-    scales: AgentScales,
-    attention: Attention,
+    layer: Layer, query: Tensor, key: Tensor, value: Tensor, agents: Tensor, scales: AgentScales, kernel: str | None
 ) -> Tensor:
-    """`agent_attention` over image and text keys, by attngen's paths or by two calls of `attention`. Shapes as there.
+    """`agent_attention` over the keys of image and text, (B, H, N, D); the shortcut adds image values.
 
-    The shortcut adds image values.
+    Args:
+        layer: whose context is attended to as well.
+        query: (B, H, N, D).
+        key: (B, H, L, D), of the image.
+        value: (B, H, L, D).
+        agents: (B, H, M, D).
+        scales: see `AgentScales`.
+        kernel: of a route; None for two calls of the attention backend that the user chose.
     """
-    keys, values = with_context(key, value, context)
-    scale, broadcast_scale, shortcut, gain, correction = scales
-    if attention.kernel is None:
-        aggregated = attention(agents, keys, values, scale=scale)
-        aggregated = between(aggregated, agents, broadcast_scale, gain, correction)
-        output = attention(query, agents, aggregated, scale=broadcast_scale)
-    else:
-        fused = shortcut if context is None else 0.0
-        output = dispatch.agent_attention(
-            query,
-            keys,
-            values,
-            agents,
-            scale,
-            broadcast_scale,
-            shortcut=fused,
-            gain=gain,
-            correction=correction,
-            kernel=attention.kernel,
-        )
-        shortcut -= fused
-    return torch.add(output, value, alpha=shortcut) if shortcut else output
+    keys, values = with_context(key, value, layer.context)
+    if kernel is None:
+        aggregated = between(layer.attention(agents, keys, values, scale=scales.scale), agents, scales)
+        output = layer.attention(query, agents, aggregated, scale=scales.broadcast_scale)
+        return torch.add(output, value, alpha=scales.shortcut) if scales.shortcut else output
+    if layer.context is None:
+        return dispatch.agent_attention(query, keys, values, agents, scales, kernel=kernel)
+    output = dispatch.agent_attention(query, keys, values, agents, scales._replace(shortcut=0.0), kernel=kernel)
+    return torch.add(output, value, alpha=scales.shortcut) if scales.shortcut else output
 
 
 def agent_flops(shape: LayerShape, agents: int, tokens: int) -> int:

@@ -1,56 +1,97 @@
-"""What every attention method answers: is it exact here, which tokens it reads, how it mixes them, its cost."""
+"""What every attention method has: options that describe themselves, and a route for a layer in a call.
+
+A method is one file: a frozen dataclass derived from `AttentionMethod`, with one `option` a field. Presets, JSON,
+labels, the options of the programs and of the page, and the table in the README are derived from these.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import types
+import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from attngen.checks import Grid
-from attngen.kernels.crossovers import Choice
+from attngen.checks import Grid, check_choice, check_count, check_flag, check_number
+from attngen.kernels.like import Like
+from attngen.layers.call import Call
+from attngen.layers.layer import Layer
+from attngen.layers.route import Route
+
+Method = TypeVar("Method", bound="AttentionMethod")
 
 
-class Attention(Protocol):
-    """Exact attention over (B, H, N, D) through the backend in force.
-
-    Attributes:
-        kernel: which of attngen's own paths a method may take, see `attngen.kernels.dispatch`; None where the user
-            chose an attention backend of diffusers, so that a method has to be made of calls of this.
-    """
-
-    @property
-    def kernel(self) -> str | None: ...
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor: ...
-
-
-class AgentScales(NamedTuple):
-    """What `attngen.functional.agent_attention` does beside its tensors.
+class Option(NamedTuple):
+    """One option of a method.
 
     Attributes:
-        scale: of the aggregation.
-        broadcast_scale: of the broadcast.
-        shortcut: share of the values added.
-        gain: factor of what comes through the agents.
-        correction: what stands between the softmaxes, see `attngen.functional.agent_attention`.
+        name: of the field.
+        kind: "count" (whole number), "number", "choice" or "flag".
+        default: value where none is given.
+        help: one line.
+        low: smallest value.
+        high: largest value that programs offer.
+        below: a value that it has to be below, or None.
+        step: of a slider.
+        choices: of a "choice"; None among them means none.
+        optional: whether None is a value.
+        shown: whether tables show its value beside the method's name.
     """
 
-    scale: float
-    broadcast_scale: float
-    shortcut: float
-    gain: float = 1.0
-    correction: str | None = None
+    name: str
+    kind: Literal["count", "number", "choice", "flag"]
+    default: Any
+    help: str
+    low: float = 0
+    high: float = 1
+    below: float | None = None
+    step: float = 1
+    choices: tuple[str | None, ...] = ()
+    optional: bool = False
+    shown: bool = False
+
+    def check(self, value: Any) -> None:
+        """Raise ValueError, naming the option, unless it can have this value."""
+        if self.optional and value is None:
+            return
+        if self.kind == "flag":
+            check_flag(self.name, value)
+        elif self.kind == "choice":
+            check_choice(self.name, value, self.choices)
+        elif self.kind == "count":
+            check_count(self.name, value, at_least=int(self.low))
+        else:
+            check_number(self.name, value, at_least=self.low, below=self.below)
+
+
+def option(default: Any, help: str, **limits: Any) -> Any:
+    """A field of a method that describes itself; `limits` are attributes of `Option`."""
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+class Preset(NamedTuple):
+    """A plan that people find by name: one method in every layer at all times.
+
+    Attributes:
+        options: of the method, other than their defaults.
+        min_tokens: layers with fewer tokens stay exact.
+        max_levels: only so many of the finest attention resolutions take part; None for all.
+    """
+
+    options: Mapping[str, Any] = types.MappingProxyType({})
+    min_tokens: int = 0
+    max_levels: int | None = None
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes that decide the cost of one attention layer for one picture.
+    """Sizes that decide the cost of one attention layer for one sample.
 
     Attributes:
         grid: (height, width) of the layer's image tokens.
@@ -74,6 +115,10 @@ class LayerShape:
     def tokens(self) -> int:
         return math.prod(self.grid)
 
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
     def projection_flops(self, queries: int, keys: int) -> int:
         """Q and output projections of `queries` tokens, K and V of `keys`, and all of the text tokens."""
         image = queries * (1 + self.has_output) + 2 * keys
@@ -89,131 +134,108 @@ class LayerShape:
         return self.projection_flops(self.tokens, self.tokens) + self.core_flops(self.tokens, self.tokens)
 
 
-class Selection(NamedTuple):
-    """The tokens a method lets take part.
-
-    Attributes:
-        queries: (B, N', C), what becomes queries.
-        keys: (B, L', C), what becomes keys and values.
-        agents: (B, M, C) hidden states that become agents, or None.
-        restore: maps the layer's output (B, N', C) back to (B, N, C), or None where N' = N.
-        query_positions: (N',) or (B, N') which of the N tokens each query stands for, or None for all in order. Layers
-            with rotary positions need it.
-        key_positions: the same for the keys.
-        agent_positions: the same for the agents.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    agents: Tensor | None = None
-    restore: Callable[[Tensor], Tensor] | None = None
-    query_positions: Tensor | None = None
-    key_positions: Tensor | None = None
-    agent_positions: Tensor | None = None
-
-
 @dataclass(frozen=True)
 class AttentionMethod(ABC):
     """Options of one attention method. Frozen and without state: the same object serves every layer and call.
 
     Attributes:
         kind: name in JSON.
-        needs_metric: whether `select` reads its `metric`.
+        title: name for people.
+        short: name in tables; `kind` where it is empty.
+        source: of the formula, such as "arXiv 2312.08874"; "" where there is none to name.
+        presets: by name.
+        candidates: options of the variants that calibration tries by default.
+        needs_metric: whether the method measures similarity on the transformer block's input.
         supports_rotary: whether it fits layers that rotate queries and keys by position.
     """
 
     kind: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    short: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    presets: ClassVar[Mapping[str, Preset]] = {}
+    candidates: ClassVar[tuple[Mapping[str, Any], ...]] = ()
     needs_metric: ClassVar[bool] = False
     supports_rotary: ClassVar[bool] = True
 
-    @abstractmethod
-    def why_exact(self, grid: Grid) -> str | None:
-        """Why this method is exact softmax attention on `grid`, in a few words; None where it is not."""
-
-    def select(self, x: Tensor, metric: Tensor, grid: Grid, draws: Tensor | None) -> Selection:
-        """Choose tokens before the projections.
-
-        Args:
-            x: (B, N, C), the layer's input.
-            metric: (B, N, C), what similarity is measured on: the block's input where known, else `x`.
-            grid: (height, width), N = height · width.
-            draws: (K,) random whole numbers for this forward call, or None for the deterministic choice.
-        """
-        return Selection(x, x)
-
-    def pool_size(self, grid: Grid) -> Grid | None:
-        """Rows and columns to which the queries are pooled to make agents, or None."""
-        return None
-
-    def tokens_at(self, grid: Grid) -> int:
-        """Tokens that become queries on `grid`."""
-        return math.prod(grid)
-
-    def agent_scales(self, head_dim: int) -> AgentScales | None:
-        """Where the whole layer is agent attention with pooled agents and nothing else: how. None otherwise."""
-        return None
-
-    def choose_kernel(
-        self, query: Tensor, key: Tensor, value: Tensor, agents: Tensor | None, kernel: str
-    ) -> Choice | None:
-        """The path of `attngen.kernels.dispatch` that `attend` takes for such tensors, or None where it asks for none.
-
-        Only sizes, dtype, device and `requires_grad` are read.
-        """
-        return None
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        grid: Grid | None,
-        agents: Tensor | None,
-        context: tuple[Tensor, Tensor] | None,
-        attention: Attention,
-    ) -> Tensor:
-        """Mix values into image queries.
-
-        Args:
-            query: (B, H, N, D).
-            key: (B, H, L, D), image keys.
-            value: (B, H, L, D), image values.
-            grid: (height, width) of the layer's tokens; None where the layer is only exact.
-            agents: (B, H, M, D), or None.
-            context: keys and values (B, H, T, D) of the text in joint attention, or None.
-            attention: exact attention through the backend in force.
-
-        Returns:
-            (B, H, N, D).
-        """
-        key, value = with_context(key, value, context)
-        return attention(query, key, value)
+    def __post_init__(self) -> None:
+        for described in self.options():
+            described.check(getattr(self, described.name))
 
     @abstractmethod
-    def flops(self, shape: LayerShape) -> int:
-        """Floating-point operations (two a multiply-add) of the whole layer for one picture, where it is active."""
+    def route(self, layer: Layer, call: Call, like: Like) -> Route:
+        """How a layer is computed by this method.
 
-    def num_agents_at(self, grid: Grid) -> int | None:
-        """Agents used on `grid`, or None for a method without agents."""
-        size = self.pool_size(grid)
-        return None if size is None else math.prod(size)
+        Args:
+            layer: the layer.
+            call: of the denoiser; in a report without metric and draws.
+            like: of the layer's input (B, N, C). Nothing else is read of it, so a report needs no numbers.
+        """
+
+    @abstractmethod
+    def flops(self, shape: LayerShape, kernel: str = "") -> int:
+        """Floating-point operations (two a multiply-add) of the whole layer for one sample, by a route's kernel."""
+
+    @property
+    def needs_draws(self) -> bool:
+        """Whether the method needs `Call.draws`."""
+        return False
+
+    # What is derived from the fields
+
+    @classmethod
+    def options(cls) -> tuple[Option, ...]:
+        """The options in the order of the fields."""
+        return tuple(_described(field, cls) for field in dataclasses.fields(cls) if "help" in field.metadata)
+
+    @classmethod
+    def about(cls) -> str:
+        """What the method does, in one sentence: the first of its docstring."""
+        first = " ".join((cls.__doc__ or "").split("\n\n")[0].split())
+        return first.split(". ")[0].rstrip(".") + "."
 
     @property
     def label(self) -> str:
-        """The method in a few characters, for tables."""
-        options = self.to_dict()
-        if self.kind == "agent":
-            made = "" if options.get("agents", "pooled") == "pooled" else f" {options['agents']}"
-            return f"agent {options['num_agents']}{made}{'' if options.get('correction') is None else ' N'}"
-        if self.kind == "focal":
-            return f"focal {options['window']}+{options['margin']} {options['num_cells']}"
-        short = {"softmax": "exact", "downsampled-kv": "kv", "token-merging": "merge"}.get(self.kind, self.kind)
-        return f"{short} {options.get('factor', options.get('ratio', ''))}".strip()
+        """The method and the options that tell variants apart, in a few characters."""
+        shown = [getattr(self, o.name) for o in self.options() if o.shown]
+        values = [v for v in shown if v not in (None, False)]
+        return " ".join([self.short or self.kind, *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)])
 
     def to_dict(self) -> dict[str, Any]:
         """The method as JSON: `{"method": kind, option: value, …}`."""
         return {"method": self.kind, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
+
+    @classmethod
+    def from_options(cls: type[Method], options: Mapping[str, Any]) -> Method:
+        """The method with these options.
+
+        Raises:
+            ValueError: for an unknown option, naming the known ones, or a bad value.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                raise ValueError(f"method {cls.kind!r} has no option {name!r}; it has: {', '.join(known) or 'none'}")
+        return cls(**options)
+
+
+_HINTS: dict[type, dict[str, Any]] = {}
+
+
+def _described(field: dataclasses.Field[Any], cls: type[AttentionMethod]) -> Option:
+    """An option from a field: its kind follows from the type."""
+    if cls not in _HINTS:
+        _HINTS[cls] = typing.get_type_hints(cls)
+    hint = _HINTS[cls][field.name]
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    optional = type(None) in parts
+    kinds: dict[Any, Literal["count", "number", "flag"]] = {bool: "flag", int: "count", float: "number"}
+    (plain,) = [part for part in parts if part is not type(None)]
+    limits = dict(field.metadata)
+    if typing.get_origin(plain) is Literal:
+        choices = (*([None] if optional else []), *typing.get_args(plain))
+        return Option(field.name, "choice", field.default, choices=choices, optional=optional, **limits)
+    return Option(field.name, kinds[plain], field.default, optional=optional, **limits)
 
 
 def with_context(key: Tensor, value: Tensor, context: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:

@@ -6,40 +6,56 @@ Paper: ToDo, Smith et al. 2024, arXiv 2402.13573 (nearest neighbour; neighbourin
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from attngen.checks import Grid, check_count
-from attngen.methods.base import AttentionMethod, LayerShape, Selection
-from attngen.tokens import coarse_grid, downsample_tokens, nearest_positions
+from attngen.checks import Grid
+from attngen.kernels.like import Like
+from attngen.layers.call import Call
+from attngen.layers.layer import Layer, Selection
+from attngen.layers.route import Route, exact
+from attngen.methods.base import AttentionMethod, LayerShape, Preset, option, with_context
+from attngen.tokens import coarse_grid, downsample_tokens, join_heads, nearest_positions
 
 
 @dataclass(frozen=True)
 class DownsampledKV(AttentionMethod):
-    """Exact attention over keys and values of a coarser grid: factor² times fewer operations.
+    """Keys and values come from a coarser grid, every query stays: factor² times fewer operations.
 
     Attributes:
         factor: side of the cell that gives one key; 1 is exact attention. 2 in arXiv 2402.13573.
     """
 
-    factor: int = 2
+    factor: int = option(2, "side of the cell of tokens that gives one key", low=1, high=16, shown=True)
 
     kind: ClassVar[str] = "downsampled-kv"
-
-    def __post_init__(self) -> None:
-        check_count("factor", self.factor)
+    title: ClassVar[str] = "Downsampled keys and values"
+    short: ClassVar[str] = "kv"
+    source: ClassVar[str] = "arXiv 2402.13573"
+    presets: ClassVar[Mapping[str, Preset]] = {"todo": Preset(max_levels=1)}
+    candidates: ClassVar[tuple[Mapping[str, int], ...]] = ({"factor": 2},)
 
     def why_exact(self, grid: Grid) -> str | None:
+        """Why this is exact attention on `grid`, or None where it is not."""
         if coarse_grid(grid, self.factor) == tuple(grid):
             return f"a factor of {self.factor} keeps every key on a grid of {grid[0]} x {grid[1]}"
         return None
 
-    def select(self, x: Tensor, metric: Tensor, grid: Grid, draws: Tensor | None) -> Selection:
-        positions = nearest_positions(grid, coarse_grid(grid, self.factor), x.device)
-        return Selection(x, downsample_tokens(x, grid, self.factor), key_positions=positions)
+    def route(self, layer: Layer, call: Call, like: Like) -> Route:
+        why = self.why_exact(call.grid)
+        return exact(why) if why is not None else Route(self._run, layer.attention.name)
 
-    def flops(self, shape: LayerShape) -> int:
+    def _run(self, layer: Layer, hidden_states: Tensor, call: Call) -> Tensor:
+        coarse = coarse_grid(call.grid, self.factor)
+        keys = downsample_tokens(hidden_states, call.grid, self.factor)
+        positions = nearest_positions(call.grid, coarse, hidden_states.device)
+        query, key, value = layer.project(Selection(hidden_states, keys, key_positions=positions))
+        mixed = layer.attention(query, *with_context(key, value, layer.context))
+        return layer.output(join_heads(mixed).to(query.dtype))
+
+    def flops(self, shape: LayerShape, kernel: str = "") -> int:
         keys = math.prod(coarse_grid(shape.grid, self.factor))
         return shape.projection_flops(shape.tokens, keys) + shape.core_flops(shape.tokens, keys)

@@ -7,7 +7,7 @@ here they are plain means that count as often as tokens they stand for, which ne
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,9 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attngen.checks import Grid, check_count, check_heads
-from attngen.methods.base import Attention, AttentionMethod, LayerShape
-from attngen.tokens import agent_grid
+from attngen.checks import Grid, check_heads
+from attngen.kernels.like import Like
+from attngen.layers.call import Call
+from attngen.layers.layer import Attention, Layer, Selection
+from attngen.layers.route import Route, exact
+from attngen.methods.base import AttentionMethod, LayerShape, Preset, option
+from attngen.tokens import agent_grid, join_heads
 
 _NOTHING = -50.0
 """Bias of a cell that counts for nothing. Its mean is among the region's tokens, so no logit can make up for it."""
@@ -70,7 +74,7 @@ def focal_attention(
         raise ValueError(
             f"{query.shape[2]} queries and {key.shape[2]} keys do not fill a grid of {grid[0]} x {grid[1]} = {tokens}"
         )
-    _check_options(window, margin, num_cells)
+    FocalAttention(window, margin, num_cells)  # checks the options
     return _Regions(grid, window, margin, num_cells).attend(query, key, value, context, scale)
 
 
@@ -206,17 +210,11 @@ def _widen(x: Tensor, width: int, fill: float = 0.0) -> Tensor:
     return F.pad(x, (0, width - x.shape[-1]), value=fill)
 
 
-def _check_options(window: int, margin: int, num_cells: int) -> None:
-    check_count("window", window)
-    check_count("margin", margin, at_least=0)
-    check_count("num_cells", num_cells)
-
-
 @dataclass(frozen=True)
 class FocalAttention(AttentionMethod):
-    """Training-free focal attention: exact where attention looks nearby, blurred with distance. See `focal_attention`.
+    """Tokens around each window of queries are read one by one, those farther away as means of cells.
 
-    A layer stays exact where a region and the cells together are no fewer keys than the tokens.
+    A layer stays exact where a region and the cells together are no fewer keys than the tokens. See `focal_attention`.
 
     Attributes:
         window: side of a window of queries that share their keys, in tokens of the layer.
@@ -224,18 +222,29 @@ class FocalAttention(AttentionMethod):
         num_cells: most cells that stand for all that is farther away.
     """
 
-    window: int = 8
-    margin: int = 4
-    num_cells: int = 64
+    window: int = option(8, "side of a window of queries that share their keys, in tokens", low=1, high=64)
+    margin: int = option(4, "tokens around the window that are read one by one", high=64)
+    num_cells: int = option(64, "most cells that stand for the rest", low=1, high=4096)
 
     kind: ClassVar[str] = "focal"
+    title: ClassVar[str] = "Near exactly, far in cells"
+    source: ClassVar[str] = "arXiv 2107.00641"
+    presets: ClassVar[Mapping[str, Preset]] = {"focal": Preset(min_tokens=1024)}
+    candidates: ClassVar[tuple[Mapping[str, int], ...]] = (
+        *({"window": 8, "margin": 4, "num_cells": count} for count in (64, 256)),
+        *({"window": 4, "margin": 2, "num_cells": count} for count in (16, 64, 256)),
+        {"window": 4, "margin": 4, "num_cells": 64},
+        {"window": 4, "margin": 1, "num_cells": 16},
+    )
     # The mean of keys that were rotated by position has lost what the rotation was for.
     supports_rotary: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        _check_options(self.window, self.margin, self.num_cells)
+    @property
+    def label(self) -> str:
+        return f"focal {self.window}+{self.margin} {self.num_cells}"
 
     def why_exact(self, grid: Grid) -> str | None:
+        """Why this is exact attention on `grid`, or None where it is not."""
         regions, tokens = self._regions(grid), math.prod(grid)
         if regions.num_queries * regions.num_keys < tokens * tokens:
             return None
@@ -245,23 +254,18 @@ class FocalAttention(AttentionMethod):
     def _regions(self, grid: Grid) -> _Regions:
         return _Regions(grid, self.window, self.margin, self.num_cells)
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        grid: Grid | None,
-        agents: Tensor | None,
-        context: tuple[Tensor, Tensor] | None,
-        attention: Attention,
-    ) -> Tensor:
-        assert grid is not None, "a host that runs a method knows the grid"
-        return self._regions(grid).attend(query, key, value, context, None, attention)
+    def route(self, layer: Layer, call: Call, like: Like) -> Route:
+        why = self.why_exact(call.grid)
+        return exact(why) if why is not None else Route(self._run, layer.attention.name)
 
-    def flops(self, shape: LayerShape) -> int:
+    def _run(self, layer: Layer, hidden_states: Tensor, call: Call) -> Tensor:
+        query, key, value = layer.project(Selection(hidden_states, hidden_states))
+        mixed = self._regions(call.grid).attend(query, key, value, layer.context, None, layer.attention)
+        return layer.output(join_heads(mixed).to(query.dtype))
+
+    def flops(self, shape: LayerShape, kernel: str = "") -> int:
         regions = self._regions(shape.grid)
-        width = shape.num_heads * _padded(shape.width // shape.num_heads + 2)
+        width = shape.num_heads * _padded(shape.head_dim + 2)
         core = 4 * width * regions.num_queries * (regions.num_keys + shape.context)
         text = 4 * shape.width * shape.context * (shape.tokens + shape.context)
         rows, columns = regions.cells

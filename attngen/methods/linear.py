@@ -9,19 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attngen.checks import Grid, check_heads, check_number
+from attngen.checks import check_choice, check_heads, check_number
 from attngen.kernels import dispatch
-from attngen.kernels.crossovers import Choice
-from attngen.kernels.dispatch import AUTO, LINEAR_KERNELS
-from attngen.methods.base import Attention, AttentionMethod, LayerShape
+from attngen.kernels.dispatch import AUTO, LINEAR_KERNELS, Kernel
+from attngen.kernels.like import Like
+from attngen.layers.call import Call
+from attngen.layers.layer import Layer, Selection
+from attngen.layers.route import Route
+from attngen.methods.base import AttentionMethod, LayerShape, Preset, option
+from attngen.tokens import join_heads
 
 FeatureMap = Callable[[Tensor], Tensor]
+FeatureMapName = Literal["elu", "relu", "focused", "identity"]
 
 _EPS = 1e-6
 
@@ -67,9 +73,9 @@ def linear_attention(
     key: Tensor,
     value: Tensor,
     *,
-    feature_map: str | FeatureMap = "elu",
+    feature_map: FeatureMapName | FeatureMap = "elu",
     eps: float = _EPS,
-    kernel: str = AUTO,
+    kernel: Kernel = AUTO,
 ) -> Tensor:
     """φ(qᵢ) Σⱼ φ(kⱼ)ᵀvⱼ / (φ(qᵢ) · Σⱼ φ(kⱼ)): 4·N·D² multiply-adds a head (eq. 5, arXiv 2006.16236).
 
@@ -104,14 +110,13 @@ def resolve_feature_map(feature_map: str | FeatureMap) -> FeatureMap:
     """The function behind a feature map's name; ValueError names the known ones."""
     if callable(feature_map):
         return feature_map
-    if feature_map not in FEATURE_MAPS:
-        raise ValueError(f"unknown feature_map {feature_map!r}; known: {', '.join(FEATURE_MAPS)}")
+    check_choice("feature_map", feature_map, tuple(FEATURE_MAPS))
     return FEATURE_MAPS[feature_map]
 
 
 @dataclass(frozen=True)
 class LinearAttention(AttentionMethod):
-    """Linear attention in place of softmax, for models trained with it; without training the picture is lost.
+    """A feature map in place of the softmax, for models trained with it; without training the image is lost.
 
     In joint attention image queries read the image linearly and the text exactly, weighted by the number of keys, as
     in MM-EDiT (arXiv 2503.16726); text queries stay exact.
@@ -120,47 +125,32 @@ class LinearAttention(AttentionMethod):
         feature_map: "elu", "relu", "focused" or "identity", see `linear_attention`.
     """
 
-    feature_map: str = "elu"
+    feature_map: FeatureMapName = option("elu", "what replaces the exponential of the softmax")
 
     kind: ClassVar[str] = "linear"
+    title: ClassVar[str] = "Linear"
+    source: ClassVar[str] = "arXiv 2006.16236"
+    presets: ClassVar[Mapping[str, Preset]] = {"linear": Preset(min_tokens=1024)}
     # A feature map after the rotation is another operator than the rotation after a feature map.
     supports_rotary: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.feature_map, str):
-            raise ValueError(f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {self.feature_map!r}")
-        resolve_feature_map(self.feature_map)
+    def route(self, layer: Layer, call: Call, like: Like) -> Route:
+        batch, tokens, _ = like.shape
+        heads = like.sized(batch, layer.heads, tokens, layer.head_dim)
+        choice = dispatch.choose_linear_kernel(heads, heads, heads, self.feature_map, layer.kernel or AUTO)
+        return Route(partial(self._run, kernel=choice.kernel), choice.kernel, choice.reason, None, choice.speedup)
 
-    def why_exact(self, grid: Grid) -> str | None:
-        return None
+    def _run(self, layer: Layer, hidden_states: Tensor, call: Call, *, kernel: str) -> Tensor:
+        query, key, value = layer.project(Selection(hidden_states, hidden_states))
+        features = FEATURE_MAPS[self.feature_map]
+        mixed = dispatch.linear_attention(query, key, value, self.feature_map, features, _EPS, kernel)
+        if layer.context is not None:
+            share = key.shape[2] / (key.shape[2] + layer.context[0].shape[2])
+            mixed = share * mixed + (1 - share) * layer.attention(query, *layer.context)
+        return layer.output(join_heads(mixed).to(query.dtype))
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        grid: Grid | None,
-        agents: Tensor | None,
-        context: tuple[Tensor, Tensor] | None,
-        attention: Attention,
-    ) -> Tensor:
-        image = self._over_image(query, key, value, attention.kernel or AUTO)
-        if context is None:
-            return image
-        share = key.shape[2] / (key.shape[2] + context[0].shape[2])
-        return share * image + (1 - share) * attention(query, *context)
-
-    def _over_image(self, query: Tensor, key: Tensor, value: Tensor, kernel: str) -> Tensor:
-        features = resolve_feature_map(self.feature_map)
-        return dispatch.linear_attention(query, key, value, self.feature_map, features, _EPS, kernel)
-
-    def choose_kernel(self, query: Tensor, key: Tensor, value: Tensor, agents: Tensor | None, kernel: str) -> Choice:
-        return dispatch.choose_linear_kernel(query, key, value, self.feature_map, kernel)
-
-    def flops(self, shape: LayerShape) -> int:
+    def flops(self, shape: LayerShape, kernel: str = "") -> int:
         # Text queries are exact over image and text; image queries are exact over the text alone.
         text = 4 * shape.width * shape.context * (2 * shape.tokens + shape.context)
-        head_size = shape.width // shape.num_heads
-        core = 4 * shape.tokens * shape.width * head_size + 3 * shape.tokens * shape.width
+        core = 4 * shape.tokens * shape.width * shape.head_dim + 3 * shape.tokens * shape.width
         return shape.projection_flops(shape.tokens, shape.tokens) + core + text

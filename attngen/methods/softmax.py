@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attngen.checks import Grid
-from attngen.methods.base import AttentionMethod, LayerShape
+from attngen.kernels.like import Like
+from attngen.layers.call import Call
+from attngen.layers.layer import Layer
+from attngen.layers.route import Route, exact
+from attngen.methods.base import AttentionMethod, LayerShape, Preset
 
 
 @dataclass(frozen=True)
 class SoftmaxAttention(AttentionMethod):
-    """Leave the layer exact: its own processor computes it, bit for bit as without a patch."""
+    """The layer stays exact, bit for bit; older models get diffusers' attention backends."""
 
     kind: ClassVar[str] = "softmax"
+    title: ClassVar[str] = "Exact softmax"
+    short: ClassVar[str] = "exact"
+    presets: ClassVar[Mapping[str, Preset]] = {"softmax": Preset()}
 
-    def why_exact(self, grid: Grid) -> str | None:
-        return "the plan asks for softmax attention"
+    def route(self, layer: Layer, call: Call, like: Like) -> Route:
+        return exact("the plan asks for softmax attention")
 
-    def flops(self, shape: LayerShape) -> int:
+    def flops(self, shape: LayerShape, kernel: str = "") -> int:
         return shape.exact_flops()

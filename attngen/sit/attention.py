@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, Literal, get_args
 
-import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from attngen.checks import Grid
-from attngen.kernels.absorbed import (
-    LayerSize,
-    Projection,
-    absorbed_agent_attention,
-    effective_projection,
-    layer_projections,
-    why_not_absorbed,
-)
 from attngen.kernels.dispatch import AUTO
+from attngen.layers.call import Call
+from attngen.layers.layer import FusedAttention, Layer
 from attngen.layers.mediator import MediatorMixer
+from attngen.layers.route import Agents, mediator_route
 from attngen.methods.linear import linear_attention
-from attngen.tokens import convolve_tokens, depthwise_convolution, join_heads, pool_tokens, split_heads
+from attngen.tokens import convolve_tokens, depthwise_convolution, join_heads, split_heads
 
-ATTENTION_KINDS = ("softmax", "mediator", "linear")
+AttentionKind = Literal["softmax", "mediator", "linear"]
+ATTENTION_KINDS = get_args(AttentionKind)
 
 
-def _project(attn: SiTAttention, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if attn.fused_projections:
-        query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        return query, key, value
-    return attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+def _layer(attn: SiTAttention, kernel: str = AUTO) -> Layer:
+    return Layer(attn, FusedAttention(kernel), kernel)
 
 
 class SiTAttnProcessor:
@@ -41,11 +33,13 @@ class SiTAttnProcessor:
     _parallel_config = None
 
     def __call__(self, attn: SiTAttention, hidden_states: Tensor) -> Tensor:
-        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in _project(attn, hidden_states))
+        layer = _layer(attn)
+        heads = layer.project_flat(hidden_states, hidden_states)
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in heads)
         mixed = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
         )
-        return attn.project_out(mixed.flatten(2, 3).to(query.dtype))
+        return layer.output(mixed.flatten(2, 3).to(query.dtype))
 
 
 class SiTMediatorAttnProcessor:
@@ -65,74 +59,23 @@ class SiTMediatorAttnProcessor:
     ) -> Tensor:
         mixer = attn.mixer
         assert isinstance(mixer, MediatorMixer)
-        mediators = mixer.mediator_grid(num_mediators, grid)
-        projections = _absorbable(attn, hidden_states, mediators, kernel)
-        if projections is None:
-            heads = _project(attn, hidden_states)
-            convolved = None
-            if mixer.convolution == "input":
-                convolved = _project_values_without_bias(attn, convolve_tokens(mixer.dwc, hidden_states, grid))
-            return attn.project_out(mixer(*heads, grid, mediators, convolved=convolved, kernel=kernel))
-
-        def convolve(tokens: Tensor) -> Tensor:
-            return convolve_tokens(mixer.dwc, tokens, grid)
-
-        query, key, value, out = projections
-        output = absorbed_agent_attention(
-            hidden_states,
-            pool_tokens(hidden_states, grid, mediators),
-            query=query,
-            key=key,
-            value=value,
-            out=out,
-            num_heads=attn.heads,
-            aggregation_bias=mixer.aggregation_bias(mediators, grid),
-            broadcast_bias=mixer.broadcast_bias(mediators, grid).transpose(-1, -2),
-            value_branch=convolve if mixer.convolution == "values" else None,
-            input_branch=convolve if mixer.convolution == "input" else None,
-        )
-        return attn.to_out[1](output)
-
-
-def _absorbable(attn: SiTAttention, hidden_states: Tensor, mediators: Grid, kernel: str) -> list[Projection] | None:
-    """The layer's query, key, value and output projections as matrices, or None where the direct path runs.
-
-    That is where absorption does not pay or was not asked for, and where a projection is more than a matrix
-    (offloading, quantisation, dropout in an adapter).
-    """
-    assert isinstance(attn.mixer, MediatorMixer)
-    size = LayerSize(
-        mediators[0] * mediators[1],
-        attn.head_dim,
-        attn.heads,
-        attn.inner_dim,
-        hidden_states.shape[1],
-        kept_projections=2 if attn.mixer.convolution == "values" else 1,
-    )
-    weight = getattr(attn.to_q, "weight", hidden_states)
-    return None if why_not_absorbed(size, hidden_states, weight, kernel) is not None else layer_projections(attn)
-
-
-def _project_values_without_bias(attn: SiTAttention, tokens: Tensor) -> Tensor:
-    """The projection of the values, (B, N, C) -> (B, N, C), as a linear map: zero stays zero."""
-    if attn.fused_projections:
-        weight = attn.to_qkv.weight.chunk(3, dim=0)[2]
-        return nn.functional.linear(tokens, weight)
-    projection = effective_projection(attn.to_v)
-    if projection is not None:
-        return nn.functional.linear(tokens, projection.weight.to(tokens.dtype))
-    return attn.to_v(tokens) - attn.to_v(torch.zeros_like(tokens[:1, :1]))
+        layer = _layer(attn, kernel)
+        agents = Agents(mixer.mediator_grid(num_mediators, grid), mixer=mixer)
+        route = mediator_route(layer, layer.like(hidden_states), agents)
+        assert route.run is not None
+        return route.run(layer, hidden_states, Call("0", grid))
 
 
 class SiTLinearAttnProcessor:
     """Linear attention with a depth-wise convolution of the values, which it needs to see neighbours."""
 
     def __call__(self, attn: SiTAttention, hidden_states: Tensor, grid: Grid, kernel: str = AUTO) -> Tensor:
-        query, key, value = _project(attn, hidden_states)
+        layer = _layer(attn, kernel)
+        query, key, value = layer.project_flat(hidden_states, hidden_states)
         heads = (split_heads(x, attn.heads) for x in (query, key, value))
         mixed = join_heads(linear_attention(*heads, feature_map=attn.feature_map, kernel=kernel))
         assert isinstance(attn.mixer, nn.Conv2d)
-        return attn.project_out(mixed + convolve_tokens(attn.mixer, value, grid))
+        return layer.output(mixed + convolve_tokens(attn.mixer, value, grid))
 
 
 class SiTAttention(nn.Module, AttentionModuleMixin):
@@ -180,9 +123,6 @@ class SiTAttention(nn.Module, AttentionModuleMixin):
             "linear": SiTLinearAttnProcessor,
         }
         self.set_processor(processors[kind]())
-
-    def project_out(self, hidden_states: Tensor) -> Tensor:
-        return self.to_out[1](self.to_out[0](hidden_states))
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         # Like diffusers: a processor is given what it names. `grid` is not for every processor.

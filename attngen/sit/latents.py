@@ -54,6 +54,24 @@ def check_normalization(config: Any, channels: int) -> None:
     _statistics(torch.empty(1, channels, 1, 1), config)
 
 
+def encode_moments(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of what a VAE encodes pictures to, not normalised; of a plain autoencoder it is 0.
+
+    Args:
+        vae: of diffusers; `encode` returns a `latent_dist`, or a `latent` as `AutoencoderDC` does.
+        pixels: (B, 3, H, W) in [-1, 1], on the device and in the dtype of the VAE.
+
+    Returns:
+        Two tensors (B, C, h, w) in float32.
+    """
+    encoded = vae.encode(pixels)
+    if hasattr(encoded, "latent"):
+        latents = encoded.latent.float()
+        return latents, torch.zeros_like(latents)
+    posterior = encoded.latent_dist
+    return posterior.mean.float(), (0.5 * posterior.logvar.float()).exp()
+
+
 def _entry(config: Any, name: str) -> Any:
     """An entry of a mapping or of an object's attributes, None where there is none."""
     return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
@@ -70,12 +88,13 @@ def _factor(config: Any) -> float:
 
 def _statistics(latents: Tensor, config: Any) -> tuple[Tensor | None, Tensor | None]:
     """Mean and deviation of the channels, each (1, C, 1, 1) or None, like `latents` in device and at least float32."""
-    channels = latents.shape[1]
     found: list[Tensor | None] = []
     for name in ("latents_mean", "latents_std"):
         values: Sequence[float] | None = _entry(config, name)
-        if values is not None and len(values) != channels:
-            raise ValueError(f"{name} of the vae has {len(values)} values; the latents have {channels} channels")
+        if values is not None and len(values) != latents.shape[1]:
+            raise ValueError(
+                f"{name} of the vae has {len(values)} values; the latents have {latents.shape[1]} channels"
+            )
         dtype = torch.promote_types(torch.float32, latents.dtype)
         found.append(None if values is None else torch.tensor(values, dtype=dtype, device=latents.device))
     mean, std = (None if x is None else x.view(1, -1, 1, 1) for x in found)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attngen.kernels.autocast import autocast_dtype
-from attngen.kernels.reference import Convolution
+from attngen.kernels.reference import NO_BIASES, AgentScales, Biases, Convolution
 from attngen.kernels.triton import common
 
 MAX_HEAD_DIM = 256
@@ -44,14 +44,9 @@ def agent_attention(
     key: Tensor,
     value: Tensor,
     agents: Tensor,
-    scale: float,
-    broadcast_scale: float,
-    aggregation_bias: Tensor | None = None,
-    broadcast_bias: Tensor | None = None,
-    shortcut: float = 0.0,
+    scales: AgentScales,
+    biases: Biases = NO_BIASES,
     convolution: Convolution | None = None,
-    gain: float = 1.0,
-    correction: str | None = None,
 ) -> Tensor:
     """The same function as `reference.agent_attention`, with sums in float32. First derivatives only.
 
@@ -62,14 +57,9 @@ def agent_attention(
         key: (B, H, L, D).
         value: (B, H, L, E).
         agents: (B, H, M, D).
-        scale: factor of the aggregation's scores.
-        broadcast_scale: factor of the broadcast's scores.
-        aggregation_bias: broadcastable to (B, H, M, L); never expanded in memory.
-        broadcast_bias: broadcastable to (B, H, N, M).
-        shortcut: share of the values added to the output; needs N = L if not zero.
-        convolution: of the values, added to the output; needs N = L.
-        gain: factor of what comes through the agents.
-        correction: None; the kernels have none.
+        scales: without a correction, which the kernels do not have.
+        biases: never expanded in memory.
+        convolution: of the values, added to the output; needs N = L, and so does a shortcut.
 
     Returns:
         (B, H, N, E), a view of a contiguous (B, N, H, E), so that joining the heads costs nothing.
@@ -78,8 +68,8 @@ def agent_attention(
         ValueError: where `why_not` has a reason, or a branch of the values does not fit the queries.
     """
     query, key, value, agents = _cast_like_autocast(query, key, value, agents)
+    scale, broadcast_scale, shortcut, gain, correction = scales
     _check(query, key, value, agents, shortcut, convolution, correction)
-    biases = (aggregation_bias, broadcast_bias)
     weight, weight_bias, grid = convolution or (None, None, (0, 0))
     inputs = (query, key, value, agents, *biases, weight, weight_bias)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)

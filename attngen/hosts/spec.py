@@ -1,0 +1,114 @@
+"""What a patch attaches to a layer, and the one decision what the layer runs in a call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.hooks.layer_skip import AttentionProcessorSkipHook
+from torch import nn
+
+from attngen.checks import Grid
+from attngen.kernels.dispatch import AUTO
+from attngen.kernels.like import Like
+from attngen.layers.call import Call
+from attngen.layers.layer import Layer
+from attngen.layers.route import Route, exact
+from attngen.layers.trace import note
+from attngen.methods.base import AttentionMethod
+from attngen.methods.softmax import SoftmaxAttention
+
+SPEC = "attngen"
+"""Attribute of an attention module that holds its `LayerSpec`."""
+
+MASKED = "an attention mask was given"
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """Attached to each patched layer, not to its processor: diffusers makes processors anew without arguments.
+
+    Attributes:
+        name: of the layer in its model.
+        group: equal for layers with equal sizes and methods; see `attngen.layers.trace`.
+        original: the processor that was there; it computes the layer wherever it is exact.
+        methods: one a stage of the plan.
+        min_tokens: layers with fewer tokens stay exact.
+        level: how many attention resolutions of the model are finer than this layer's.
+        max_levels: only layers whose level is below it take part; None for all.
+        rotary: whether the layer rotates queries and keys by position.
+        kernel: which of attngen's paths computes the methods, see `attngen.kernels.dispatch`.
+    """
+
+    name: str
+    group: str
+    original: Any
+    methods: tuple[AttentionMethod, ...]
+    min_tokens: int = 0
+    level: int = 0
+    max_levels: int | None = None
+    rotary: bool = False
+    kernel: str = AUTO
+
+    def why_exact(self, method: AttentionMethod, grid: Grid, tokens: int) -> str | None:
+        """Why the plan or the tokens leave the layer exact, in a few words; None where its method decides."""
+        if grid[0] * grid[1] != tokens:
+            return f"{tokens} tokens do not fill its grid of {grid[0]} x {grid[1]}"
+        if isinstance(method, SoftmaxAttention):
+            return None
+        if self.max_levels is not None and self.level >= self.max_levels:
+            return f"not among the {self.max_levels} finest level(s)"
+        if tokens < self.min_tokens:
+            return f"below {self.min_tokens} tokens"
+        if self.rotary and not method.supports_rotary:
+            return f"{method.kind} attention does not fit layers with rotary positions"
+        return None
+
+
+def spec_of(attn: nn.Module) -> LayerSpec | None:
+    """What a patch attached to a layer, or None."""
+    return getattr(attn, SPEC, None)
+
+
+def decide(layer: Layer, call: Call | None, like: Like, why: str | None = None) -> Route:
+    """What a layer runs in a call: for the processor that runs it, and for the report.
+
+    Exact wherever the payload does not describe these tokens: merged by another tool, a shard of them, tokens with
+    objects among them.
+
+    Args:
+        layer: the layer.
+        call: of the denoiser, or None where no payload reached the layer.
+        like: of its image tokens (B, N, C).
+        why: a reason of the host's for exact attention, such as a mask, or None.
+    """
+    spec = spec_of(layer.attn)
+    if spec is None or call is None:
+        return exact("it was called outside of its patched model")
+    if why is not None:
+        return exact(why)
+    if _scores_skipped(layer.attn):
+        return exact("a guider skips its attention")
+    method = spec.methods[int(call.stage)] if call.method is None else call.method
+    why = spec.why_exact(method, call.grid, like.shape[1])
+    return exact(why) if why is not None else method.route(layer, call, like)
+
+
+def noted(route: Route, attn: nn.Module, call: Call | None) -> Route:
+    """`route`, counted where a trace runs."""
+    if call is not None and call.trace is not None:
+        spec = spec_of(attn)
+        if spec is not None:
+            # Names differ from layer to layer, and a guard on them would keep blocks from sharing a compiled graph.
+            name = spec.group if torch.compiler.is_compiling() else spec.name
+            note(call.trace, name, call.stage, route)
+    return route
+
+
+def _scores_skipped(attn: nn.Module) -> bool:
+    """Whether a diffusers guider puts the values in place of this layer's attention, which it can if that is exact."""
+    registry = getattr(attn, "_diffusers_hook", None)
+    if registry is None:
+        return False
+    return any(isinstance(h, AttentionProcessorSkipHook) and h.skip_attention_scores for h in registry.hooks.values())

@@ -1,0 +1,39 @@
+"""What one denoiser call is about, in the form that travels to the layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+from attngen.checks import Grid
+
+if TYPE_CHECKING:
+    from attngen.methods.base import AttentionMethod
+
+CHANNEL_KEY = "attngen"
+"""Key of the payload in diffusers' attention kwargs, and name of the processors' argument."""
+
+
+class Call(NamedTuple):
+    """Immutable, made anew for every call of the denoiser and passed down as an argument.
+
+    So gradient checkpointing, threads and `torch.compile` see the values of the call that a layer belongs to.
+
+    Attributes:
+        stage: index of the plan's stage, as text: torch.compile treats text as a constant, one graph a stage.
+        grid: (height, width) of the image tokens where the payload is.
+        context: text tokens in front of the image tokens in layers that see one joint sequence.
+        metric: (B, N, C), the transformer block's input, where a method measures similarity on it.
+        draws: (K,) random whole numbers of this time step, where a method needs them.
+        method: runs in place of the plan's method, or None: calibration compares methods on one call.
+        trace: key of the running trace, see `attngen.layers.trace`, or None.
+    """
+
+    stage: str
+    grid: Grid
+    context: int = 0
+    metric: Tensor | None = None
+    draws: Tensor | None = None
+    method: AttentionMethod | None = None
+    trace: str | None = None
