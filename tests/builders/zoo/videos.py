@@ -2,17 +2,15 @@
 
 from typing import Any
 
-import diffusers
 import torch
-from torch import nn
 
-from tests.builders.zoo.base import Grid, Tiny, corner_of, noise, rows, times
+from tests.builders.zoo.base import Grid, Tiny, build, corner_of, noise, rows, times
 
 VIDEOS: tuple[Grid, Grid] = ((2, 4, 6), (3, 6, 4))
 """Token grids of the video models, where a class does not need others."""
 
 _TEXT, _IMAGE = 16, 24
-_CONFIG = {
+_CONFIG: dict[str, Any] = {
     "num_attention_heads": 2,
     "attention_head_dim": 12,
     "in_channels": 4,
@@ -22,7 +20,7 @@ _CONFIG = {
     "ffn_dim": 32,
     "num_layers": 2,
 }
-_WITH_IMAGE = {**_CONFIG, "in_channels": 12, "image_dim": _IMAGE, "added_kv_proj_dim": 24}
+_WITH_IMAGE: dict[str, Any] = {**_CONFIG, "in_channels": 12, "image_dim": _IMAGE, "added_kv_proj_dim": 24}
 
 _PROMPT = 512
 """Text tokens next to image embeddings: the processors take all tokens before the last 512 for those of the image."""
@@ -80,19 +78,19 @@ def _animate(grid: Grid, batch: int) -> dict[str, Any]:
     }
 
 
-def _animate_model() -> nn.Module:
-    return diffusers.WanAnimateTransformer3DModel(
-        **_WITH_IMAGE,
-        latent_channels=4,
-        motion_encoder_channel_sizes={"4": 8, "8": 8},
-        motion_encoder_size=8,
-        motion_style_dim=8,
-        motion_dim=4,
-        motion_encoder_dim=8,
-        face_encoder_hidden_dim=8,
-        face_encoder_num_heads=2,
-        inject_face_latents_blocks=1,
-    )
+_animate_model = build(
+    "WanAnimateTransformer3DModel",
+    **_WITH_IMAGE,
+    latent_channels=4,
+    motion_encoder_channel_sizes={"4": 8, "8": 8},
+    motion_encoder_size=8,
+    motion_style_dim=8,
+    motion_dim=4,
+    motion_encoder_dim=8,
+    face_encoder_hidden_dim=8,
+    face_encoder_num_heads=2,
+    inject_face_latents_blocks=1,
+)
 
 
 def _time_of_frames(grid: Grid, batch: int) -> torch.Tensor:
@@ -127,26 +125,24 @@ def _helios(grid: Grid, batch: int) -> dict[str, Any]:
 
 
 ROWS = rows(
-    Tiny("WanTransformer3DModel", lambda: diffusers.WanTransformer3DModel(**_CONFIG), _text, VIDEOS),
+    Tiny("WanTransformer3DModel", build("WanTransformer3DModel", **_CONFIG), _text, VIDEOS),
     Tiny(
         "WanTransformer3DModel@image",
-        lambda: diffusers.WanTransformer3DModel(**_WITH_IMAGE),
+        build("WanTransformer3DModel", **_WITH_IMAGE),
         _with_image,
         VIDEOS,
         note="image embeddings in the cross-attention",
     ),
     Tiny(
         "WanTransformer3DModel@ti2v",
-        lambda: diffusers.WanTransformer3DModel(**_CONFIG),
+        build("WanTransformer3DModel", **_CONFIG),
         _time_of_tokens,
         VIDEOS,
         note="a timestep for every token, 0 in the first frame",
     ),
     Tiny(
         "WanVACETransformer3DModel",
-        lambda: diffusers.WanVACETransformer3DModel(
-            **{**_CONFIG, "num_layers": 3}, vace_layers=[0, 1, 2], vace_in_channels=6
-        ),
+        build("WanVACETransformer3DModel", **{**_CONFIG, "num_layers": 3}, vace_layers=[0, 1, 2], vace_in_channels=6),
         _vace,
         VIDEOS,
     ),
@@ -157,31 +153,31 @@ ROWS = rows(
         VIDEOS,
         note="the first frame of latents is the reference",
     ),
-    Tiny("SkyReelsV2Transformer3DModel", lambda: diffusers.SkyReelsV2Transformer3DModel(**_CONFIG), _text, VIDEOS),
+    Tiny("SkyReelsV2Transformer3DModel", build("SkyReelsV2Transformer3DModel", **_CONFIG), _text, VIDEOS),
     Tiny(
         "SkyReelsV2Transformer3DModel@forcing",
-        lambda: diffusers.SkyReelsV2Transformer3DModel(**_CONFIG),
+        build("SkyReelsV2Transformer3DModel", **_CONFIG),
         _forcing,
         VIDEOS,
         note="a timestep for every frame",
     ),
     Tiny(
         "SkyReelsV2Transformer3DModel@causal",
-        lambda: diffusers.SkyReelsV2Transformer3DModel(**_CONFIG, num_frame_per_block=2),
+        build("SkyReelsV2Transformer3DModel", **_CONFIG, num_frame_per_block=2),
         _forcing,
         ((2, 4, 6), (4, 6, 4)),
         note="a causal mask over blocks of two frames on the self-attention",
     ),
     Tiny(
         "ChronoEditTransformer3DModel",
-        lambda: diffusers.ChronoEditTransformer3DModel(**_WITH_IMAGE, rope_temporal_skip_len=8),
+        build("ChronoEditTransformer3DModel", **_WITH_IMAGE, rope_temporal_skip_len=8),
         _with_image,
         VIDEOS,
         note="two frames (the first grid) are at temporal positions 0 and 7",
     ),
     Tiny(
         "AnyFlowTransformer3DModel",
-        lambda: diffusers.AnyFlowTransformer3DModel(**_CONFIG),
+        build("AnyFlowTransformer3DModel", **_CONFIG),
         _anyflow,
         VIDEOS,
         corner=corner_of("bfchw"),
@@ -189,7 +185,7 @@ ROWS = rows(
     ),
     Tiny(
         "HeliosTransformer3DModel",
-        lambda: diffusers.HeliosTransformer3DModel(**_CONFIG, rope_dim=(4, 4, 4)),
+        build("HeliosTransformer3DModel", **_CONFIG, rope_dim=(4, 4, 4)),
         _helios,
         VIDEOS,
         note="tokens of the history come before those that are drawn",

@@ -7,11 +7,11 @@ import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import Tensor, nn
 
-from tests.builders.zoo.base import Grid, Tiny, corner_of, noise, rows, text_mask, times
+from tests.builders.zoo.base import Grid, Tiny, build, corner_of, noise, rows, text_mask, times
 from tests.builders.zoo.videos import VIDEOS, latents
 
 _TEXT = 16
-_HUNYUAN = {
+_HUNYUAN: dict[str, Any] = {
     "in_channels": 4,
     "out_channels": 4,
     "num_attention_heads": 2,
@@ -22,9 +22,9 @@ _HUNYUAN = {
     "text_embed_dim": _TEXT,
     "rope_axes_dim": (4, 4, 4),
 }
-_HUNYUAN_1 = {**_HUNYUAN, "num_single_layers": 2, "pooled_projection_dim": 16}
-_MOTIF = {name: value for name, value in _HUNYUAN.items() if name != "num_refiner_layers"}
-_COG = {
+_HUNYUAN_1: dict[str, Any] = {**_HUNYUAN, "num_single_layers": 2, "pooled_projection_dim": 16}
+_MOTIF: dict[str, Any] = {name: value for name, value in _HUNYUAN.items() if name != "num_refiner_layers"}
+_COG: dict[str, Any] = {
     "num_attention_heads": 2,
     "attention_head_dim": 16,
     "in_channels": 4,
@@ -114,17 +114,17 @@ def _motif_decoder() -> nn.Module:
     )
 
 
-def _mochi_model() -> nn.Module:
-    return diffusers.MochiTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        num_layers=2,
-        pooled_projection_dim=16,
-        in_channels=4,
-        text_embed_dim=_TEXT,
-        time_embed_dim=16,
-        max_sequence_length=8,
-    )
+_mochi_model = build(
+    "MochiTransformer3DModel",
+    num_attention_heads=2,
+    attention_head_dim=12,
+    num_layers=2,
+    pooled_projection_dim=16,
+    in_channels=4,
+    text_embed_dim=_TEXT,
+    time_embed_dim=16,
+    max_sequence_length=8,
+)
 
 
 def _mochi(grid: Grid, batch: int) -> dict[str, Any]:
@@ -160,38 +160,38 @@ def _consisid(grid: Grid, batch: int) -> dict[str, Any]:
     return {**_cog(grid, batch), "id_cond": noise(batch, 16, seed=3), "id_vit_hidden": faces}
 
 
-def _consisid_model() -> nn.Module:
-    return diffusers.ConsisIDTransformer3DModel(
-        **{**_COG, "num_attention_heads": 3},
-        is_train_face=True,
-        cross_attn_interval=1,
-        cross_attn_dim_head=8,
-        cross_attn_num_heads=2,
-        LFE_id_dim=16,
-        LFE_vit_dim=16,
-        LFE_depth=2,
-        LFE_dim_head=8,
-        LFE_num_heads=2,
-        LFE_num_id_token=2,
-        LFE_num_querie=4,
-        LFE_output_dim=32,  # two thirds of the model's width
-        LFE_ff_mult=1,
-        LFE_num_scale=2,
-    )
+_consisid_model = build(
+    "ConsisIDTransformer3DModel",
+    **{**_COG, "num_attention_heads": 3},
+    is_train_face=True,
+    cross_attn_interval=1,
+    cross_attn_dim_head=8,
+    cross_attn_num_heads=2,
+    LFE_id_dim=16,
+    LFE_vit_dim=16,
+    LFE_depth=2,
+    LFE_dim_head=8,
+    LFE_num_heads=2,
+    LFE_num_id_token=2,
+    LFE_num_querie=4,
+    LFE_output_dim=32,  # two thirds of the model's width
+    LFE_ff_mult=1,
+    LFE_num_scale=2,
+)
 
 
-def _easyanimate_model() -> nn.Module:
-    return diffusers.EasyAnimateTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        patch_size=2,
-        num_layers=2,
-        mmdit_layers=1,
-        time_embed_dim=16,
-        text_embed_dim=_TEXT,
-    )
+_easyanimate_model = build(
+    "EasyAnimateTransformer3DModel",
+    num_attention_heads=2,
+    attention_head_dim=16,
+    in_channels=4,
+    out_channels=4,
+    patch_size=2,
+    num_layers=2,
+    mmdit_layers=1,
+    time_embed_dim=16,
+    text_embed_dim=_TEXT,
+)
 
 
 def _easyanimate(grid: Grid, batch: int) -> dict[str, Any]:
@@ -205,14 +205,14 @@ def _easyanimate(grid: Grid, batch: int) -> dict[str, Any]:
 ROWS = rows(
     Tiny(
         "HunyuanVideoTransformer3DModel",
-        lambda: diffusers.HunyuanVideoTransformer3DModel(**_HUNYUAN_1),
+        build("HunyuanVideoTransformer3DModel", **_HUNYUAN_1),
         _hunyuan,
         VIDEOS,
     ),
     Tiny(
         "HunyuanVideoTransformer3DModel@token_replace",
-        lambda: diffusers.HunyuanVideoTransformer3DModel(
-            **_HUNYUAN_1, guidance_embeds=False, image_condition_type="token_replace"
+        build(
+            "HunyuanVideoTransformer3DModel", **_HUNYUAN_1, guidance_embeds=False, image_condition_type="token_replace"
         ),
         _token_replace,
         VIDEOS,
@@ -233,8 +233,12 @@ ROWS = rows(
     ),
     Tiny(
         "HunyuanVideoFramepackTransformer3DModel",
-        lambda: diffusers.HunyuanVideoFramepackTransformer3DModel(
-            **_HUNYUAN_1, has_image_proj=True, image_proj_dim=_TEXT, has_clean_x_embedder=True
+        build(
+            "HunyuanVideoFramepackTransformer3DModel",
+            **_HUNYUAN_1,
+            has_image_proj=True,
+            image_proj_dim=_TEXT,
+            has_clean_x_embedder=True,
         ),
         _framepack,
         ((3, 4, 6), (4, 6, 4)),
@@ -242,7 +246,7 @@ ROWS = rows(
     ),
     Tiny(
         "MotifVideoTransformer3DModel",
-        lambda: diffusers.MotifVideoTransformer3DModel(**{**_MOTIF, "in_channels": 9}, num_single_layers=2),
+        build("MotifVideoTransformer3DModel", **{**_MOTIF, "in_channels": 9}, num_single_layers=2),
         _motif,
         VIDEOS,
     ),
@@ -256,7 +260,7 @@ ROWS = rows(
     Tiny("MochiTransformer3DModel", _mochi_model, _mochi, VIDEOS, note="attends sample by sample, without padding"),
     Tiny(
         "CogVideoXTransformer3DModel",
-        lambda: diffusers.CogVideoXTransformer3DModel(**_COG),
+        build("CogVideoXTransformer3DModel", **_COG),
         _cog,
         VIDEOS,
         corner=corner_of("bfchw"),
@@ -264,7 +268,7 @@ ROWS = rows(
     ),
     Tiny(
         "CogVideoXTransformer3DModel@1.5",
-        lambda: diffusers.CogVideoXTransformer3DModel(**_COG, patch_size_t=2, ofs_embed_dim=16, patch_bias=False),
+        build("CogVideoXTransformer3DModel", **_COG, patch_size_t=2, ofs_embed_dim=16, patch_bias=False),
         _cog_15,
         VIDEOS,
         corner=corner_of("bfchw"),
