@@ -237,7 +237,9 @@ def write_archive(path: Path, members: dict[str, bytes]) -> None:
     write_file(path, stream.getvalue())
 
 
-def build(font_path: str | Path, emoji_test: str | Path, out: str | Path, size: int = 64) -> dict[str, int]:
+def build(
+    font_path: str | Path, emoji_test: str | Path, out: str | Path, size: int = 64, skin_tones: bool = True
+) -> dict[str, int]:
     """Build the data file.
 
     Args:
@@ -245,6 +247,7 @@ def build(font_path: str | Path, emoji_test: str | Path, out: str | Path, size: 
         emoji_test: Path of ``emoji-test.txt``.
         out: Path of the zip file to write.
         size: Side of a picture, in pixels.
+        skin_tones: Whether to draw the variants with a skin tone, half of all emoji.
 
     Returns:
         The numbers of emoji ``kept``, ``missing`` in the font and left out as ``duplicate``, and the ``bytes`` written.
@@ -253,6 +256,8 @@ def build(font_path: str | Path, emoji_test: str | Path, out: str | Path, size: 
         ValueError: If the font, the list or this Pillow cannot be used.
     """
     unicode_version, entries = read_emoji_test(emoji_test)
+    if not skin_tones:
+        entries = [entry for entry in entries if SKIN_TONES.isdisjoint(entry["codepoints"])]
     kept, pictures, left_out = render_all(entries, load_font(font_path), size)
     if not kept:
         raise ValueError(f"{font_path} holds none of the emoji of {emoji_test}")
@@ -290,6 +295,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--emoji-test", default=DEFAULT_EMOJI_TEST, help="Unicode's list (default: %(default)s)")
     parser.add_argument("--out", default=ROOT / "train" / "data" / "emoji.zip", type=Path, help="zip file to write")
     parser.add_argument("--size", default=64, type=picture_size, help="side of a picture in pixels (default: 64)")
+    parser.add_argument("--no-skin-tones", action="store_true", help="leave out the variants with a skin tone")
     return parser.parse_args(argv)
 
 
@@ -309,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{path} does not exist; the Debian package {package} holds such a file.", file=sys.stderr)
             return 2
     try:
-        counts = build(args.font, args.emoji_test, args.out, args.size)
+        counts = build(args.font, args.emoji_test, args.out, args.size, not args.no_skin_tones)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

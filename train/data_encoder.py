@@ -19,10 +19,13 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from attngen.sit.latents import check_normalization, encode_moments
+from pipelines.cli.seeds import generator_for
 from train import checkpoint
 from train.broken import Broken, parse_max_broken
 from train.data import EmojiData, PictureData
-from train.latents import FORMAT, INDEX_NAME, METADATA_KEY, VERSION, Shard, pack_names, shard_name
+from train.emoji import NEVER_FLIPPED
+from train.latents import FORMAT, INDEX_NAME, METADATA_KEY, VERSION, Shard, pack_names, shard_name, view_names
 from train.pictures import CROP
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,11 +38,15 @@ class Settings:
     data: str
     classes: tuple[str, ...]
     vae_sha256: str
-    scaling_factor: float
+    scaling_factor: float | None
     shift_factor: float | None
+    latents_mean: tuple[float, ...] | None
+    latents_std: tuple[float, ...] | None
     image_size: int
     crop: str
     flip: bool
+    variants: int
+    augment: float
     precision: str
     store: str
     shard_size: int
@@ -49,24 +56,30 @@ class Settings:
         """The settings of a run.
 
         Raises:
-            ValueError: if the autoencoder cannot encode pictures of this size, or normalises by other means.
+            ValueError: if the autoencoder cannot encode pictures of this size, its normalisation does not fit its
+                channels, or the data has no variants.
         """
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        factor = compression_of(vae)
         if options.image_size % factor:
             raise ValueError(
-                f"--image-size {options.image_size} is no multiple of {factor}, the factor of {options.vae}"
+                f"--image-size {options.image_size} is not a multiple of {factor}, the factor of {options.vae}"
             )
-        if vae.config.get("latents_mean") is not None or vae.config.get("latents_std") is not None:
-            raise ValueError(f"{options.vae} normalises by latents_mean and latents_std; only factors are supported")
+        check_normalization(vae.config, vae.config["latent_channels"])
+        if options.variants > 1 and not isinstance(data, EmojiData):
+            raise ValueError(f"--variants is for the emoji, and {options.data} are other images; leave it out")
         return cls(
             data=data.fingerprint,
             classes=tuple(data.id2label.values()),
             vae_sha256=sha256,
-            scaling_factor=vae.config.scaling_factor,
+            scaling_factor=vae.config.get("scaling_factor"),
             shift_factor=vae.config.get("shift_factor"),
+            latents_mean=_floats(vae.config.get("latents_mean")),
+            latents_std=_floats(vae.config.get("latents_std")),
             image_size=options.image_size,
             crop=CROP,
-            flip=options.flip,
+            flip=options.flip and options.variants == 1,
+            variants=options.variants,
+            augment=options.augment if options.variants > 1 else 0.0,
             precision=options.precision,
             store=options.store,
             shard_size=options.shard_size,
@@ -76,6 +89,15 @@ class Settings:
     def key(self) -> str:
         """Hash of all settings."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def compression_of(vae: Any) -> int:
+    """Pixels a side of a latent pixel."""
+    return getattr(vae, "spatial_compression_ratio", None) or 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def _floats(values: Any) -> tuple[float, ...] | None:
+    return None if values is None else tuple(float(value) for value in values)
 
 
 class Encoder:
@@ -149,13 +171,12 @@ class Encoder:
         info = {"key": self.settings.key, "broken": broken}
         checkpoint.write_file(self.path(number), save(tensors, {METADATA_KEY: json.dumps(info)}))
 
-    def _tensors(self) -> tuple[str, ...]:
-        return ("moments", "moments_flip") if self.settings.flip else ("moments",)
+    def _tensors(self) -> list[str]:
+        return view_names(self.settings.flip, self.settings.variants)
 
     def _empty(self) -> Tensor:
-        config = self.vae.config
-        side = self.options.image_size // 2 ** (len(config.block_out_channels) - 1)
-        return torch.empty(0, 2 * config.latent_channels, side, side, dtype=self.store)
+        side = self.options.image_size // compression_of(self.vae)
+        return torch.empty(0, 2 * self.vae.config["latent_channels"], side, side, dtype=self.store)
 
     def _pictures(self, positions: range, pool: Any) -> Iterator[tuple[list[int], Tensor]]:
         """Batches of readable pictures, uint8, with one batch decoded while another is encoded."""
@@ -180,18 +201,18 @@ class Encoder:
             return error
 
     def _moments(self, indices: list[int], pixels: Tensor) -> dict[str, Tensor]:
-        """Mean and standard deviation of pictures, and of the mirrored ones, as they are stored.
+        """Mean and standard deviation of pictures, and of their other views, as they are stored.
 
         Raises:
             ValueError: if a value is not finite, naming the picture.
         """
-        clean = (pixels.to(self.vae.device).float() / 127.5 - 1.0).to(self.vae.dtype)
+        clean = pixels.float() / 127.5 - 1.0
         found = {}
-        for name in self._tensors():
+        for number, name in enumerate(self._tensors()):
+            view = self._view(number, indices, clean)
             with torch.inference_mode():
-                posterior = self.vae.encode(clean.flip(-1) if name == "moments_flip" else clean).latent_dist
-            std = (0.5 * posterior.logvar.float()).exp()
-            moments = torch.cat([posterior.mean.float(), std], dim=1).to(self.store).cpu()
+                mean, std = encode_moments(self.vae, view.to(self.vae.device, self.vae.dtype))
+            moments = torch.cat([mean, std], dim=1).to(self.store).cpu()
             finite = moments.flatten(1).isfinite().all(dim=1)
             if not finite.all():
                 first = self.data.names([indices[int((~finite).nonzero()[0])]])[0]
@@ -202,6 +223,23 @@ class Encoder:
             found[name] = moments
         return found
 
+    def _view(self, number: int, indices: list[int], clean: Tensor) -> Tensor:
+        """Pictures as they are (0), mirrored, or changed as in training; a variant depends on its picture alone."""
+        if number == 0:
+            return clean
+        if self.settings.flip:
+            may_flip = self._may_flip(indices)
+            return torch.where(may_flip[:, None, None, None], clean.flip(-1), clean)
+        draws = [generator_for("variant", number, index) for index in indices]
+        return torch.cat([self.data.batch(torch.tensor([i]), draw)[0] for i, draw in zip(indices, draws, strict=True)])
+
+    def _may_flip(self, indices: list[int]) -> Tensor:
+        """(n,) whether a mirrored picture is still one of its class, which holds for all but some emoji."""
+        if not isinstance(self.data, EmojiData):
+            return torch.ones(len(indices), dtype=torch.bool)
+        names = [self.data.id2label[label] for label in self.data.labels[indices].tolist()]
+        return torch.tensor([name not in NEVER_FLIPPED for name in names])
+
     def finish(self, rank: int) -> bool:
         """Write the index if every shard is there; returns whether it did.
 
@@ -210,19 +248,23 @@ class Encoder:
         missing = [self.path(n) for n in range(self.count) if not self.is_whole(n)]
         if missing:
             done = self.count - len(missing)
-            print(f"{done} of {self.count} shards are made; other processes, or the same command again, make the rest")
+            print(
+                f"{done} of {self.count} shards are made; other processes, or the same command again, make the others"
+            )
             return False
         temporary = self.options.out / f"rank-{rank}.{INDEX_NAME}"
         checkpoint.write_json(temporary, self._index())
         os.replace(temporary, self.options.out / INDEX_NAME)
         left_out = len(self.broken.reasons)
-        print(f"{self.options.out}: {len(self.data) - left_out} pictures in {self.count} shards, {left_out} left out")
+        print(f"{self.options.out}: {len(self.data) - left_out} images in {self.count} shards, {left_out} left out")
         return True
 
     def _index(self) -> dict[str, Any]:
         shards = [Shard(self.path(n)) for n in range(self.count)]
         settings = dataclasses.asdict(self.settings)
         vae = {name: settings.pop(name) for name in ("scaling_factor", "shift_factor")}
+        statistics = {name: settings.pop(name) for name in ("latents_mean", "latents_std")}
+        vae |= {name: values for name, values in statistics.items() if values is not None}
         return {
             "format": FORMAT,
             "version": VERSION,

@@ -29,24 +29,34 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m train.encode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data", required=True, help="pictures, as for train.sit: a folder, hf:NAME, tar shards or emoji")
-    add("--vae", required=True, help="Hub id or folder of an AutoencoderKL, or of a pipeline that has one")
-    add("--image-size", type=int, default=256, help="side of the pictures, in pixels (default %(default)s)")
+    add("--data", required=True, help="images, as for train.sit: a folder, hf:NAME, tar shards or emoji")
+    add("--vae", required=True, help="Hub id or folder of an autoencoder of diffusers, or of a pipeline that has one")
+    add("--image-size", type=int, default=256, help="side of the images, in pixels (default %(default)s)")
     add("--out", type=Path, required=True, help="folder for the latents")
-    add("--classes", nargs="*", default=[], help="class names to encode, all by default")
-    add("--no-flip", dest="flip", action="store_false", help="leave out the mirrored pictures: half the size and time")
+    add("--classes", nargs="*", default=[], help="class names to encode (default: all)")
+    add("--no-flip", dest="flip", action="store_false", help="no mirrored images: half the size and time")
+    add("--variants", type=int, default=1, help="of each emoji: itself and others, moved as in training (default 1)")
+    add("--augment", type=float, default=0.3, help="how far variants are moved, 0 to 1 (default %(default)s)")
     add(
-        "--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the autoencoder (default %(default)s)"
+        "--precision",
+        choices=["fp32", "bf16", "fp16"],
+        default="fp32",
+        help="precision of the autoencoder (default %(default)s)",
     )
-    add("--store", choices=["fp16", "fp32"], default="fp16", help="of the latents in the files (default %(default)s)")
-    add("--batch-size", type=int, default=16, help="pictures encoded together (default %(default)s)")
-    add("--shard-size", type=int, default=10_000, help="pictures in a file (default %(default)s)")
-    add("--workers", type=int, default=4, help="threads that decode pictures (default %(default)s)")
-    add("--max-broken", default="0.01", help="unreadable pictures allowed, a count or a share (default %(default)s)")
+    add(
+        "--store",
+        choices=["fp16", "fp32"],
+        default="fp16",
+        help="precision of the stored latents (default %(default)s)",
+    )
+    add("--batch-size", type=int, default=16, help="images per call (default %(default)s)")
+    add("--shard-size", type=int, default=10_000, help="images per file (default %(default)s)")
+    add("--workers", type=int, default=4, help="threads that decode images (default %(default)s)")
+    add("--max-broken", default="0.01", help="unreadable images allowed, a count or a fraction (default %(default)s)")
     add("--cpu", action="store_true", help="do not use a GPU")
-    add("--check", action="store_true", help=f"then decode {CHECKED} latents beside their pictures into OUT/check.png")
+    add("--check", action="store_true", help=f"then decode {CHECKED} latents next to their images into OUT/check.png")
     options = parser.parse_args(argv)
-    for name in ("image_size", "batch_size", "shard_size", "workers"):
+    for name in ("image_size", "batch_size", "shard_size", "workers", "variants"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
     return options
@@ -73,10 +83,11 @@ def encode(options: argparse.Namespace) -> int:
         options.data,
         image_size=options.image_size,
         classes=options.classes,
+        augment=options.augment,
         max_broken=parse_max_broken(options.max_broken),
     )
     if data.is_latent:
-        raise ValueError(f"{options.data} is encoded already; pass the pictures")
+        raise ValueError(f"{options.data} is already encoded; pass the images")
     vae, sha256 = load_vae(options.vae)
     settings = Settings.of(options, data, vae, sha256)
     if (options.out / INDEX_NAME).is_file() and read_index(options.out)["key"] != settings.key:
@@ -126,7 +137,7 @@ def write_check(folder: Path, data: PictureData | EmojiData, vae_source: str, de
     from train.latents import LatentData, load_vae, read_index, scale, unscale
 
     index = read_index(folder)
-    latents = LatentData(folder, index["image_size"], flip=index["flip"])
+    latents = LatentData(folder, index["image_size"], flip=index["flip"] or index["variants"] > 1)
     assert latents.vae is not None
     vae = load_vae(vae_source, latents.vae["sha256"])[0].to(device)
     positions = torch.cat([shard.positions for shard in latents.shards])
@@ -135,8 +146,7 @@ def write_check(folder: Path, data: PictureData | EmojiData, vae_source: str, de
     distance = 0.0
     for i in chosen:
         original = torch.from_numpy(data.picture(int(positions[i])).copy()) / 127.5 - 1.0
-        views = (False, True) if index["flip"] else (False,)
-        mean = scale(torch.stack([latents.moments(i, mirrored)[0] for mirrored in views]), latents.vae)
+        mean = scale(torch.stack([latents.moments(i, view)[0] for view in range(len(latents.views))]), latents.vae)
         with torch.inference_mode():
             decoded = vae.decode(unscale(mean, latents.vae).to(device)).sample.cpu().clamp(-1, 1)
         distance += float((decoded[0] - original).square().mean()) / len(chosen)
@@ -144,9 +154,7 @@ def write_check(folder: Path, data: PictureData | EmojiData, vae_source: str, de
     labels = [latents.id2label[int(latents.labels[i])] for i in chosen]
     path = folder / "check.png"
     save_png(grid(rows, row_labels=labels), path, {"vae": vae_source, "image_size": index["image_size"]})
-    return (
-        f"{path}: {len(chosen)} pictures and their decoded latents, {distance**0.5:.3f} apart (RMS; white - black = 2)"
-    )
+    return f"{path}: {len(chosen)} images and their decoded latents, {distance**0.5:.3f} apart (RMS; white - black = 2)"
 
 
 def _image(pixels: Tensor) -> Image.Image:

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from attngen.sit.latents import denormalize_latents, normalize_latents
 from train.data_base import EVERYTHING, Data, choose_classes
 
 INDEX_NAME = "index.json"
@@ -34,6 +35,18 @@ def shard_name(number: int, count: int) -> str:
     return f"latents-{number:05d}-of-{count:05d}.safetensors"
 
 
+def view_names(flip: bool, variants: int = 1) -> list[str]:
+    """Tensors of a shard that hold the same pictures: as they are, then mirrored, or changed as in training.
+
+    Args:
+        flip: whether there are mirrored pictures.
+        variants: of each picture, the first of them the picture itself; more than one come without `flip`.
+    """
+    if variants > 1:
+        return ["moments", *(f"moments_{i}" for i in range(1, variants))]
+    return ["moments", "moments_flip"] if flip else ["moments"]
+
+
 class Shard:
     """One file of latents, mapped into memory: nothing but the header is read until a sample is.
 
@@ -44,7 +57,7 @@ class Shard:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_file():
-            raise ValueError(f"{path} is missing; run train.encode again, which makes what is not there")
+            raise ValueError(f"{path} is missing; run train.encode again, which makes missing shards")
         try:
             self.file: Any = safe_open(path, framework="pt")
             self.info: dict[str, Any] = json.loads((self.file.metadata() or {})[METADATA_KEY])
@@ -79,9 +92,9 @@ class Shard:
         """Hash of the settings it was made with."""
         return self.info["key"]
 
-    def read(self, row: int, mirrored: bool) -> Tensor:
-        """(2 C, H, W): mean and standard deviation of one picture, as stored."""
-        return self.moments["moments_flip" if mirrored else "moments"][row]
+    def read(self, row: int, view: str = "moments") -> Tensor:
+        """(2 C, H, W): mean and standard deviation of one picture in one of `view_names`, as stored."""
+        return self.moments[view][row]
 
 
 def pack_names(names: Sequence[str]) -> Tensor:
@@ -102,7 +115,7 @@ class LatentData(Data):
         folder: with index.json and shards.
         image_size: side of the pictures that were encoded, to check.
         classes: names of the classes to use, or () for all.
-        flip: use the mirrored pictures too.
+        flip: use the mirrored pictures too. Variants, made by `--variants`, are mirrored already and always used.
 
     Raises:
         ValueError: if the folder is not whole, or was made for other pictures than asked for.
@@ -115,11 +128,14 @@ class LatentData(Data):
         if self.index["image_size"] != image_size:
             made = self.index["image_size"]
             raise ValueError(
-                f"{folder} was encoded from {made}-pixel pictures, not {image_size}; set image_size to {made}"
+                f"{folder} was encoded from {made}-pixel images, not {image_size}; set image_size to {made}"
             )
-        if flip and not self.index["flip"]:
-            raise ValueError(f"{folder} has no mirrored pictures; turn mirroring off or encode again without --no-flip")
-        self.flip = flip
+        variants = self.index.get("variants", 1)
+        if flip and not self.index["flip"] and variants == 1:
+            raise ValueError(f"{folder} has no mirrored images; turn mirroring off or encode again without --no-flip")
+        if not flip and variants > 1:
+            raise ValueError(f"{folder} has variants, some mirrored; leave mirroring on or encode without --variants")
+        self.views = view_names(flip, variants)
         self.shards = [self._open(folder / entry["file"], entry["count"]) for entry in self.index["shards"]]
         self.starts = list(itertools.accumulate((len(shard) for shard in self.shards[:-1]), initial=0))
         labels = torch.cat([shard.labels for shard in self.shards])
@@ -137,7 +153,7 @@ class LatentData(Data):
                 f"{path} was made with another autoencoder or other settings than index.json says; encode again"
             )
         if len(shard) != count:
-            raise ValueError(f"{path} holds {len(shard)} pictures, and index.json says {count}; encode again")
+            raise ValueError(f"{path} holds {len(shard)} images, and index.json says {count}; encode again")
         return shard
 
     def names(self, indices: Iterable[int] | Tensor) -> list[str]:
@@ -150,10 +166,10 @@ class LatentData(Data):
         number = bisect.bisect_right(self.starts, row) - 1
         return self.shards[number], row - self.starts[number]
 
-    def moments(self, index: int, mirrored: bool = False) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of one sample's posterior, float32 (C, H, W), not scaled."""
+    def moments(self, index: int, view: int = 0) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of one sample's posterior in one of `views`, float32 (C, H, W), not scaled."""
         shard, row = self._place(index)
-        mean, std = shard.read(row, mirrored).float().chunk(2)
+        mean, std = shard.read(row, self.views[view]).float().chunk(2)
         return mean, std
 
     def batch(
@@ -163,25 +179,26 @@ class LatentData(Data):
         part: slice = EVERYTHING,
         pool: Executor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        mirrored = (torch.rand(len(indices), generator=generator) < 0.5)[part].tolist()
+        count = len(self.views)
+        views = (count - 1 - (torch.rand(len(indices), generator=generator) * count).long())[part].tolist()
         shape = (len(indices), self.channels, self.sample_size, self.sample_size)
         draws = torch.randn(shape, generator=generator)[part]
         chosen = indices[part]
         places = [self._place(i) for i in chosen.tolist()]
-        stored = [s.read(row, self.flip and m) for (s, row), m in zip(places, mirrored, strict=True)]
+        stored = [s.read(row, self.views[view]) for (s, row), view in zip(places, views, strict=True)]
         mean, std = torch.stack(stored).float().chunk(2, dim=1)
         assert self.vae is not None
         return scale(mean + std * draws, self.vae), self.labels[chosen]
 
 
 def scale(latents: Tensor, vae: dict[str, Any]) -> Tensor:
-    """What the network is trained on, from what the autoencoder gives: shifted and scaled by its factors."""
-    return (latents - (vae["shift_factor"] or 0.0)) * vae["scaling_factor"]
+    """What the network is trained on, from what the autoencoder gives: see `attngen.sit.latents`."""
+    return normalize_latents(latents, vae)
 
 
 def unscale(latents: Tensor, vae: dict[str, Any]) -> Tensor:
     """What the autoencoder decodes, from what the network gives."""
-    return latents / vae["scaling_factor"] + (vae["shift_factor"] or 0.0)
+    return denormalize_latents(latents, vae)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -192,7 +209,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     path = folder / INDEX_NAME
     if not path.is_file():
-        raise ValueError(f"{path} is missing: the encoding was not finished; run train.encode again, which goes on")
+        raise ValueError(f"{path} is missing: the encoding was not finished; run train.encode again to continue")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         known = index["format"] == FORMAT and index["version"] == VERSION
@@ -207,25 +224,30 @@ def load_vae(source: str, sha256: str | None = None) -> tuple[Any, str]:
     """An autoencoder in float32, and the hash of its weights.
 
     Args:
-        source: Hub id or folder of an `AutoencoderKL`, or of a pipeline with one in its folder `vae`.
+        source: Hub id or folder of an autoencoder of diffusers, such as `AutoencoderKL` or `AutoencoderDC`, or of a
+            pipeline with one in its folder `vae`.
         sha256: hash that the weights must have, as in `Data.vae`; None takes any.
 
     Raises:
         ValueError: if there is none, or it has other weights.
     """
-    from diffusers import AutoencoderKL
+    import diffusers
 
     folder = Path(source)
+    is_pipeline = folder.is_dir() and not (folder / "config.json").is_file() and (folder / "vae").is_dir()
+    where = str(folder / "vae") if is_pipeline else source
     try:
-        if folder.is_dir() and not (folder / "config.json").is_file() and (folder / "vae").is_dir():
-            vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-        else:
-            vae = AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32)
-    except (OSError, ValueError) as error:
+        config: Any = diffusers.AutoencoderKL.load_config(where)
+        # Of an older folder without the name of its class, the class that all of them had.
+        name = config.get("_class_name", "AutoencoderKL")
+        vae: Any = getattr(diffusers, name).from_pretrained(where, torch_dtype=torch.float32)
+    except (OSError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"no autoencoder can be loaded from {source!r} ({reason}); expected a Hub id or a folder"
         ) from error
+    if not (hasattr(vae, "encode") and hasattr(vae, "decode")):
+        raise ValueError(f"{source!r} holds a {type(vae).__name__}, not an autoencoder")
     found = weights_hash(vae)
     if sha256 is not None and found != sha256:
         raise ValueError(

@@ -142,8 +142,8 @@ def export_pipeline(model: SiTTransformer2DModel, objective: Objective, data: Da
     write_pipeline(pipeline_of(model.half(), objective, data), folder)
 
 
-def write_pipeline(pipe: SiTPipeline, folder: Path) -> None:
-    """Save a pipeline so that a reader sees the old folder or the new one, never half of it."""
+def write_pipeline(pipe: Any, folder: Path) -> None:
+    """Save a pipeline or a model of diffusers so that a reader sees the old folder or the new one, never half of it."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     old = folder.with_name(f".{folder.name}.old")
     for leftover in (temporary, old):

@@ -124,6 +124,8 @@ def colours_of(vae: Any) -> Tensor | None:
     import torch
     import torch.nn.functional as F
 
+    from attngen.sit.latents import normalize_latents
+
     if vae in _COLOURS:
         return _COLOURS[vae]
     matrix = None
@@ -134,9 +136,9 @@ def colours_of(vae: Any) -> Tensor | None:
         wide = F.interpolate(coarse, size=(PATCHES * PATCH,) * 2, mode="bilinear")
         with torch.no_grad():
             pixels = (2 * wide - 1).to(parameter.device, parameter.dtype)
-            encoded = vae.encode(pixels).latent_dist.mean[0].float().cpu()
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        scaled = (encoded - shift) * (getattr(vae.config, "scaling_factor", None) or 1.0)
+            encoded = vae.encode(pixels)
+        latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mean
+        scaled = normalize_latents(latents.float().cpu(), vae.config)[0]
         rows = torch.cat([scaled.flatten(1).T, torch.ones(scaled[0].numel(), 1)], dim=1)
         colours = F.interpolate(coarse, size=tuple(scaled.shape[-2:]), mode="bilinear")[0].flatten(1).T
         # A little ridge: an untrained or nearly flat VAE has directions that say nothing.

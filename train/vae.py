@@ -1,0 +1,120 @@
+"""Train a small autoencoder for pictures, whose latents a SiT can be trained on.
+
+    python -m train.build_emoji --size 128 --no-skin-tones --out runs/emoji-128.zip
+    python -m train.vae --data runs/emoji-128.zip --out runs/vae --minutes 25
+    python -m train.encode --data runs/emoji-128.zip --vae runs/vae/vae --image-size 128 --variants 8 --out runs/latents
+
+Every random draw is a function of the seed and the step, so with --steps a run that was stopped and resumed equals one
+that was not. SIGTERM and Ctrl+C save and end it with exit status 0; --resume goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Any]:
+    """Command line -> options of the program, and the configuration of the run."""
+    from train.vae_config import VaeConfig
+
+    parser = argparse.ArgumentParser(
+        prog="python -m train.vae", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/vae"), help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    recipe = parser.add_argument_group("the recipe")
+    described = _described(VaeConfig.__doc__ or "")
+    for field in dataclasses.fields(VaeConfig):
+        default: Any = field.default
+        text = f"{described.get(field.name, '')} (default {default!r})".replace("%", "%%")
+        many: dict[str, Any] = {"type": int, "nargs": 3} if isinstance(default, tuple) else {"type": type(default)}
+        recipe.add_argument("--" + field.name.replace("_", "-"), default=None, help=text, **many)
+    options = parser.parse_args(argv)
+    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(VaeConfig)}
+    overrides: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
+    if overrides.get("minutes"):
+        overrides.setdefault("steps", 0)
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads must be at least 1, got {options.threads}")
+    try:
+        return options, VaeConfig(**overrides)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _described(text: str) -> dict[str, str]:
+    """Field -> what it is, from the docstring of the configuration."""
+    found = re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", text.partition("Attributes:")[2], flags=re.MULTILINE)
+    return {name: " ".join(words.split()).rstrip(".") for name, words in found}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status."""
+    options, config = parse_arguments(argv)
+    try:
+        return train(options, config)
+    except (ValueError, OSError) as error:
+        print(f"train.vae: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def train(options: argparse.Namespace, config: Any) -> int:
+    """Run the training; returns the exit status."""
+    import torch
+
+    from pipelines.cli.signals import StopOnSignal
+    from train.checkpoint import list_checkpoints
+    from train.vae_data import read_pictures
+    from train.vae_run import start
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    found = list_checkpoints(options.out / "checkpoints")
+    if found and not options.resume:
+        raise ValueError(f"{options.out} holds a run already; pass --resume to go on, or another --out")
+    run = start(config, read_pictures(config.data, config.image_size), options.out)
+    if options.resume:
+        where = f"goes on from {found[-1]}" if found else f"begins anew: {options.out} holds no checkpoint"
+        print(f"train.vae: the run {where}", file=sys.stderr)
+    with StopOnSignal() as stop:
+        _loop(run, stop)
+    return 1 if run.lost else 0
+
+
+def _loop(run: Any, stop: Any) -> None:
+    """Step until the end, or until asked to stop."""
+    from tqdm import tqdm
+
+    config, saved = run.config, run.step
+    shown = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+    with tqdm(total=1.0, initial=run.progress, bar_format=shown, disable=not sys.stderr.isatty()) as bar:
+        while not run.is_done and not stop.requested:
+            loss = run.train_step()
+            bar.set_postfix(step=run.step, loss=f"{loss:.3f}", refresh=False)
+            bar.update(run.progress - bar.n)
+            if run.step % config.log_every == 0:
+                run.log()
+            if run.step % config.save_every == 0:
+                run.save()
+                saved = run.step
+            if run.step % config.eval_every == 0:
+                bar.set_postfix(step=run.step, psnr=run.evaluate(config.eval_pictures)["psnr"])
+    if saved != run.step:
+        run.save()
+    if not run.is_done:
+        print(f"stopped after step {run.step}; --resume goes on", file=sys.stderr)
+        return
+    run.export()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
