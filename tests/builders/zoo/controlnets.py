@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.builders.zoo import unets
 from tests.builders.zoo.base import Grid, Tiny, build, noise, packed, positions, rows, text_mask, times
-from tests.builders.zoo.unets import TEXT, picture
+from tests.builders.zoo.unets import TEXT, condition
 from tests.builders.zoo.videos import latents
 
 _SD15: dict[str, Any] = {
@@ -76,19 +76,19 @@ def _image(grid: Grid, batch: int, patch: int = 2, seed: int = 1) -> Tensor:
 
 
 def _unet(grid: Grid, batch: int) -> dict[str, Any]:
-    return {**unets.with_text(grid, batch), "controlnet_cond": picture(grid, batch)}
+    return {**unets.with_text(grid, batch), "controlnet_cond": condition(grid, batch)}
 
 
 def _unet_two(grid: Grid, batch: int) -> dict[str, Any]:
-    pictures = [picture(grid, batch, seed) for seed in (5, 6)]
-    return {**_unet(grid, batch), "controlnet_cond": pictures, "conditioning_scale": _TWO, "return_dict": False}
+    conditions = [condition(grid, batch, seed) for seed in (5, 6)]
+    return {**_unet(grid, batch), "controlnet_cond": conditions, "conditioning_scale": _TWO, "return_dict": False}
 
 
 def _union(grid: Grid, batch: int) -> dict[str, Any]:
-    # two of six kinds of pictures
+    # two of six kinds of conditions
     return {
         **unets.with_size(grid, batch),
-        "controlnet_cond": [picture(grid, batch, seed) for seed in (5, 6)],
+        "controlnet_cond": [condition(grid, batch, seed) for seed in (5, 6)],
         "control_type": torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 0.0]).repeat(batch, 1),
         "control_type_idx": (0, 2),
     }
@@ -98,7 +98,7 @@ def _union_two(grid: Grid, batch: int) -> dict[str, Any]:
     kinds = torch.eye(6)[:2, None].expand(2, batch, 6)
     return {
         **unets.with_size(grid, batch),
-        "controlnet_cond": [[picture(grid, batch, seed)] for seed in (5, 6)],
+        "controlnet_cond": [[condition(grid, batch, seed)] for seed in (5, 6)],
         "control_type": [kinds[0].contiguous(), kinds[1].contiguous()],
         "control_type_idx": ((0,), (1,)),
         "conditioning_scale": ((1.0,), (0.5,)),
@@ -107,7 +107,7 @@ def _union_two(grid: Grid, batch: int) -> dict[str, Any]:
 
 
 def _sparse(grid: Grid, batch: int) -> dict[str, Any]:
-    # latents are ignored: what is drawn depends on the condition, given for the first frame
+    # latents are ignored: the output depends on the condition, given for the first frame
     mask = torch.zeros(batch, 1, *grid)
     mask[:, :, 0] = 1.0
     return {
@@ -142,8 +142,8 @@ def _reversed_corner(embedded: Tensor, grid: Grid, last: bool) -> Tensor:
 
 
 def _two(given: dict[str, Any], other: Tensor) -> dict[str, Any]:
-    pictures = [given["controlnet_cond"], other]
-    return {**given, "controlnet_cond": pictures, "conditioning_scale": _TWO, "return_dict": False}
+    conditions = [given["controlnet_cond"], other]
+    return {**given, "controlnet_cond": conditions, "conditioning_scale": _TWO, "return_dict": False}
 
 
 def _flux(grid: Grid, batch: int) -> dict[str, Any]:
@@ -283,7 +283,7 @@ ROWS = rows(
         note="self-attention alone; the latents come embedded, (batch, tokens, channels), without their grid",
     ),
     Tiny("FluxControlNetModel", build("FluxControlNetModel", **_FLUX), _flux),
-    Tiny("FluxControlNetModel@union", _flux_net, _flux_union, note="a token for the kind of picture before the text"),
+    Tiny("FluxControlNetModel@union", _flux_net, _flux_union, note="a token for the kind of condition before the text"),
     Tiny("QwenImageControlNetModel", _qwen_net, _qwen),
     Tiny("HunyuanDiT2DControlNetModel", _hunyuan_net, _hunyuan),
     Tiny("CosmosControlNetModel", _cosmos_model, _cosmos, ((2, 4, 6), (3, 6, 4)), "latents"),
@@ -333,7 +333,7 @@ ROWS = rows(
         "QwenImageMultiControlNetModel",
         _several(diffusers.QwenImageMultiControlNetModel, _qwen_net, 1),
         lambda grid, batch: _two(_qwen(grid, batch), packed(grid, batch, 4, seed=6)),
-        note="takes one net alone, for several pictures",
+        note="takes one net alone, for several conditions",
     ),
     Tiny(
         "HunyuanDiT2DMultiControlNetModel",
@@ -357,7 +357,7 @@ APART = rows(
         _union,
         unets.IMAGES,
         "sample",
-        note="a small transformer over the means of the pictures comes first and mixes the samples of a batch",
+        note="a small transformer over the means of the conditions comes first and mixes the samples of a batch",
     ),
     Tiny(
         "MultiControlNetUnionModel",
@@ -368,3 +368,4 @@ APART = rows(
         note="not at the top of diffusers",
     ),
 )
+"""Rows that are not in the zoo: their calls cannot be cut into samples by the first axis of each argument."""

@@ -213,11 +213,11 @@ def _corner_of_left_half(latents: Tensor, grid: Grid, last: bool) -> Tensor:
 
 
 def _controlled(grid: Grid, batch: int) -> dict[str, Any]:
-    return {**with_text(grid, batch), "controlnet_cond": picture(grid, batch)}
+    return {**with_text(grid, batch), "controlnet_cond": condition(grid, batch)}
 
 
-def picture(grid: Grid, batch: int, seed: int = 5) -> Tensor:
-    """A picture (batch, 3, height, width) of eight pixels a latent."""
+def condition(grid: Grid, batch: int, seed: int = 5) -> Tensor:
+    """The image of a condition (batch, 3, height, width), with eight by eight pixels a latent."""
     return noise(batch, 3, 8 * grid[1], 8 * grid[2], seed=seed)
 
 
@@ -376,3 +376,4 @@ APART = rows(
         note="frames of the text are in the axis of samples",
     ),
 )
+"""Rows that are not in the zoo: their calls cannot be cut into samples by the first axis of each argument."""

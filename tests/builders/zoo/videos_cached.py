@@ -283,3 +283,4 @@ APART = rows(
         note="one sample a call; causal attention of the text, that of the video reads both; fewer heads of keys",
     ),
 )
+"""Rows that are not in the zoo: their calls cannot be cut into samples by the first axis of each argument."""

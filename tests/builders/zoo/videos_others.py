@@ -380,3 +380,4 @@ APART = rows(
         note="frames are in the axis of samples; every position attends to itself in other frames",
     ),
 )
+"""Rows that are not in the zoo: their calls cannot be cut into samples by the first axis of each argument."""
