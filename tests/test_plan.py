@@ -20,12 +20,13 @@ from attngen import (
     TokenMerging,
 )
 from attngen.methods import METHOD_CLASSES, method_from_dict
+from attngen.presets import resolve_preset
 
 ALL = [
     SoftmaxAttention(),
     AgentAttention(),
     AgentAttention(num_agents=7, broadcast_exponent=1.0, shortcut=0.0),
-    AgentAttention(num_agents=9, gain=0.9, agents="strided", correction="nystrom"),
+    AgentAttention(num_agents=9, gain=0.9, agents="merged", correction="nystrom"),
     AgentAttention(agents="merged"),
     TokenMerging(),
     TokenMerging(0.25, 4, 0.9, True, 0.5, 0.0),
@@ -51,19 +52,25 @@ def stages(*layers):
     return as_dict(stages=[{"start": 1.0, "layers": entry} for entry in layers])
 
 
-def test_options_that_change_nothing_are_not_written():
-    """So that a plan without the newer options is read by versions that do not know them, and an old one by this."""
-    options = {"method": "agent", "num_agents": 64, "broadcast_exponent": 0.3, "shortcut": 0.075}
-    assert AgentAttention(num_agents=64).to_dict() == options
-    assert method_from_dict(options) == AgentAttention(num_agents=64)
-    assert AgentAttention(gain=0.5, correction="nystrom").to_dict().keys() - options.keys() == {"gain", "correction"}
+def test_every_option_is_written_and_a_missing_one_has_its_default():
+    written = AgentAttention(num_agents=64).to_dict()
+    assert written == {
+        "method": "agent",
+        "num_agents": 64,
+        "broadcast_exponent": 0.3,
+        "shortcut": 0.075,
+        "gain": 1.0,
+        "agents": "pooled",
+        "correction": None,
+    }
+    assert method_from_dict({"method": "agent", "num_agents": 64}) == AgentAttention(num_agents=64)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"gain": float("nan")}, "gain"),
-        ({"agents": "random"}, "'random'.*pooled, strided, merged"),
+        ({"agents": "random"}, "'random'.*pooled, merged"),
         ({"correction": "inverse"}, "'inverse'.*None, nystrom"),
     ],
 )
@@ -96,13 +103,8 @@ def test_the_file_format():
             {
                 "start": 1.0,
                 "layers": {
-                    "up_blocks.3.*": {
-                        "method": "agent",
-                        "num_agents": 64,
-                        "broadcast_exponent": 0.3,
-                        "shortcut": 0.075,
-                    },
-                    "*": {"method": "agent", "num_agents": 256, "broadcast_exponent": 0.3, "shortcut": 0.075},
+                    "up_blocks.3.*": AgentAttention(num_agents=64).to_dict(),
+                    "*": AgentAttention(num_agents=256).to_dict(),
                 },
             },
             {"start": 0.6, "layers": {"*": {"method": "softmax"}}},
@@ -301,7 +303,7 @@ def test_saving_is_atomic(tmp_path, monkeypatch):
 
 
 def test_presets():
-    assert list(PRESETS) == ["softmax", "agent", "agentsd", "tome", "todo", "focal", "linear"]
+    assert set(PRESETS) == {"softmax", "agent", "agentsd", "tome", "todo", "focal", "linear"}
     assert PRESETS["agentsd"].starts == (1.0, 0.6)
     assert PRESETS["agentsd"].methods_for("x") == (
         TokenMerging(ratio=0.4, stride=4, agent_ratio=0.95, broadcast_exponent=0.3, shortcut=0.075),
@@ -310,3 +312,40 @@ def test_presets():
     assert PRESETS["agent"].methods_for("x") == (AgentAttention(num_agents=256),)
     assert all(isinstance(plan, Plan) for plan in PRESETS.values())
     assert attngen.PRESETS is PRESETS
+
+
+def methods_of(name, **options):
+    plan = resolve_preset(name, options)
+    assert (plan.starts, plan.min_tokens, plan.max_levels) == (
+        PRESETS[name].starts,
+        PRESETS[name].min_tokens,
+        PRESETS[name].max_levels,
+    )
+    return plan.methods_for("x")
+
+
+def test_an_override_replaces_one_option_of_a_preset():
+    assert resolve_preset("agent") == PRESETS["agent"]
+    assert methods_of("agent", num_agents=64, shortcut=0) == (AgentAttention(num_agents=64, shortcut=0),)
+    assert methods_of("linear", feature_map="elu") == (LinearAttention("elu"),)
+
+
+def test_an_override_of_a_recipe_replaces_values_that_are_no_defaults_and_else_all():
+    first, second = PRESETS["agentsd"].methods_for("x")
+    assert methods_of("agentsd", agent_ratio=0.9) == (dataclasses.replace(first, agent_ratio=0.9), second)
+    both = (dataclasses.replace(first, random=True), dataclasses.replace(second, random=True))
+    assert methods_of("agentsd", random=True) == both
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("agnet", {}, "unknown method 'agnet'; did you mean 'agent'.*known: .*agentsd.*plan file"),
+        ("agent", {"num_agent": 4}, "'agent' has no option 'num_agent'; did you mean 'num_agents'.*broadcast_exponent"),
+        ("agent", {"num_agents": 0}, "num_agents.*0"),
+        ("softmax", {"num_agents": 4}, "'softmax' has no option 'num_agents'; it has: none"),
+    ],
+)
+def test_an_unknown_preset_or_option_is_named_with_the_nearest(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_preset(name, options)
