@@ -1,425 +1,508 @@
-"""The faults of `python -m tests.mutation`: what is broken, how, and which tests must notice."""
+"""The faults of `python -m tests.mutation`: what is replaced by what, and which tests must notice.
+
+A fault names an object, not its source, so that code can be rewritten without it. One table, and so one file.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+import os
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+Change = Callable[[Any], Any]
+"""What stands in the code -> what is put in its place."""
 
 
-class Mutation(NamedTuple):
+class Fault(NamedTuple):
     """One fault.
 
     Attributes:
-        file: of the repository.
-        old: text that stands in it once.
-        new: what stands there instead.
+        target: "module:name" or "module:Class.name". A module as target, "module:torch", is replaced in that module
+            alone; anything else in every module and table of the project that holds it.
+        change: makes the replacement of the original; a property or class method is given as it stands in its class.
         tests: pytest's names of the tests that should notice.
         only: pytest's -k, where few of their cases can.
     """
 
-    file: str
-    old: str
-    new: str
+    target: str
+    change: Change
     tests: tuple[str, ...]
     only: str = ""
 
 
-_PATCH = "tests/test_patch.py::"
-_PROMISE = "tests/promises/"
-_REFERENCE = "attngen/kernels/reference.py"
-_AGENT = "attngen/methods/agent.py"
-_FOCAL = "attngen/methods/focal.py"
-_FOCAL_TESTS = ("tests/methods/test_focal.py::test_focal_attention_equals_oracle",)
-_MATCHING = "attngen/methods/matching.py"
-_LINEAR = "attngen/methods/linear.py"
-_HOOKS = "attngen/hosts/hooks.py"
-_INSTALL = "attngen/hosts/install.py"
-_SINGLE = "attngen/hosts/image.py"
-_JOINT = "attngen/hosts/joint.py"
-_FLUX = "attngen/hosts/flux.py"
-_SIT = "attngen/sit/model.py"
-_PIPELINE = "attngen/sit/pipeline.py"
-_INTERPOLANT = "attngen/sit/scheduler.py"
+def with_function(name: str, change: Change) -> Change:
+    """A change of a module: one function of it is replaced."""
 
-_PATHS = ("tests/kernels/test_dispatch.py",)
-_ORACLE_AGENTS = ("tests/methods/test_agent.py::test_agent_attention_equals_oracle",)
-_ORACLE_LINEAR = ("tests/methods/test_linear.py::test_linear_attention_equals_oracle",)
+    def of(module: types.ModuleType) -> types.ModuleType:
+        broken = types.ModuleType(module.__name__)
+        vars(broken).update(vars(module))
+        setattr(broken, name, change(getattr(module, name)))
+        return broken
+
+    return of
+
+
+def called_with(name: str, **fixed: Any) -> Change:
+    """A change of a module: keyword arguments of one of its functions are replaced in every call."""
+    return with_function(name, lambda original: lambda *args, **kwargs: original(*args, **{**kwargs, **fixed}))
+
+
+def nothing(*args: Any, **kwargs: Any) -> None:
+    """Put in the place of a check."""
+
+
+def _pooled_transposed(original: Any) -> Any:
+    return lambda x, grid, size: original(x, grid, size).unflatten(1, size).transpose(1, 2).flatten(1, 2)
+
+
+def _half_scores(original: Any) -> Any:
+    def attention(query, key, value, scale, bias=None):
+        scores = query @ key.mT * scale if bias is None else query @ key.mT * scale + bias
+        return (scores.softmax(-1) @ value).to(value.dtype)
+
+    return attention
+
+
+def _draws_transposed(original: Any) -> Any:
+    def split(grid, stride, draws, device):
+        if draws is not None:
+            draws = draws % stride[0] * stride[1] + draws // stride[0]
+        return original(grid, stride, draws, device)
+
+    return split
+
+
+def _merged_twice(original: Any) -> Any:
+    def merge(self, x):
+        kept = len(self.source) - self.num_merged
+        merged = original(self, x)
+        return torch.cat([merged[:, :kept], 2 * merged[:, kept:]], dim=1) if self.num_merged else merged
+
+    return merge
+
+
+def _one_more(original: Any) -> Any:
+    return lambda grid, stride, ratio: min(original(grid, stride, 1.0), original(grid, stride, ratio) + 1)
+
+
+def _level_of_one(original: Any) -> Any:
+    def observe(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.level = min(self.level, 1)
+        return self.level
+
+    return observe
+
+
+def _last_pattern(original: Any) -> Any:
+    return lambda self, layer: original(types.SimpleNamespace(layers=dict(reversed(self.layers.items()))), layer)
+
+
+def _any_version(original: Any) -> Any:
+    def from_dict(cls, data):
+        return original.__func__(cls, {**data, "version": 1} if isinstance(data, Mapping) else data)
+
+    return classmethod(from_dict)
+
+
+def _in_place(original: Any) -> Any:
+    def write_whole(path, write):
+        with open(path, "wb") as file:
+            write(file)
+
+    return write_whole
+
+
+def _own_mode(original: Any) -> Any:
+    def write_whole(path, write):
+        original(path, write)
+        os.chmod(path, 0o600)
+
+    return write_whole
+
+
+def _patches_transposed(original: Any) -> Any:
+    def unpatchify(self, patches, grid):
+        side = self.config["patch_size"]
+        return original(self, patches.unflatten(2, (side, side, -1)).transpose(2, 3).flatten(2), grid)
+
+    return unpatchify
+
+
+def _dropped_to_first(original: Any) -> Any:
+    def condition(self, hidden_states, timestep, labels, drop):
+        if drop is None and self.training:
+            drop = torch.rand(len(hidden_states)) < self.config["class_dropout_prob"]
+        if drop is not None and labels is not None:
+            labels = labels.masked_fill(drop, 0)
+        return original(self, hidden_states, timestep, labels, torch.zeros(len(hidden_states), dtype=torch.bool))
+
+    return condition
+
+
+def _not_negated(original: Any) -> Any:
+    def predict(self, *args):
+        output = original(self, *args)
+        return output if self._is_dit or type(self.scheduler).__name__ == "InterpolantScheduler" else -output
+
+    return predict
+
+
+_AGENTS = ("tests/methods/test_agent.py::test_agent_attention_equals_oracle",)
+_LINEAR = ("tests/methods/test_linear.py::test_linear_attention_equals_oracle",)
 _MERGING = (
     "tests/methods/test_matching.py::test_golden_agentsd_merge",
     "tests/methods/test_matching.py::test_match_tokens_equals_oracle",
 )
-_APPLY = (f"{_PATCH}test_apply_and_remove",)
-_SWITCH = (f"{_PATCH}test_applying_again_and_switching_methods",)
+_FOCAL = ("tests/methods/test_focal.py::test_focal_attention_equals_oracle",)
+_PATHS = ("tests/kernels/test_dispatch.py",)
 _UNET = ("tests/hosts/test_unet.py",)
 _GOLDEN_SIT = ("tests/sit/test_model.py::test_golden_models",)
 _SAMPLING = ("tests/sit/test_scheduler.py::test_sampling_equals_the_reference",)
 _GUIDANCE = ("tests/sit/test_pipeline.py::test_guidance_of_all_channels_is_the_formula",)
+_FILES = ("tests/promises/test_files.py::test_files_are_written_whole_and_readable_by_all",)
 
-MUTATIONS = {
-    # Formulas
-    "pooling swaps the axes": Mutation(
-        _AGENT,
-        "F.adaptive_avg_pool2d(image, size)",
-        "F.adaptive_avg_pool2d(image, size[::-1])",
-        ("tests/test_tokens.py::test_pool_tokens_equals_oracle",),
+FAULTS = {
+    # Tokens and checks
+    "pooling swaps the axes": Fault(
+        "attngen.tokens:pool_tokens", _pooled_transposed, ("tests/test_tokens.py::test_pool_tokens_equals_oracle",)
     ),
-    "softmax without its scale": Mutation(
-        "attngen/kernels/sdpa.py",
-        "attn_mask=_mask(aggregation_bias, agents, key), scale=scale",
-        "attn_mask=_mask(aggregation_bias, agents, key)",
-        _ORACLE_AGENTS,
-    ),
-    "a bias is ignored": Mutation(
-        "attngen/kernels/sdpa.py", "attn_mask=_mask(broadcast_bias, query, agents), ", "", _ORACLE_AGENTS
-    ),
-    "the reference without its scale": Mutation(
-        _REFERENCE, ".transpose(-1, -2) * scale\n", ".transpose(-1, -2)\n", _PATHS
-    ),
-    "the reference ignores a bias": Mutation(_REFERENCE, "scores = scores + bias\n", "pass\n", _PATHS),
-    "scores in half precision": Mutation(
-        _REFERENCE,
-        "wide = torch.promote_types(query.dtype, torch.float32)\n    scores",
-        "wide = query.dtype\n    scores",
-        (f"{_PROMISE}test_numbers.py::test_every_path_at_scores_of_a_million",),
-    ),
-    "one scale for both softmaxes": Mutation(
-        _AGENT, "AgentScales(scale, scale**broadcast_exponent, shortcut)", "AgentScales(scale, scale, shortcut)", _UNET
-    ),
-    "no shortcut": Mutation(
-        _AGENT,
-        "scales = scales_for(head_dim, self.broadcast_exponent, self.shortcut)",
-        "scales = scales_for(head_dim, self.broadcast_exponent, 0.0)",
-        _UNET,
-    ),
-    "too many agents": Mutation(
-        _AGENT,
-        "agents, tokens = math.prod(self._cells(grid)), math.prod(grid)\n",
-        "agents, tokens = math.prod(self._cells(grid)) // 4, math.prod(grid)\n",
-        _APPLY,
-        only="too-many-agents",
-    ),
-    "elu without one": Mutation(_LINEAR, "return F.elu(x) + 1\n", "return F.elu(x)\n", _ORACLE_LINEAR),
-    "focused by another power": Mutation(_LINEAR, ")) ** factor", ")) ** (factor - 1)", _ORACLE_LINEAR),
-    "merging sums instead of averages": Mutation(_MATCHING, 'reduce="mean")', 'reduce="sum")', _MERGING),
-    "the least alike merge": Mutation(_MATCHING, "descending=True", "descending=False", _MERGING),
-    "rows and columns of a cell": Mutation(
-        _MATCHING,
-        "+ draws // stride[1]\n",
-        "+ draws // stride[0]\n",
-        ("tests/methods/test_matching.py::test_random_targets_equal_tomesd",),
-    ),
-    "merged tokens lose digits": Mutation(
-        _MATCHING,
-        "wide = torch.promote_types(x.dtype, torch.float32)\n        targets",
-        "wide = x.dtype\n        targets",
-        ("tests/methods/test_matching.py::test_thousands_of_tokens_merge_into_one",),
-    ),
-    "one token too many merges": Mutation(
-        _MATCHING,
-        "int(tokens * ratio))",
-        "int(tokens * ratio) + 1)",
-        ("tests/methods/test_matching.py::test_match_counts",),
-    ),
-    "the wrong keys are kept": Mutation(
-        "attngen/methods/downsample.py",
-        'mode="nearest-exact"',
-        'mode="nearest"',
+    "the wrong keys are kept": Fault(
+        "attngen.tokens:F",
+        called_with("interpolate", mode="nearest"),
         ("tests/test_tokens.py::test_downsample_tokens_equals_oracle",),
     ),
-    "cells count once": Mutation(
-        _FOCAL, "outside.log().clamp_min(_NOTHING)", "(outside / outside).log().clamp_min(_NOTHING)", _FOCAL_TESTS
+    "heads of any size": Fault(
+        "attngen.checks:check_heads",
+        lambda original: nothing,
+        ("tests/test_checks.py::test_attention_names_sizes_that_do_not_fit",),
     ),
-    "cells count what is seen already": Mutation(_FOCAL, "columns - within)", "columns)", _FOCAL_TESTS),
-    "regions leave the picture": Mutation(
-        _FOCAL,
-        "first.clamp(0, self.grid[axis] - self.region[axis])",
-        "first.clamp(0, self.grid[axis] - 1)",
-        _FOCAL_TESTS,
+    "tokens of any grid": Fault(
+        "attngen.checks:check_tokens",
+        lambda original: nothing,
+        ("tests/test_checks.py::test_token_functions_name_sizes_that_do_not_fit",),
     ),
-    "half precision rounds the counts": Mutation(
+    # Kernels
+    "softmax without its scale": Fault(
+        "attngen.kernels.sdpa:F", called_with("scaled_dot_product_attention", scale=None), _AGENTS
+    ),
+    "a bias is ignored": Fault(
+        "attngen.kernels.sdpa:F", called_with("scaled_dot_product_attention", attn_mask=None), _AGENTS
+    ),
+    "the reference without its scale": Fault(
+        "attngen.kernels.reference:softmax_attention",
+        lambda original: lambda query, key, value, scale, bias=None: original(query, key, value, 1.0, bias),
+        _PATHS,
+    ),
+    "the reference ignores a bias": Fault(
+        "attngen.kernels.reference:softmax_attention",
+        lambda original: lambda query, key, value, scale, bias=None: original(query, key, value, scale),
+        _PATHS,
+    ),
+    "scores in half precision": Fault(
+        "attngen.kernels.reference:softmax_attention",
+        _half_scores,
+        ("tests/promises/test_numbers.py::test_every_path_at_scores_of_a_million",),
+    ),
+    "no shortcut in any kernel": Fault(
+        "attngen.kernels.reference:add_branches",
+        lambda original: lambda output, value, shortcut, convolution: original(output, value, 0.0, convolution),
+        _AGENTS,
+    ),
+    # Methods
+    "one scale for both softmaxes": Fault(
+        "attngen.methods.agent:scales_for",
+        lambda original: lambda head_dim, exponent, shortcut: original(head_dim, 1.0, shortcut),
+        _UNET,
+    ),
+    "no shortcut": Fault(
+        "attngen.methods.agent:scales_for",
+        lambda original: lambda head_dim, exponent, shortcut: original(head_dim, exponent, 0.0),
+        _UNET,
+    ),
+    "too many agents": Fault(
+        "attngen.methods.agent:AgentAttention.why_exact",
+        lambda original: nothing,
+        ("tests/test_patch.py::test_apply_and_remove",),
+        only="too-many-agents",
+    ),
+    "elu without one": Fault("attngen.methods.linear:_elu", lambda original: lambda x: original(x) - 1, _LINEAR),
+    "focused by another power": Fault(
+        "attngen.methods.linear:focused_feature_map",
+        lambda original: lambda x, factor=3: original(x, factor + 1),
+        _LINEAR,
+    ),
+    "merged tokens count twice": Fault("attngen.methods.matching:TokenMatching.merge", _merged_twice, _MERGING),
+    "the least alike merge": Fault(
+        "attngen.methods.matching:_nearest",
+        lambda original: lambda *args: (-original(*args)[0], original(*args)[1]),
+        _MERGING,
+    ),
+    "rows and columns of a cell": Fault(
+        "attngen.methods.matching:_split",
+        _draws_transposed,
+        ("tests/methods/test_matching.py::test_random_targets_equal_tomesd",),
+    ),
+    "merged tokens lose digits": Fault(
+        "attngen.methods.matching:torch",
+        with_function("promote_types", lambda original: lambda dtype, other: dtype),
+        ("tests/methods/test_matching.py::test_thousands_of_tokens_merge_into_one",),
+    ),
+    "one token too many merges": Fault(
+        "attngen.methods.matching:merged_count",
+        lambda original: (
+            lambda grid, stride, ratio: min(original(grid, stride, 1.0), original(grid, stride, ratio) + 1)
+        ),
+        ("tests/methods/test_matching.py::test_match_counts",),
+    ),
+    "cells count once": Fault(
+        "attngen.methods.focal:_Regions._bias",
+        lambda original: lambda self, dtype, device: original(self, dtype, device).clamp(max=0),
         _FOCAL,
-        "(bias - coarse).to(keys.dtype)",
-        "0",
+    ),
+    "cells count what is seen already": Fault(
+        "attngen.methods.focal:_Regions._bias",
+        lambda original: lambda self, dtype, device: original(self, dtype, device).clamp(min=0),
+        _FOCAL,
+    ),
+    "regions are a token off": Fault(
+        "attngen.methods.focal:_Regions._positions",
+        lambda original: lambda self, axis, device: (original(self, axis, device) + 1).clamp(max=self.grid[axis] - 1),
+        _FOCAL,
+    ),
+    "half precision rounds the counts": Fault(
+        "attngen.methods.focal:_Regions._bias",
+        lambda original: lambda self, dtype, device: original(self, dtype, device).bfloat16().to(dtype),
         ("tests/methods/test_focal.py::test_the_count_of_a_cell_is_exact_in_half_precision",),
     ),
-    # The patch
-    "a hook stays": Mutation(
-        _HOOKS,
-        "for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, Hook)]:",
-        "for key in [k for k, hook in module._forward_pre_hooks.items() if isinstance(hook, RootHook)]:",
-        _APPLY,
+    # Plans and schedules
+    "the last pattern decides": Fault(
+        "attngen.plan:Stage.method_for",
+        _last_pattern,
+        ("tests/test_plan.py::test_the_first_pattern_that_matches_decides_in_each_stage",),
     ),
-    "an attribute stays": Mutation(_INSTALL, "        delattr(layer, SPEC)\n", "", _APPLY),
-    "the processor is made anew": Mutation(
-        _INSTALL,
-        "            layer.set_processor(original)\n",
-        "            layer.set_processor(type(original)())\n",
-        _APPLY,
-    ),
-    "learned weights stay": Mutation(
-        _INSTALL,
-        "        drop_core(layer)\n",
-        "",
-        ("tests/learned/test_modules.py::test_nothing_of_it_shows_or_stays",),
-    ),
-    "a second patch wraps the first": Mutation(
-        _INSTALL,
-        "    uninstall(model)\n    layers = patchable_layers(model)",
-        "    layers = patchable_layers(model)",
-        _SWITCH,
-    ),
-    "an old handle removes the new patch": Mutation(
-        "attngen/patch.py", "return hook is not None and hook.patch_id == self._id", "return hook is not None", _SWITCH
-    ),
-    "no removal at the end of with": Mutation(
-        "attngen/patch.py",
-        "    ) -> None:\n        self.remove()\n",
-        "    ) -> None:\n        pass\n",
-        (f"{_PATCH}test_undone_after_an_exception_in_any_call",),
-    ),
-    "a pause that stays": Mutation(
-        "attngen/patch.py",
-        "                hook.paused = value\n",
-        "                pass\n",
-        ("tests/learned/test_modules.py::test_paused_is_exact_and_reapply_brings_the_same_weights_back",),
-    ),
-    "patterns that match nothing": Mutation(
-        "attngen/patch.py",
-        "    _check_patterns(plan, models.values())\n",
-        "",
-        (f"{_PATCH}test_a_pattern_that_matches_no_layer_is_not_silent",),
-    ),
-    "another pipeline's patch is replaced": Mutation(
-        "attngen/patch.py",
-        "    check_owner(target, models)\n",
-        "",
-        (f"{_PROMISE}test_sharing.py::test_a_second_patch_through_another_pipeline_is_refused",),
-    ),
-    "cross-attention is patched": Mutation(
-        _INSTALL,
-        'if getattr(attn, "is_cross_attention", False):',
-        "if False:",
-        (f"{_PATCH}test_every_layer_is_reached",),
-    ),
-    "custom processors are replaced": Mutation(
-        _INSTALL,
-        "elif processor not in _PLAIN and not isinstance(attn.processor, hooks.PROCESSORS):",
-        "elif False:",
-        ("tests/hosts/test_integrations.py::test_a_custom_processor_is_left_alone",),
-    ),
-    "an attention mask is ignored": Mutation(
-        _SINGLE,
-        "encoder_hidden_states is None and attention_mask is None and hidden_states.ndim == 3",
-        "encoder_hidden_states is None and hidden_states.ndim == 3",
-        (f"{_PROMISE}test_patching.py::test_a_mask_of_attention_is_obeyed_in_a_call_of_the_model",),
-    ),
-    "the norm before a layer is forgotten": Mutation(
-        _SINGLE,
-        "hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)\n",
-        "pass\n",
-        (f"{_PROMISE}test_patching.py::test_what_a_layer_does_around_its_attention_stays",),
-    ),
-    "the residual is forgotten": Mutation(
-        _SINGLE,
-        "hidden_states = hidden_states + residual\n",
-        "pass\n",
-        (f"{_PROMISE}test_patching.py::test_what_a_layer_does_around_its_attention_stays",),
-    ),
-    "the scale of the output is forgotten": Mutation(
-        _SINGLE,
-        'return hidden_states / getattr(attn, "rescale_output_factor", 1.0)',
-        "return hidden_states",
-        (f"{_PROMISE}test_patching.py::test_what_a_layer_does_around_its_attention_stays",),
-    ),
-    "similarity of the wrong tokens": Mutation(
-        _SINGLE,
-        "metric = hidden_states if info.metric is None else info.metric",
-        "metric = hidden_states",
-        ("tests/hosts/test_unet.py::test_tome_gives_the_numbers_of_tomesd",),
-    ),
-    "the norm of the keys is forgotten": Mutation(
-        _JOINT,
-        'to_heads(attn, key, "norm_k")',
-        "split_heads(key, attn.heads)",
-        ("tests/hosts/test_transformers.py::test_sd3_layers_by_definition",),
-    ),
-    "text queries see the image alone": Mutation(
-        _JOINT,
-        "keys, values = with_context(image[1], image[2], context)",
-        "keys, values = image[1], image[2]",
-        ("tests/hosts/test_transformers.py::test_text_queries_stay_exact",),
-    ),
-    "agents are not rotated": Mutation(
-        _JOINT,
-        "agents = None if agents is None else rotate(agents, agent_positions)",
-        "pass",
-        ("tests/hosts/test_transformers.py::test_flux_layers_by_definition",),
-    ),
-    "rotation the other way": Mutation(
-        _FLUX,
-        "torch.stack([-imaginary, real], dim=-1)",
-        "torch.stack([imaginary, -real], dim=-1)",
-        ("tests/hosts/test_transformers.py::test_flux_layers_by_definition",),
-    ),
-    "text and image change places": Mutation(
-        _FLUX,
-        "return torch.cat([mixed_text, restored], dim=1)",
-        "return torch.cat([restored, mixed_text], dim=1)",
-        ("tests/hosts/test_transformers.py::test_flux_layers_by_definition",),
-    ),
-    "height and width change places": Mutation(
-        "attngen/hosts/families.py",
-        "return int(height) // side, int(width) // side",
-        "return int(width) // side, int(height) // side",
-        ("tests/hosts/test_transformers.py::test_every_layer_gets_the_grid",),
-    ),
-    "the clock runs backwards": Mutation(
-        "attngen/hosts/families.py",
-        "return _clamped(1.0 - timestep)",
-        "return _clamped(timestep)",
-        (f"{_PATCH}test_stages_by_time",),
-    ),
-    "stages end too early": Mutation(
-        "attngen/schedule.py",
-        "sum(time <= start for start in starts)",
-        "sum(time < start for start in starts)",
-        ("tests/test_schedule.py",),
-    ),
-    "the level falls again": Mutation(
-        "attngen/schedule.py",
-        "            self.level += 1\n",
-        "            self.level = 1\n            break\n",
-        ("tests/test_schedule.py",),
-    ),
-    "draws depend on the time alone": Mutation(
-        _HOOKS,
-        'f"{self.seed} {times[0] if times else 0.0!r}"',
-        'f"{times[0] if times else 0.0!r}"',
-        (f"{_PATCH}test_random_merging_depends_on_seed_and_time_alone",),
-    ),
-    "draws of the global generator": Mutation(
-        _HOOKS,
-        "(grid[0] * grid[1],), generator=generator)",
-        "(grid[0] * grid[1],))",
-        (f"{_PATCH}test_the_global_random_state_is_neither_read_nor_changed",),
-    ),
-    "the caller's dictionary is changed": Mutation(
-        _HOOKS,
-        "return self.channel.put(args, kwargs, {**(given or {}), CHANNEL_KEY: info})",
-        "given = {} if given is None else given\n"
-        "        given[CHANNEL_KEY] = info\n"
-        "        return self.channel.put(args, kwargs, given)",
-        (f"{_PATCH}test_the_callers_arguments_are_not_changed",),
-    ),
-    "nothing is said of replaced processors": Mutation(
-        _HOOKS,
-        "if name is not None and self._told_about != name:",
-        "if False:",
-        ("tests/hosts/test_integrations.py::test_slicing_is_noticed_and_mended",),
-    ),
-    "stages of a batch are mixed": Mutation(
-        _HOOKS,
-        "        if len(stages) > 1:\n",
-        "        if False:\n",
-        (f"{_PATCH}test_mixed_stages_in_a_batch_are_refused",),
-    ),
-    "a hook keeps the latents": Mutation(
-        _HOOKS,
-        "        self.last_seen = size\n",
-        "        self.last_seen = size\n        self.kept = inspect.currentframe().f_back.f_locals['sample']\n",
-        (f"{_PROMISE}test_machines.py::test_out_of_memory_in_a_step",),
-    ),
-    # Models, samplers, pipelines
-    "shift and scale change places": Mutation(
-        _SIT,
-        "shift_attn, scale_attn, gate_attn, shift_ff,",
-        "scale_attn, shift_attn, gate_attn, shift_ff,",
-        _GOLDEN_SIT,
-    ),
-    "rows and columns of the position": Mutation(
-        _SIT, "return torch.cat([column, row], dim=-1)", "return torch.cat([row, column], dim=-1)", _GOLDEN_SIT
-    ),
-    "patches are put back transposed": Mutation(
-        _SIT, "image.permute(0, 5, 1, 3, 2, 4)", "image.permute(0, 5, 1, 4, 2, 3)", _GOLDEN_SIT
-    ),
-    "labels are dropped for the wrong class": Mutation(
-        _SIT,
-        "class_labels = class_labels.masked_fill(drop_labels, null)",
-        "class_labels = class_labels.masked_fill(drop_labels, 0)",
-        ("tests/sit/test_model.py::test_label_dropout_in_training_and_gradient_of_the_null_class",),
-    ),
-    "guidance of one time more": Mutation(
-        _PIPELINE,
-        "unconditional + self.guidance_scale * (conditional - unconditional)",
-        "conditional + self.guidance_scale * (conditional - unconditional)",
-        _GUIDANCE,
-    ),
-    "the null class last": Mutation(_PIPELINE, "torch.cat([null, labels])", "torch.cat([labels, null])", _GUIDANCE),
-    "the sign of flow matching": Mutation(
-        _PIPELINE,
-        "output = -output  #",
-        "pass  #",
-        ("tests/sit/test_pipeline.py::test_flow_matching_euler_is_the_euler_ode",),
-    ),
-    "the noise of the SDE is too small": Mutation(
-        _INTERPOLANT, "torch.sqrt(2 * dt * diffusion)", "torch.sqrt(dt * diffusion)", _SAMPLING
-    ),
-    "the last step keeps the drift": Mutation(
-        _INTERPOLANT,
-        'return _Call(t, "euler", size, velocity, data)',
-        'return _Call(t, "euler", size, drift, data)',
-        _SAMPLING,
-    ),
-    # Files
-    "plans of any version": Mutation(
-        "attngen/plan.py",
-        'if data.get("version") != VERSION or isinstance(data["version"], bool):',
-        "if False:",
+    "plans of any version": Fault(
+        "attngen.plan:Plan.from_dict",
+        _any_version,
         ("tests/test_plan.py::test_bad_files_name_themselves_and_the_value",),
     ),
-    "a plan is written in place": Mutation(
-        "attngen/files.py",
-        '    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")\n',
-        "    temporary = path\n",
-        (f"{_PROMISE}test_files.py::test_files_are_written_whole_and_readable_by_all",),
+    "stages start too late": Fault(
+        "attngen.schedule:stage_at",
+        lambda original: lambda starts, time: original(starts, math.nextafter(time, 2.0)),
+        ("tests/test_schedule.py",),
     ),
-    "files that only their owner reads": Mutation(
-        "attngen/files.py",
-        "        os.chmod(temporary, 0o644)\n",
-        "",
-        (f"{_PROMISE}test_files.py::test_files_are_written_whole_and_readable_by_all",),
+    "the level stops at one": Fault(
+        "attngen.schedule:ChangeSchedule.observe", _level_of_one, ("tests/test_schedule.py",)
     ),
-    "pickles without a flag": Mutation(
-        "attngen/sit/checkpoints.py",
-        "    if not allow_pickle:\n",
-        "    if False:\n",
-        ("tests/sit/test_model.py::test_checkpoints_from_files",),
-    ),
-    "pickles of anything": Mutation(
-        "attngen/sit/checkpoints.py",
-        "weights_only=True)",
-        "weights_only=False)",
+    # Learned layers
+    "a learned map is ignored": Fault(
+        "attngen.learned.modules:HeadMap.forward",
+        lambda original: lambda self, x: x,
         (
-            f"{_PROMISE}test_files.py::test_pickles_are_never_run",
-            f"{_PROMISE}test_files.py::test_no_code_runs_what_it_reads",
+            "tests/learned/test_methods.py::test_mediators_against_the_formula",
+            "tests/learned/test_methods.py::test_linear_attention_against_the_formula",
         ),
     ),
-    "a checkpoint without its mark": Mutation(
-        "train/checkpoint.py",
-        "if _NAME.fullmatch(path.name) and (path / _MARKER).is_file())",
-        "if _NAME.fullmatch(path.name))",
-        ("tests/train/test_sit_training.py::test_checkpoints_are_whole_or_absent",),
+    "features of one sign": Fault(
+        "attngen.learned.modules:hedgehog_features",
+        lambda original: lambda x: original(x).unflatten(-1, (2, -1))[..., [0, 0], :].flatten(-2),
+        ("tests/learned/test_methods.py::test_linear_attention_against_the_formula",),
     ),
-    "a black picture is written": Mutation(
-        _PIPELINE,
-        "if not torch.isfinite(latents).all():",
-        "if False:",
+    "learned weights do not move": Fault(
+        "attngen.learned.modules:HiddenModule._apply",
+        lambda original: lambda self, fn, recurse=True: self,
+        ("tests/learned/test_modules.py::test_moves_reach_the_weights",),
+    ),
+    "learned weights of any shape": Fault(
+        "attngen.learned.file:check_weights",
+        lambda original: nothing,
+        ("tests/learned/test_file.py::test_a_file_that_is_wrong_is_named",),
+    ),
+    # SiT and its scheduler
+    "shift and scale change places": Fault(
+        "attngen.sit.model:_modulate", lambda original: lambda x, shift, scale: original(x, scale, shift), _GOLDEN_SIT
+    ),
+    "rows and columns of the position": Fault(
+        "attngen.sit.model:position_embedding",
+        lambda original: lambda *args: torch.cat(original(*args).chunk(2, dim=-1)[::-1], dim=-1),
+        _GOLDEN_SIT,
+    ),
+    "patches are put back transposed": Fault(
+        "attngen.sit.model:SiTTransformer2DModel._unpatchify", _patches_transposed, _GOLDEN_SIT
+    ),
+    "labels are dropped for the wrong class": Fault(
+        "attngen.sit.model:SiTTransformer2DModel._condition",
+        _dropped_to_first,
+        ("tests/sit/test_model.py::test_label_dropout_in_training_and_gradient_of_the_null_class",),
+    ),
+    "guidance of one time more": Fault(
+        "attngen.sit.classes:ClassPipeline.guidance_scale",
+        lambda original: property(lambda self: self._guidance_scale + 1),
+        _GUIDANCE,
+    ),
+    "the null class last": Fault(
+        "attngen.sit.pipeline:torch",
+        with_function(
+            "cat", lambda original: lambda parts, dim=0: original(parts[::-1] if parts[0].ndim == 1 else parts, dim)
+        ),
+        _GUIDANCE,
+    ),
+    "the noise of the SDE is too small": Fault(
+        "attngen.sit.scheduler:torch", with_function("sqrt", lambda original: lambda x: original(x / 2)), _SAMPLING
+    ),
+    "the last step keeps the drift": Fault(
+        "attngen.sit.scheduler:InterpolantScheduler._last_call",
+        lambda original: lambda self, t, drift, data, velocity: original(self, t, drift, data, drift),
+        _SAMPLING,
+    ),
+    "the path ends before the data": Fault(
+        "attngen.sit.paths:gvp_path",
+        lambda original: lambda t: original(t.clamp(max=0.999)),
+        ("tests/sit/test_scheduler.py::test_path_goes_from_noise_to_data",),
+    ),
+    "a black picture is written": Fault(
+        "attngen.sit.pipeline:SiTPipeline._decode",
+        lambda original: lambda self, latents, output_type: original(self, latents.nan_to_num(), output_type),
         ("tests/sit/test_pipeline.py::test_nan_is_no_picture",),
     ),
-    "a picture of a broken VAE is written": Mutation(
-        _PIPELINE,
-        "if not torch.isfinite(pixels).all():",
-        "if False:",
+    "a picture of a broken VAE is written": Fault(
+        "attngen.sit.pipeline:torch",
+        with_function("isfinite", lambda original: lambda x: torch.ones((), dtype=torch.bool)),
         ("tests/sit/test_pipeline.py::test_nan_from_the_vae_is_no_picture",),
+    ),
+    "the sign of flow matching": Fault(
+        "attngen.sit.pipeline:SiTPipeline._predict",
+        _not_negated,
+        ("tests/sit/test_pipeline.py::test_flow_matching_euler_is_the_euler_ode",),
+    ),
+    # Files
+    "a plan is written in place": Fault("attngen.files:write_whole", _in_place, _FILES),
+    "files that only their owner reads": Fault("attngen.files:write_whole", _own_mode, _FILES),
+    "pickles without a flag": Fault(
+        "attngen.sit.checkpoints:_read_file",
+        lambda original: lambda path, allow_pickle: original(path, True),
+        ("tests/sit/test_model.py::test_checkpoints_from_files",),
+    ),
+    "pickles of anything": Fault(
+        "attngen.sit.checkpoints:torch",
+        called_with("load", weights_only=False),
+        ("tests/promises/test_files.py::test_pickles_are_never_run",),
+    ),
+    "a checkpoint without its mark": Fault(
+        "train.checkpoint:list_checkpoints",
+        lambda original: lambda folder: sorted(folder.iterdir()),
+        ("tests/train/test_sit_training.py::test_checkpoints_are_whole_or_absent",),
     ),
 }
 """Name of the fault -> what it is."""
+
+_PATCH = "tests/test_patch.py::"
+_AROUND = "tests/promises/test_patching.py::test_what_a_layer_does_around_its_attention_stays"
+
+LATER = {
+    # The patch: attngen/patch.py and attngen/hosts
+    "a hook stays": ("removal leaves the hooks of layers, and removes the model's", f"{_PATCH}test_apply_and_remove"),
+    "an attribute stays": ("removal leaves an attribute on each layer", f"{_PATCH}test_apply_and_remove"),
+    "the processor is made anew": (
+        "removal puts a new processor of the same class in a layer, not the one it had",
+        f"{_PATCH}test_apply_and_remove",
+    ),
+    "learned weights stay": (
+        "removal leaves the learned weights attached",
+        "tests/learned/test_modules.py::test_nothing_of_it_shows_or_stays",
+    ),
+    "a second patch wraps the first": (
+        "apply does not remove an older patch before it looks for layers",
+        f"{_PATCH}test_applying_again_and_switching_methods",
+    ),
+    "an old handle removes the new patch": (
+        "a handle does not compare its patch with the model's",
+        f"{_PATCH}test_applying_again_and_switching_methods",
+    ),
+    "no removal at the end of with": (
+        "leaving the context manager removes nothing",
+        f"{_PATCH}test_undone_after_an_exception_in_any_call",
+    ),
+    "a pause that stays": (
+        "leaving paused() does not resume",
+        "tests/learned/test_modules.py::test_paused_is_exact_and_reapply_brings_the_same_weights_back",
+    ),
+    "patterns that match nothing": (
+        "apply accepts a plan with a pattern that matches no layer",
+        f"{_PATCH}test_a_pattern_that_matches_no_layer_is_not_silent",
+    ),
+    "another pipeline's patch is replaced": (
+        "apply does not check that another pipeline patched a shared model",
+        "tests/promises/test_sharing.py::test_a_second_patch_through_another_pipeline_is_refused",
+    ),
+    "cross-attention is patched": ("apply patches cross-attention", f"{_PATCH}test_every_layer_is_reached"),
+    "custom processors are replaced": (
+        "apply patches layers whose processor it does not know",
+        "tests/hosts/test_integrations.py::test_a_custom_processor_is_left_alone",
+    ),
+    "an attention mask is ignored": (
+        "a layer runs its method although the call has a mask",
+        "tests/promises/test_patching.py::test_a_mask_of_attention_is_obeyed_in_a_call_of_the_model",
+    ),
+    "the norm before a layer is forgotten": ("the processor leaves out the layer's group norm", _AROUND),
+    "the residual is forgotten": ("the processor leaves out the layer's residual connection", _AROUND),
+    "the scale of the output is forgotten": ("the processor leaves out rescale_output_factor", _AROUND),
+    "similarity of the wrong tokens": (
+        "merging measures similarity on the layer's input, not the block's",
+        "tests/hosts/test_unet.py::test_tome_gives_the_numbers_of_tomesd",
+    ),
+    "the norm of the keys is forgotten": (
+        "joint attention leaves out norm_k",
+        "tests/hosts/test_transformers.py::test_sd3_layers_by_definition",
+    ),
+    "text queries see the image alone": (
+        "joint attention leaves the text out of the keys",
+        "tests/hosts/test_transformers.py::test_text_queries_stay_exact",
+    ),
+    "agents are not rotated": (
+        "agents get no rotary position",
+        "tests/hosts/test_transformers.py::test_flux_layers_by_definition",
+    ),
+    "rotation the other way": (
+        "rotary positions turn by the negative angle",
+        "tests/hosts/test_transformers.py::test_flux_layers_by_definition",
+    ),
+    "text and image change places": (
+        "the output has the image before the text",
+        "tests/hosts/test_transformers.py::test_flux_layers_by_definition",
+    ),
+    "height and width change places": (
+        "the latents' grid is (width, height)",
+        "tests/hosts/test_transformers.py::test_every_layer_gets_the_grid",
+    ),
+    "the clock runs backwards": ("SiT's time is not reversed", f"{_PATCH}test_stages_by_time"),
+    "draws depend on the time alone": (
+        "the seed does not enter the draws of random merging",
+        f"{_PATCH}test_random_merging_depends_on_seed_and_time_alone",
+    ),
+    "draws of the global generator": (
+        "random merging draws from PyTorch's global generator",
+        f"{_PATCH}test_the_global_random_state_is_neither_read_nor_changed",
+    ),
+    "the caller's dictionary is changed": (
+        "the payload is put into the dictionary that the caller gave",
+        f"{_PATCH}test_the_callers_arguments_are_not_changed",
+    ),
+    "nothing is said of replaced processors": (
+        "no warning where something replaced a patched processor",
+        "tests/hosts/test_integrations.py::test_slicing_is_noticed_and_mended",
+    ),
+    "stages of a batch are mixed": (
+        "a batch whose times lie in several stages is accepted",
+        f"{_PATCH}test_mixed_stages_in_a_batch_are_refused",
+    ),
+    "a hook keeps the latents": (
+        "a hook holds a reference to the latents after the call",
+        "tests/promises/test_machines.py::test_out_of_memory_in_a_step",
+    ),
+}
+"""Name of a fault that is still to be written -> what is broken, and the test that should notice."""

@@ -123,15 +123,3 @@ def test_the_tests_that_show_the_promises_exist():
         assert not name or name in functions_of(path), f"{path}::{name}"
     numbers = [int(number) for number in re.findall(r"^\| (\d+) \|", table, flags=re.MULTILINE)]
     assert numbers == list(range(1, 30))
-
-
-def test_the_mutations_still_fit():
-    """Each fault's text stands once in its file, and its tests exist; `python -m tests.mutation` tries them."""
-    from tests.mutations import MUTATIONS
-
-    assert len(MUTATIONS) >= 40
-    for name, mutation in MUTATIONS.items():
-        assert (ROOT / mutation.file).read_text(encoding="utf-8").count(mutation.old) == 1, name
-        for test in mutation.tests:
-            path, _, function = test.partition("::")
-            assert (ROOT / path).is_file() and (not function or function in functions_of(path)), (name, test)
