@@ -1,7 +1,9 @@
 """The report: its rows, its grids, its operations, and that it never says what is not so."""
 
+import fnmatch
 import functools
 import json
+import re
 
 import diffusers
 import pytest
@@ -66,8 +68,13 @@ def test_text_and_json(name, when):
         HOSTS[name](model)
     report = handle.report(grid=(16, 16)) if when == "given" else handle.report()
     text = str(report)
-    for layer in report.patched:
-        assert layer.name in text
+    rows = [re.split(r"  +", line) for line in text[: text.index("attention layers:")].splitlines()[1:]]
+    for pattern, number, grid, tokens, *_ in rows:
+        alike = [layer.name for layer in report.patched if f"{layer.grid[0]}x{layer.grid[1]}" == grid]
+        first, _, more = pattern.partition(", ")
+        assert len(fnmatch.filter(alike, first)) >= (1 if more else int(number)), pattern
+        assert int(tokens) in {layer.tokens for layer in report.patched}
+    assert sum(int(number) for _, number, *_ in rows) == len(report.patched)
     for reason in {layer.left_alone for layer in report.layers if layer.left_alone}:
         assert reason in text
     assert "GFLOP" in text and "%" in text and "\n" in text
@@ -116,6 +123,17 @@ def test_grid_before_the_first_call_and_of_choice(name):
     assert grids == chosen
     host(model)
     assert {layer.name: layer.grid for layer in handle.report((side, side)).patched} == chosen
+
+
+def test_layers_with_equal_rows_share_a_line():
+    model = fresh("sd15")
+    handle = attngen.apply(model, TWO)
+    rows = [line.split()[:3] for line in str(handle.report()).splitlines()[1:4]]
+    assert rows == [
+        ["*.*.attentions.*.transformer_blocks.0.attn1", "3", "16x16"],
+        ["*.1.attentions.*.transformer_blocks.0.attn1", "3", "8x8"],
+        ["mid_block.attentions.0.transformer_blocks.0.attn1", "1", "4x4"],
+    ]
 
 
 # Operations
