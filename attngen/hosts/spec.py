@@ -92,7 +92,15 @@ def decide(layer: Layer, call: Call | None, like: Like, why: str | None = None) 
         return exact("a guider skips its attention")
     method = spec.methods[int(call.stage)] if call.method is None else call.method
     why = spec.why_exact(method, call.grid, like.shape[1])
-    return exact(why) if why is not None else method.route(layer, call, like)
+    return exact(why) if why is not None else _explained(method.route(layer, call, like), layer, method)
+
+
+def _explained(route: Route, layer: Layer, method: AttentionMethod) -> Route:
+    """`route`, with a reason wherever its kernel is not the one asked for."""
+    if route.run is None or route.why is not None or layer.wanted in (AUTO, route.kernel):
+        return route
+    reason = "an attention backend was chosen" if layer.kernel is None else f"{method.kind} attention has no such path"
+    return route._replace(why=reason)
 
 
 def noted(route: Route, attn: nn.Module, call: Call | None) -> Route:

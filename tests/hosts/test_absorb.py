@@ -8,9 +8,8 @@ from peft import LoraConfig
 
 import attngen
 from attngen import AgentAttention, TokenMerging
-from attngen.hosts import absorb
-from attngen.hosts import image as single
-from attngen.step import StepInfo
+from attngen.layers import route
+from attngen.layers.call import Call
 from tests.builders.hosts import HOSTS, fresh
 
 pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning")
@@ -20,10 +19,12 @@ PLAIN, SHORTCUT = AgentAttention(4, broadcast_exponent=1.0, shortcut=0.0), Agent
 
 @pytest.fixture
 def absorbed_calls(monkeypatch):
-    """Layers that were absorbed, one entry a call."""
+    """Shapes of the inputs of absorbed layers, one entry a call."""
     calls = []
-    run = absorb.absorbed_attention
-    monkeypatch.setattr(single, "absorbed_attention", lambda *args: calls.append(args[0]) or run(*args))
+    run = route.absorbed_agent_attention
+    monkeypatch.setattr(
+        route, "absorbed_agent_attention", lambda *args, **options: calls.append(args[0].shape) or run(*args, **options)
+    )
     return calls
 
 
@@ -55,7 +56,7 @@ def test_a_layer_in_float64(name):
     handle = attngen.apply(model, SHORTCUT)
     layer = max(handle.report().patched, key=lambda layer: layer.tokens)
     attn = copy.deepcopy(model.get_submodule(layer.name)).double()
-    info = StepInfo("0", layer.grid)
+    call = Call("0", layer.grid)
     found = []
     for kernel in ("sdpa", "absorbed"):
         spec = attn.attngen
@@ -63,7 +64,7 @@ def test_a_layer_in_float64(name):
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(2, layer.tokens, attn.to_q.in_features, generator=generator, dtype=torch.float64)
         x.requires_grad_()
-        out = attn.processor(attn, x, attngen=info)
+        out = attn.processor(attn, x, attngen=call)
         weights = [p for p in attn.parameters() if p.requires_grad]
         used = torch.autograd.grad(out.square().sum(), [x, *weights], allow_unused=True)
         found.append([out, *(torch.zeros(()) if grad is None else grad for grad in used)])
@@ -105,12 +106,12 @@ def reasons(model, method=SHORTCUT):
 
 def test_what_cannot_be_absorbed_says_why(absorbed_calls):
     model = fresh("sd15")
-    assert reasons(model, TokenMerging(0.25, 4, 0.9)) == {"token-merging attention needs projections"}
+    assert reasons(model, TokenMerging(0.25, 4, 0.9)) == {"token-merging attention has no such path"}
 
     hooked = fresh("sd15")
     for layer in attngen.apply(hooked, SHORTCUT).report().patched:
         hooked.get_submodule(layer.name).to_v.register_forward_hook(lambda module, args, out: out + 1)
-    assert reasons(hooked) == {"a projection is more than one matrix"}
+    assert reasons(hooked) == {"a projection is not a plain linear layer"}
 
     normed = fresh("dit")
     for layer in attngen.apply(normed, SHORTCUT).report().patched:
@@ -124,11 +125,13 @@ def test_what_cannot_be_absorbed_says_why(absorbed_calls):
 
 def test_a_chosen_backend_is_not_overruled(absorbed_calls):
     model = fresh("sd15")
-    attngen.apply(model, SHORTCUT, kernel="absorbed")
+    handle = attngen.apply(model, SHORTCUT, kernel="absorbed")
     model.set_attention_backend("native")
     with torch.no_grad():
         HOSTS["sd15"](model)
     assert not absorbed_calls
+    (stage,) = handle.report().patched[0].stages
+    assert (stage.kernel, stage.why_not_kernel) == ("native", "an attention backend was chosen")
 
 
 def test_chosen_by_itself_where_it_pays(absorbed_calls, monkeypatch):
