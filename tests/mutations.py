@@ -159,7 +159,7 @@ _MERGING = (
     "tests/methods/test_matching.py::test_match_tokens_equals_oracle",
 )
 _FOCAL = ("tests/methods/test_focal.py::test_focal_attention_equals_oracle",)
-_PATHS = ("tests/kernels/test_dispatch.py",)
+_PATHS = ("tests/kernels/test_dispatch.py::test_every_path_has_the_same_numbers",)
 _UNET = ("tests/hosts/test_unet.py",)
 _GOLDEN_SIT = ("tests/sit/test_model.py::test_golden_models",)
 _SAMPLING = ("tests/sit/test_scheduler.py::test_sampling_equals_the_reference",)
