@@ -97,9 +97,8 @@ def wanted(attn, method, x, grid, text=None, tables=None, text_length=0) -> Tens
         return mixed + method.shortcut * value
 
     if isinstance(method, AgentAttention):
-        agents = _agents(attn, norm_q, method, x, query, grid)
-        if tables is not None:
-            agents = rotate(agents, tables, text_length + torch.tensor(centres(grid, POOLED[grid, method.num_agents])))
+        agents, positions = _agents(attn, norm_q, method, x, query, grid)
+        agents = rotate(agents, tables, text_length + torch.tensor(positions))
         mixed = attend(rotate(query, tables, everywhere), rotate(key, tables, everywhere), value, agents)
     elif isinstance(method, DownsampledKV):
         kept = torch.tensor(centres(grid, tuple(max(1, side // method.factor) for side in grid)))
@@ -118,15 +117,15 @@ def wanted(attn, method, x, grid, text=None, tables=None, text_length=0) -> Tens
     return oracles.join_heads(mixed)
 
 
-def _agents(attn, norm, method: AgentAttention, x, query, grid) -> Tensor:
-    """(B, H, M, D), without positions."""
+def _agents(attn, norm, method: AgentAttention, x, query, grid) -> tuple[Tensor, list[int]]:
+    """(B, H, M, D), without positions, and the token whose position each agent has."""
     rows, columns = size = POOLED[grid, method.num_agents]
-    if method.agents == "strided":
-        return query[:, :, centres(grid, size)]
     if method.agents == "merged":
         cell = (-(-grid[0] // rows), -(-grid[1] // columns))
-        return heads(attn, attn.to_q, norm, oracles.Matching(x, grid, cell, 1.0).merge(x))
-    return torch.stack([oracles.pool_tokens(query[:, h], grid, size) for h in range(attn.heads)], 1)
+        matching = oracles.Matching(x, grid, cell, 1.0)
+        return heads(attn, attn.to_q, norm, matching.merge(x)), matching.targets
+    pooled = [oracles.pool_tokens(query[:, h], grid, size) for h in range(attn.heads)]
+    return torch.stack(pooled, 1), centres(grid, size)
 
 
 def wanted_merging(attn, method: TokenMerging, x, metric, grid) -> Tensor:

@@ -11,7 +11,7 @@ from tests.hosts.numbers import assert_close, heads, project, recorded, rotate, 
 from tests.hosts.test_unet import Spy, seen  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning")
-MADE = AgentAttention(9, agents="strided", gain=0.7, correction="nystrom")
+MADE = AgentAttention(9, agents="merged", gain=0.7, correction="nystrom")
 PRESETS = [
     AgentAttention(4),
     AgentAttention(9, 1.0, 0.0),

@@ -1,6 +1,7 @@
 """Models whose layers see image tokens only: what a patched layer computes, and on which grid."""
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import attngen
 from attngen import PRESETS, AgentAttention, DownsampledKV, FocalAttention, LinearAttention, Plan, Stage, TokenMerging
 from attngen.hosts.image import AttnGenProcessor
-from attngen.methods.base import Selection
+from attngen.layers.call import Call
 from tests.builders.hosts import HOSTS, TEXT, fresh, normal, self_attention
 from tests.cases import share
 from tests.hosts.numbers import assert_close, project, recorded, wanted, wanted_merging
@@ -20,9 +21,9 @@ SINGLE = ["sd15", "sd21", "sdxl", "controlnet", "dit", "pixart", "sit"]
 POOLING = [AgentAttention(4), AgentAttention(9, 1.0, 0.0), DownsampledKV(2), DownsampledKV(3)]
 MADE = [
     AgentAttention(9, gain=0.6),
-    AgentAttention(9, agents="strided"),
+    AgentAttention(4, correction="nystrom"),
     AgentAttention(9, agents="merged", gain=1.2),
-    AgentAttention(4, agents="strided", correction="nystrom"),
+    AgentAttention(9, agents="merged", correction="nystrom"),
 ]
 FOCAL = [FocalAttention(2, 1, 4), FocalAttention(3, 1, 9)]
 LINEAR = [LinearAttention(name) for name in ("elu", "relu", "focused")]
@@ -154,11 +155,12 @@ def test_agentsd_by_definition_and_its_switch():
 def test_agentsd_counts_of_the_paper():
     """At 512 px: 2458 merged tokens and 256 agents, then 2458 tokens without agents."""
     early, late = (stage.method_for("") for stage in PRESETS["agentsd"].stages)
-    assert early.num_agents_at((64, 64)) == 256 and late.num_agents_at((64, 64)) is None
-    x = normal(1, 4096, 2)
-    selection = early.select(x, x, (64, 64), None)
+    assert early.agents_at((64, 64)) == 256 and late.agents_at((64, 64)) is None
+    x, call = normal(1, 4096, 2), Call("0", (64, 64))
+    selection = early.select(x, call)
     assert selection.queries.shape[1] == 2458 and selection.agents.shape[1] == 256
-    assert late.select(x, x, (64, 64), None).queries.shape[1] == 2458
+    selection = late.select(x, call)
+    assert selection.queries.shape[1] == 2458 and selection.agents is None
 
 
 # The grid and the stage that reach the layers
@@ -166,15 +168,19 @@ def test_agentsd_counts_of_the_paper():
 
 @dataclasses.dataclass(frozen=True)
 class Spy(AgentAttention):
-    """Agent attention that notes what it is given."""
+    """Agent attention that notes what it is given where it runs."""
 
     label: str = ""
 
     seen: ClassVar[list] = []
 
-    def select(self, x, metric, grid, draws):
-        self.seen.append((self.label, grid, x.shape[1]))
-        return Selection(x, x)
+    def route(self, layer, call, like):
+        route = super().route(layer, call, like)
+        return route if route.run is None else route._replace(run=functools.partial(self._noted, run=route.run))
+
+    def _noted(self, layer, hidden_states, call, *, run):
+        self.seen.append((self.label, call.grid, hidden_states.shape[1]))
+        return run(layer, hidden_states, call)
 
 
 @pytest.fixture
