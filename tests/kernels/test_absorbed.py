@@ -4,15 +4,14 @@ import itertools
 import math
 import re
 
-import peft
 import pytest
 import torch
 import torch.nn.functional as tf
 from torch import nn
 
 from attngen import functional as F
-from attngen.kernels.absorbed import LayerSize, Projection, absorbed_agent_attention, effective_projection
-from attngen.kernels.crossovers import AbsorbedCost
+from attngen.kernels.absorbed import Projection, absorbed_agent_attention
+from attngen.layers.projections import effective_projection
 from tests import oracles
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
@@ -371,91 +370,7 @@ def test_cuda_agrees(dtype):
         assert error(mine.cpu(), exact) <= 1.5 * error(other.cpu(), exact) + torch.finfo(dtype).eps
 
 
-# Projections of modules
-
-
-def lora_layer(**options):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        holder = nn.Module()
-        holder.to_q = nn.Linear(10, 8)
-        config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["to_q"], init_lora_weights=False, **options)
-        model = peft.get_peft_model(holder, config)
-        model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
-    return model, model.base_model.model.to_q
-
-
-def assert_projects_as(module):
-    x = Case().x.float()
-    projection = effective_projection(module)
-    assert projection is not None
-    assert_same(tf.linear(x, *projection), module(x), 1e-5)
-    return projection
-
-
-def test_projection_of_a_linear_layer():
-    for bias in (True, False):
-        layer = nn.utils.skip_init(nn.Linear, 10, 8, bias=bias)
-        projection = effective_projection(layer)
-        assert projection is not None and projection.weight is layer.weight and projection.bias is layer.bias
-
-
-def test_projection_of_a_lora_layer():
-    model, layer = lora_layer()
-    base = assert_projects_as(layer.base_layer)
-    projection = assert_projects_as(layer)
-    assert not torch.equal(projection.weight, base.weight)
-    lora = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
-    mine, plain = (
-        torch.autograd.grad(f.square().sum(), lora)
-        for f in (tf.linear(Case().x.float(), *projection), layer(Case().x.float()))
-    )
-    for got, want in zip(mine, plain, strict=True):
-        assert_same(got, want, 1e-5)
-    model.base_model.set_adapter(["default", "other"])
-    assert_projects_as(layer)
-    layer.scale_layer(0.3)
-    assert_projects_as(layer)
-    with model.disable_adapter():
-        assert_same(assert_projects_as(layer).weight, base.weight, 0)
-    layer.merge()
-    assert_projects_as(layer)
-    with model.disable_adapter():
-        assert effective_projection(layer) is None  # calling the layer unmerges it
-
-
-def test_projection_of_a_lora_layer_with_biases_in_half_precision():
-    _, layer = lora_layer(lora_bias=True)
-    nn.init.constant_(layer.lora_B["default"].bias, 0.7)
-    assert_projects_as(layer)
-    layer.base_layer.bfloat16()
-    x = Case().x.bfloat16()
-    assert error(tf.linear(x.float(), *(t.float() for t in effective_projection(layer))), layer(x).double()) < 2**-7
-
-
-def test_no_projection_of_anything_else():
-    _, layer = lora_layer(lora_dropout=0.5)
-    assert effective_projection(layer.train()) is None
-    assert_projects_as(layer.eval())
-    _, layer = lora_layer(use_dora=True)
-    assert effective_projection(layer) is None
-
-    class Shifted(nn.Linear):
-        def forward(self, input):
-            return super().forward(input) + 1
-
-    linear = lambda: nn.utils.skip_init(nn.Linear, 4, 4)
-    hooked, replaced, quantised = linear(), linear(), linear()
-    hooked.register_forward_hook(lambda *_: None)
-    replaced.forward = lambda x: x
-    quantised.weight = nn.Parameter(quantised.weight.to(torch.float8_e4m3fn))
-    with torch.random.fork_rng():
-        subclass, conv = Shifted(4, 4), nn.Conv1d(4, 4, 1)
-    for module in (hooked, replaced, quantised, subclass, conv, nn.Identity()):
-        assert effective_projection(module) is None
-
-
-# Errors and the rule
+# Errors
 
 
 def names(*sizes):
@@ -497,18 +412,3 @@ def test_names_dtypes_that_do_not_fit():
     with pytest.raises(ValueError, match=r"value(?=.*bfloat16)(?=.*float32)"):
         value = Projection(case.value.weight.bfloat16())
         absorbed_agent_attention(case.x, case.agents, **case.weighted() | {"value": value})
-
-
-@pytest.mark.parametrize(("channels", "heads", "head_dim"), [(384, 6, 64), (1152, 16, 72), (320, 8, 40)])
-def test_pays_for_few_agents(channels, heads, head_dim):
-    def absorbs(agents, tokens, kept_projections=0):
-        size = LayerSize(agents, head_dim, heads, channels, tokens, kept_projections)
-        return size.gain(AbsorbedCost()) > 1
-
-    for tokens in (256, 1024, 4096):
-        assert absorbs(4, tokens=tokens)
-        assert absorbs(4, tokens=tokens, kept_projections=2)
-        assert not absorbs(head_dim, tokens=tokens)
-    assert absorbs(16, tokens=256)
-    assert not absorbs(64, tokens=64)
-    assert not absorbs(16, tokens=64, kept_projections=2)
