@@ -6,7 +6,6 @@ The rows are made of the routes that the processors run.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -207,12 +206,19 @@ def _names(layers: Sequence[LayerReport]) -> str:
 
 
 def pattern(names: Sequence[str]) -> str:
-    """The names as one, with `*` for the parts in which they differ; the first and "…" where they differ in length."""
-    parts = [name.split(".") for name in names]
-    if len({len(part) for part in parts}) > 1:
-        short = {re.sub(r"\d+", "*", name) for name in names}
-        return short.pop() if len(short) == 1 else f"{names[0]}, …"
-    return ".".join(words[0] if len(set(words)) == 1 else "*" for words in zip(*parts, strict=True))
+    """The names in short: `*` for numbers that differ, `a|b` for other parts that do, one pattern a number of parts."""
+    by_length: dict[int, list[list[str]]] = {}
+    for name in names:
+        parts = name.split(".")
+        by_length.setdefault(len(parts), []).append(parts)
+    return ", ".join(".".join(map(_alternatives, zip(*rows, strict=True))) for rows in by_length.values())
+
+
+def _alternatives(words: tuple[str, ...]) -> str:
+    different = list(dict.fromkeys(words))
+    if len(different) == 1:
+        return different[0]
+    return "*" if len(different) > 3 or any(word.isdigit() for word in different) else "|".join(different)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -263,10 +269,10 @@ def _cost_warning(layer: LayerReport, what: str) -> str | None:
 
 
 def default_call(model: nn.Module) -> hooks.Seen:
-    """The call that the model's configuration was made for, with guidance."""
+    """The call that the model's configuration was made for, with guidance; pipelines record no gradients."""
     grid = default_grid(model)
     dtype, device = getattr(model, "dtype", torch.float32), getattr(model, "device", torch.device("cpu"))
-    return hooks.Seen(grid, 0, grid[0] * grid[1], 2, dtype, device, torch.is_grad_enabled())
+    return hooks.Seen(grid, 0, grid[0] * grid[1], 2, dtype, device, model.training and torch.is_grad_enabled())
 
 
 def rows_of(

@@ -218,7 +218,11 @@ def mediator_route(layer: Layer, like: Like, agents: Agents, mapped: Mapped | No
         like: of its input (B, N, C).
         agents: with a mixer.
         mapped: maps queries and keys (B, N, H · D) before they meet, or None.
+
+    Raises:
+        ValueError: for an unknown kernel, which a SiT is given with each call.
     """
+    dispatch.check_kernel(layer.wanted)
     return agent_route(layer, like, agents, partial(_mixed, agents=agents, mapped=mapped))
 
 

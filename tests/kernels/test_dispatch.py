@@ -14,7 +14,7 @@ from attngen import functional as F
 from attngen.kernels import crossovers, dispatch
 from attngen.kernels.crossovers import Choice
 from attngen.kernels.dispatch import Problem
-from attngen.kernels.reference import Convolution
+from attngen.kernels.reference import AgentScales, Convolution
 from tests import oracles
 from tests.builders.hosts import HOSTS, fresh
 
@@ -90,7 +90,7 @@ def test_no_measurements_of_a_device_claim_nothing(measured):
     measured({}, device="cuda-1.2")
     assert dispatch.choose_for_agents(problem()) == Choice("sdpa", None, None)
     assert dispatch.choose_for_linear(problem(agents=0)) == Choice("reference", None, None)
-    assert dispatch.absorbed_cost(torch.zeros(1), torch.zeros(1)) is None
+    assert dispatch.absorbed_cost(torch.zeros(1)) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -226,9 +226,8 @@ def test_every_path_convolves_the_values(kernel):
     grid, query = (3, 4), normal(2, 2, 12, 4)
     value, agents = normal(2, 2, 12, 3, seed=1), normal(2, 2, 2, 4, seed=2)
     weight, bias = normal(6, 1, 3, 3, seed=3), normal(6, seed=4)
-    got = dispatch.agent_attention(
-        query, query, value, agents, 0.5, 0.5, convolution=Convolution(weight, bias, grid), kernel=kernel
-    )
+    scales, convolution = AgentScales(0.5, 0.5), Convolution(weight, bias, grid)
+    got = dispatch.agent_attention(query, query, value, agents, scales, convolution=convolution, kernel=kernel)
     tokens = value.transpose(1, 2).flatten(2)
     beside = oracles.depthwise_conv(tokens, grid, weight, bias).unflatten(2, (2, 3)).transpose(1, 2)
     want = oracles.agent_attention(query, query, value, agents, 0.5, 0.5) + beside
@@ -328,7 +327,28 @@ def test_the_report_says_why_not_the_path_asked_for(measured):
     assert kernels_in(handle) == {"absorbed"}
 
 
+def test_the_report_follows_gradients(measured):
+    """Before the first call it is about pipelines, which record none, unless the model is in training mode."""
+    measured(
+        {
+            "agent float32 forward plain": [[4, 8, 256, 16, "matmul", 2.5]],
+            "agent float32 training plain": [[4, 8, 256, 16, "sdpa", 1.5]],
+        }
+    )
+    model = fresh("sd15")
+    handle = attngen.apply(model, AgentAttention(num_agents=16), min_tokens=64)
+    assert kernels_in(handle) == {"matmul"}
+    HOSTS["sd15"](model, batch=1)
+    assert kernels_in(handle) == {"sdpa"}
+    with torch.no_grad():
+        HOSTS["sd15"](model, batch=1)
+    assert kernels_in(handle) == {"matmul"}
+    model.train()
+    assert kernels_in(attngen.apply(model, AgentAttention(num_agents=16))) == {"sdpa"}
+
+
 @pytest.mark.filterwarnings("default::attngen.AttnGenWarning")
+@torch.no_grad()
 def test_slower_than_softmax_is_said_once(measured, recwarn):
     model, _ = patched(measured, [4, 8, 256, 16, "sdpa", 0.5], min_tokens=64)
     for _ in range(2):
