@@ -73,8 +73,8 @@ class Clock:
                 Another function is taken as it is.
 
         Returns:
-            The time in [0, 1], 1 is noise. It is `default(timestep)` where there is no scheduler, its noise levels are
-            not known, or the timestep is none of its schedule, as in a training loop.
+            The time in [0, 1], 1 is noise. It is `default(timestep)` without a scheduler, for one whose noise levels
+            cannot be read, and for a timestep that is not on the schedule, as in a training loop.
 
         Raises:
             ValueError: if `timestep` is not a number.
@@ -203,7 +203,7 @@ def _schedule_of(scheduler: Any, steps: list[float], sigmas: list[float]) -> _Sc
 
 
 def _times(scheduler: Any, steps: list[float], sigmas: list[float]) -> list[float] | None:
-    """The time of each step by the definition above, or None where the noise levels are not known."""
+    """The time of each step by the definition above, or None if the noise levels cannot be read."""
     config = _config(scheduler)
     if config.get("stages", 1) != 1:
         return None  # Helios on a pyramid: each stage counts its sigmas from 1 to 0
