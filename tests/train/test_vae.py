@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from attngen import InterpolantScheduler, SiTPipeline, SiTTransformer2DModel
 from attngen.sit.latents import check_normalization, denormalize_latents, encode_moments, normalize_latents
 from pipelines.engine.previews import colours_of
-from train import encode, vae
+from train import build_emoji, encode, vae
 from train.data import open_data
 from train.emoji import DATA_FILE, SKIN_TONES, is_held_out, read_data_file
 from train.latents import LatentData, load_vae, scale, unscale
@@ -214,6 +214,28 @@ def test_the_emoji_are_held_out_by_their_base():
     assert len(found.train) + len(found.held_out) == len(plain) and len(found.held_out) == len(found.names)
     with pytest.raises(ValueError, match="build_emoji --size 128"):
         read_pictures("emoji", 128)
+
+
+def test_larger_emoji_can_be_drawn_without_skin_tones(tmp_path, monkeypatch):
+    def codepoints(*values: int) -> dict[str, Any]:
+        return {"codepoints": list(values), "name": "hand", "group": "g", "subgroup": "hands", "base": [values[0]]}
+
+    drawn: list[list[int]] = []
+
+    def render_all(entries: list[dict[str, Any]], font: object, size: int) -> Any:
+        drawn.extend(entry["codepoints"] for entry in entries)
+        pictures = [Image.new("RGB", (size, size), (i, 0, 0)) for i in range(len(entries))]
+        return entries, pictures, {"missing": 0, "duplicate": 0}
+
+    hands = [codepoints(0x1F44B), codepoints(0x1F44B, 0x1F3FB)]
+    monkeypatch.setattr(build_emoji, "read_emoji_test", lambda path: ("15.0", hands))
+    monkeypatch.setattr(build_emoji, "load_font", lambda path: None)
+    monkeypatch.setattr(build_emoji, "render_all", render_all)
+    given = ["--font", __file__, "--emoji-test", __file__, "--size", "128", "--out", str(tmp_path / "x.zip")]
+    assert build_emoji.main([*given, "--no-skin-tones"]) == 0 and drawn == [[0x1F44B]]
+    data = open_data(str(tmp_path / "x.zip"), image_size=128, classes=("hand",))
+    assert (len(data), data.sample_size) == (1, 128)
+    assert build_emoji.main(given) == 0 and drawn[1:] == [[0x1F44B], [0x1F44B, 0x1F3FB]]
 
 
 def test_a_batch_depends_on_seed_and_step_alone():
