@@ -324,7 +324,7 @@ def _as_in(seen: hooks.Seen) -> Iterator[None]:
 def _layer_row(component: str, name: str, attn: Any, starts: tuple[float, ...], seen: hooks.Seen) -> LayerReport:
     spec = spec_of(attn)
     assert spec is not None
-    layer: Layer = attn.processor.layer(attn, seen.text)
+    layer: Layer = attn.processor.layer(attn, seen.text + seen.references)
     shape = layer_shape(layer, seen.grid)
     stages = tuple(_stage_row(spec, layer, shape, i, start, seen) for i, start in enumerate(starts))
     return LayerReport(

@@ -56,9 +56,15 @@ class Trace:
     def __init__(self, models: Mapping[str, nn.Module], patch_id: str) -> None:
         self._models = dict(models)
         self._keys = {name: f"{patch_id} {name}" for name in models}
+        # Counts outlive the patch.
+        self._groups: dict[str, dict[str, str]] = {}
+        self._starts: dict[str, tuple[float, ...]] = {}
         for name, model in self._models.items():
             self._counts(name).clear()
+            specs = {layer: spec_of(attn) for layer, attn in patched_layers(model).items()}
+            self._groups[name] = {layer: spec.group for layer, spec in specs.items() if spec is not None}
             hook = root_hook(model)
+            self._starts[name] = () if hook is None else hook.starts
             if hook is not None:
                 hook.trace = self._keys[name]
 
@@ -91,7 +97,7 @@ class Trace:
     @property
     def rows(self) -> list[TraceRow]:
         """What each layer ran, in the order of the models, their layers and the stages."""
-        return [row for name, model in self._models.items() for row in self._rows_of(name, model)]
+        return [row for name in self._models for row in self._rows_of(name)]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
@@ -121,16 +127,13 @@ class Trace:
     def _counts(self, name: str) -> Counts:
         return COUNTS.setdefault(self._keys[name], Counts())
 
-    def _rows_of(self, component: str, model: nn.Module) -> list[TraceRow]:
-        counts, hook = self._counts(component), root_hook(model)
-        starts = () if hook is None else hook.starts
+    def _rows_of(self, component: str) -> list[TraceRow]:
+        counts, starts = self._counts(component), self._starts[component]
         rows = []
-        for layer, attn in patched_layers(model).items():
-            spec = spec_of(attn)
-            assert spec is not None
+        for layer, group in self._groups[component].items():
             found = [(noted, number) for noted, number in counts.eager.items() if noted.layer == layer]
             if not found:
-                ran = [noted for noted in counts.compiled if noted.layer == spec.group and counts.calls[noted.stage]]
+                ran = [noted for noted in counts.compiled if noted.layer == group and counts.calls[noted.stage]]
                 found = [(noted, None) for noted in ran]
             found.sort(key=lambda entry: (int(entry[0].stage), entry[0].kernel))
             rows += [_row(component, layer, starts, noted, number) for noted, number in found]

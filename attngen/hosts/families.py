@@ -146,6 +146,9 @@ def family_of(model: nn.Module) -> Family | None:
     return None
 
 
+_USUAL = ("unet", "transformer", "transformer_2", "controlnet")
+
+
 def denoisers_of(target: Any) -> dict[str, nn.Module]:
     """The models of a pipeline that attngen patches, or the model itself under the name "": name -> module.
 
@@ -164,8 +167,8 @@ def drawing_models(target: Any) -> dict[str, nn.Module]:
     """The models of a pipeline that predict noise from latents, known or not: name -> module; a bare model as ""."""
     if isinstance(target, nn.Module):
         return {suffix: model for suffix, model in _unwrapped(target)}
-    components: Any = getattr(target, "components", None)
-    names = components if isinstance(components, dict) else vars(target) if hasattr(target, "__dict__") else {}
+    # Not by `components`, which raises once somebody has added one.
+    names = dict.fromkeys((*getattr(target, "__dict__", {}), *_USUAL))
     found: dict[str, nn.Module] = {}
     for name in names:
         for suffix, model in _unwrapped(getattr(target, name, None)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -43,10 +44,13 @@ class FluxAttnGenProcessor:
         image_rotary_emb: Tables | None = None,
         attngen: Call | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        in_one_sequence = encoder_hidden_states is None
         in_front = 0 if attngen is None else attngen.context
-        image = hidden_states[:, in_front:] if in_one_sequence else hidden_states
-        layer = self.layer(attn, in_front if encoder_hidden_states is None else encoder_hidden_states.shape[1])
+        stream = hidden_states[:, in_front:] if encoder_hidden_states is None else hidden_states
+        # Reference images follow the image: context, as the text is.
+        number = stream.shape[1] if attngen is None else min(stream.shape[1], math.prod(attngen.grid))
+        image, references = stream[:, :number], stream[:, number:]
+        num_text = in_front if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+        layer = self.layer(attn, num_text + references.shape[1])
         why = None if attention_mask is None else MASKED
         run = noted(decide(layer, attngen, layer.like(image), why), attn, attngen).run
         if run is None:
@@ -59,13 +63,22 @@ class FluxAttnGenProcessor:
             text = text_heads(layer, encoder_hidden_states)
         rotate: Rotate | None = None
         if image_rotary_emb is not None:
-            cos, sin = (table[:in_front] for table in image_rotary_emb)
-            text = (_rotated(text[0], cos, sin), _rotated(text[1], cos, sin), text[2])
-            rotate = _rotation((image_rotary_emb[0][in_front:], image_rotary_emb[1][in_front:]))
-        output = run(layer.with_text(text, rotate), image, attngen)  # type: ignore[arg-type]
-        if in_one_sequence:
-            return torch.cat([layer.mixed_text(), output], dim=1)
-        return output, attn.to_add_out(layer.mixed_text())
+            text = _rotated_heads(text, image_rotary_emb, slice(0, in_front))
+            rotate = _rotation(_part(image_rotary_emb, slice(in_front, in_front + number)))
+        context = text
+        if references.shape[1]:
+            others = _heads(layer, references)
+            if image_rotary_emb is not None:
+                others = _rotated_heads(others, image_rotary_emb, slice(in_front + number, None))
+            context = tuple(torch.cat(pair, dim=2) for pair in zip(text, others, strict=True))  # type: ignore[assignment]
+        output = run(layer.with_text(context, rotate), image, attngen)  # type: ignore[arg-type]
+        mixed = layer.mixed_text()
+        mixed_text, mixed_references = mixed[:, :num_text], mixed[:, num_text:]
+        if references.shape[1]:
+            output = torch.cat([output, layer.output(mixed_references)], dim=1)
+        if encoder_hidden_states is None:
+            return torch.cat([mixed_text, output], dim=1)
+        return output, attn.to_add_out(mixed_text)
 
 
 def _with_settings(original: Any, ours: Any) -> Any:
@@ -80,6 +93,15 @@ def _with_settings(original: Any, ours: Any) -> Any:
 def _heads(layer: Layer, states: Tensor) -> Heads:
     """Text by the image's projections, as single-stream layers have it."""
     return Layer.project(layer, Selection(states, states))
+
+
+def _part(tables: Tables, tokens: slice) -> Tables:
+    return tables[0][tokens], tables[1][tokens]
+
+
+def _rotated_heads(heads: Heads, tables: Tables, tokens: slice) -> Heads:
+    cos, sin = _part(tables, tokens)
+    return _rotated(heads[0], cos, sin), _rotated(heads[1], cos, sin), heads[2]
 
 
 def _rotation(tables: Tables) -> Rotate:

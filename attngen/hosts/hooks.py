@@ -45,7 +45,7 @@ class Seen(NamedTuple):
     Attributes:
         grid: (height, width) of the latents of a UNet, of the tokens of a transformer.
         text: text tokens in joint attention, else 0.
-        tokens: image tokens; more than the grid holds where a model is given reference images.
+        tokens: image tokens; other than the grid holds where another tool changed their number.
         batch: samples, both halves of guidance counted.
         dtype: of the latents.
         device: of the latents.
@@ -53,6 +53,7 @@ class Seen(NamedTuple):
         requires_grad: whether the latents have one.
         autocast: its dtype, or None.
         masked: whether the model was given a mask for self-attention.
+        references: tokens of reference images, which follow the image and are context.
     """
 
     grid: Grid
@@ -65,6 +66,7 @@ class Seen(NamedTuple):
     requires_grad: bool = False
     autocast: torch.dtype | None = None
     masked: bool = False
+    references: int = 0
 
 
 class Hook:
@@ -150,8 +152,11 @@ class RootHook(Hook):
         timestep = self.time.get(args, kwargs)
         if timestep is None:
             return None
-        values = timestep.flatten().tolist() if isinstance(timestep, Tensor) else [float(timestep)]
-        return [self.clock.time(value, family.clock) for value in values]
+        if not isinstance(timestep, Tensor):
+            return [self.clock.time(float(timestep), family.clock)]
+        if timestep.ndim > 1:  # one a token or frame, where those of given frames are at 0
+            return [max(self.clock.time(value, family.clock) for value in timestep.unique().tolist())]
+        return [self.clock.time(value, family.clock) for value in timestep.flatten().tolist()]
 
     def _stage(self, times: list[float]) -> int:
         if self.switch is not None:
@@ -167,10 +172,12 @@ class RootHook(Hook):
         """What the call is like; warns once where nothing is active at this size, or our processors were replaced."""
         grid = family.grid(model, {family.sample: sample, **extra})
         text = extra.get(family.text) if family.text else None
+        tokens = int(sample.shape[1]) if sample.ndim == 3 else grid[0] * grid[1]
+        references = max(0, tokens - grid[0] * grid[1]) if family.rotary else 0
         seen = Seen(
             grid,
             0 if text is None else int(text.shape[1]),
-            int(sample.shape[1]) if sample.ndim == 3 else grid[0] * grid[1],
+            tokens - references,
             int(sample.shape[0]),
             sample.dtype,
             sample.device,
@@ -178,6 +185,7 @@ class RootHook(Hook):
             sample.requires_grad,
             autocast_dtype(sample.device.type),
             family.mask is not None and extra.get(family.mask) is not None,
+            references,
         )
         self.last_seen = seen
         if seen not in self._reviewed:
