@@ -192,10 +192,10 @@ _OTHERS = (
 
 
 def _draws(model: nn.Module) -> bool:
-    kind = type(model)
+    models = [cls for cls in type(model).__mro__ if issubclass(cls, diffusers.ModelMixin)]
     return (
-        isinstance(model, diffusers.ModelMixin)
-        and not any(word in cls.__name__ for cls in kind.__mro__ for word in _OTHERS)
+        bool(models)
+        and not any(word in cls.__name__ for cls in models for word in _OTHERS)
         and any(hasattr(module, "set_processor") for module in model.modules())
     )
 

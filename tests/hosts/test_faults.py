@@ -127,17 +127,20 @@ def test_all_or_nothing(monkeypatch):
     state = state_of(models)
     add = hooks.add_hook
 
+    failed = []
+
     def fail(module, hook):
-        if isinstance(hook, hooks.RootHook) and isinstance(module, diffusers.ControlNetModel):
+        if isinstance(hook, hooks.RootHook) and isinstance(module, diffusers.ControlNetModel) and not failed:
+            failed.append(module)
             raise KeyboardInterrupt
         add(module, hook)
 
     with monkeypatch.context() as patched:
         patched.setattr(hooks, "add_hook", fail)
-        patched.setattr("attngen.hosts.install.hooks.add_hook", fail)
         with pytest.raises(KeyboardInterrupt):
             attngen.apply(Pipe(), TokenMerging(0.5))
-    assert handle.is_applied and state == state_of(models)
+    assert handle.is_applied
+    assert not [pair for pair in zip(state, state_of(models), strict=True) if pair[0] != pair[1]]
     assert torch.equal(HOSTS["sd15"](models[0], (16, 16)), before[0])
     assert torch.equal(HOSTS["controlnet"](models[1], (16, 16)), before[1])
     handle.remove()
