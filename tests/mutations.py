@@ -5,6 +5,7 @@ A fault names an object, not its source, so that code can be rewritten without i
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import types
@@ -152,6 +153,111 @@ def _not_negated(original: Any) -> Any:
     return predict
 
 
+def _inner_hooks_stay(original: Any) -> Any:
+    def remove_hooks(model):
+        from attngen.hosts.hooks import add_hook
+
+        removed = original(model)
+        for module, hook in removed:
+            if module is not model:
+                add_hook(module, hook)
+        return removed
+
+    return remove_hooks
+
+
+def _attribute_stays(original: Any) -> Any:
+    def detach(model):
+        detached = original(model)
+        for attn, _, spec, _ in detached.layers:
+            attn.attngen = spec
+        return detached
+
+    return detach
+
+
+def _new_processor(original: Any) -> Any:
+    def detach(model):
+        detached = original(model)
+        for attn, _, spec, _ in detached.layers:
+            attn.set_processor(type(spec.original)())
+        return detached
+
+    return detach
+
+
+def _paused_for_ever(original: Any) -> Any:
+    @contextlib.contextmanager
+    def paused(self):
+        from attngen.hosts.hooks import root_hook
+
+        for model in self._models.values():
+            hook = root_hook(model)
+            assert hook is not None
+            hook.paused = True
+        yield
+
+    return paused
+
+
+def _refusing_all_but(reason: str) -> Change:
+    def of(original):
+        def why_refused(*args):
+            found = original(*args)
+            return None if found is not None and reason in found else found
+
+        return why_refused
+
+    return of
+
+
+def _without(name: str, value: Any) -> Change:
+    """A processor that sees its layer without an option."""
+
+    def of(original):
+        def call(self, attn, *args, **kwargs):
+            before = getattr(attn, name)
+            setattr(attn, name, value)
+            try:
+                return original(self, attn, *args, **kwargs)
+            finally:
+                setattr(attn, name, before)
+
+        return call
+
+    return of
+
+
+def _without_mask(original: Any) -> Any:
+    def call(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, *args, **kwargs):
+        return original(self, attn, hidden_states, encoder_hidden_states, None, *args, **kwargs)
+
+    return call
+
+
+def _global_draws(original: Any) -> Any:
+    return lambda self, grid, times, device: torch.randint(2**31 - 1, (grid[0] * grid[1],)).to(device)
+
+
+def _callers_dictionary(original: Any) -> Any:
+    def call(self, model, args, kwargs):
+        given = self.channel.get(args, kwargs)
+        args, kwargs = original(self, model, args, kwargs)
+        if given is not None:
+            given.update(self.channel.get(args, kwargs))
+        return args, kwargs
+
+    return call
+
+
+def _kept_latents(original: Any) -> Any:
+    def call(self, model, args, kwargs):
+        self.kept = self.sample.get(args, kwargs)
+        return original(self, model, args, kwargs)
+
+    return call
+
+
 _AGENTS = ("tests/methods/test_agent.py::test_agent_attention_equals_oracle",)
 _LINEAR = ("tests/methods/test_linear.py::test_linear_attention_equals_oracle",)
 _MERGING = (
@@ -165,6 +271,11 @@ _GOLDEN_SIT = ("tests/sit/test_model.py::test_golden_models",)
 _SAMPLING = ("tests/sit/test_scheduler.py::test_sampling_equals_the_reference",)
 _GUIDANCE = ("tests/sit/test_pipeline.py::test_guidance_of_all_channels_is_the_formula",)
 _FILES = ("tests/promises/test_files.py::test_files_are_written_whole_and_readable_by_all",)
+
+_PATCH = "tests/test_patch.py::"
+_AROUND = ("tests/promises/test_patching.py::test_what_a_layer_does_around_its_attention_stays",)
+_SWITCH = (f"{_PATCH}test_applying_again_and_switching_methods",)
+_APPLY = (f"{_PATCH}test_apply_and_remove",)
 
 FAULTS = {
     # Tokens and checks
@@ -278,6 +389,97 @@ FAULTS = {
         "attngen.methods.focal:_Regions._bias",
         lambda original: lambda self, dtype, device: original(self, dtype, device).bfloat16().to(dtype),
         ("tests/methods/test_focal.py::test_the_count_of_a_cell_is_exact_in_half_precision",),
+    ),
+    # The patch
+    "a hook stays": Fault("attngen.hosts.hooks:remove_hooks", _inner_hooks_stay, _APPLY),
+    "an attribute stays": Fault("attngen.hosts.install:detach", _attribute_stays, _APPLY),
+    "the processor is made anew": Fault("attngen.hosts.install:detach", _new_processor, _APPLY),
+    "learned weights stay": Fault(
+        "attngen.learned.modules:drop_core",
+        lambda original: lambda attn: None,
+        ("tests/learned/test_modules.py::test_nothing_of_it_shows_or_stays",),
+    ),
+    "an old handle removes the new patch": Fault(
+        "attngen.patch:AttentionPatch._is_on", lambda original: lambda self, model: True, _SWITCH
+    ),
+    "no removal at the end of with": Fault(
+        "attngen.patch:AttentionPatch.__exit__",
+        lambda original: nothing,
+        (f"{_PATCH}test_undone_after_an_exception_in_any_call",),
+    ),
+    "a pause that stays": Fault(
+        "attngen.patch:AttentionPatch.paused",
+        _paused_for_ever,
+        ("tests/learned/test_modules.py::test_paused_is_exact_and_reapply_brings_the_same_weights_back",),
+    ),
+    "patterns that match nothing": Fault(
+        "attngen.patch:_check_patterns",
+        lambda original: nothing,
+        (f"{_PATCH}test_a_pattern_that_matches_no_layer_is_not_silent",),
+    ),
+    "cross-attention is patched": Fault(
+        "attngen.hosts.install:_why_refused",
+        _refusing_all_but("cross-attention stays exact"),
+        (f"{_PATCH}test_every_layer_is_reached",),
+    ),
+    "custom processors are replaced": Fault(
+        "attngen.hosts.install:_why_refused",
+        _refusing_all_but("is not a plain one"),
+        ("tests/hosts/test_integrations.py::test_a_custom_processor_is_left_alone",),
+    ),
+    "an attention mask is ignored": Fault(
+        "attngen.hosts.image:AttnGenProcessor.__call__",
+        _without_mask,
+        ("tests/promises/test_patching.py::test_a_mask_of_attention_is_obeyed_in_a_call_of_the_model",),
+    ),
+    "the norm before a layer is forgotten": Fault(
+        "attngen.hosts.image:_normalised", lambda original: lambda attn, hidden_states, temb: hidden_states, _AROUND
+    ),
+    "the residual is forgotten": Fault(
+        "attngen.hosts.image:AttnGenProcessor.__call__", _without("residual_connection", False), _AROUND
+    ),
+    "the scale of the output is forgotten": Fault(
+        "attngen.hosts.image:AttnGenProcessor.__call__", _without("rescale_output_factor", 1.0), _AROUND
+    ),
+    "similarity of the wrong tokens": Fault(
+        "attngen.hosts.hooks:MetricHook.refine",
+        lambda original: lambda self, call, hidden_states: call,
+        ("tests/hosts/test_unet.py::test_tome_gives_the_numbers_of_tomesd",),
+    ),
+    "the clock runs backwards": Fault(
+        "attngen.hosts.clock:Clock.time",
+        lambda original: lambda self, *args: 1.0 - original(self, *args),
+        (f"{_PATCH}test_stages_by_time",),
+    ),
+    "draws depend on the time alone": Fault(
+        "attngen.hosts.hooks:RootHook._draws",
+        lambda original: lambda self, *args: original(types.SimpleNamespace(seed=0), *args),
+        (f"{_PATCH}test_random_merging_depends_on_seed_and_time_alone",),
+    ),
+    "draws of the global generator": Fault(
+        "attngen.hosts.hooks:RootHook._draws",
+        _global_draws,
+        (f"{_PATCH}test_the_global_random_state_is_neither_read_nor_changed",),
+    ),
+    "the caller's dictionary is changed": Fault(
+        "attngen.hosts.hooks:RootHook.__call__",
+        _callers_dictionary,
+        (f"{_PATCH}test_the_callers_arguments_are_not_changed",),
+    ),
+    "nothing is said of replaced processors": Fault(
+        "attngen.hosts.hooks:RootHook._replacement",
+        lambda original: nothing,
+        ("tests/hosts/test_integrations.py::test_slicing_is_noticed_and_mended",),
+    ),
+    "stages of a batch are mixed": Fault(
+        "attngen.hosts.hooks:RootHook._stage",
+        lambda original: lambda self, times: original(self, times[:1]),
+        (f"{_PATCH}test_mixed_stages_in_a_batch_are_refused",),
+    ),
+    "a hook keeps the latents": Fault(
+        "attngen.hosts.hooks:RootHook.__call__",
+        _kept_latents,
+        ("tests/promises/test_machines.py::test_out_of_memory_in_a_step",),
     ),
     # Plans and schedules
     "the last pattern decides": Fault(
@@ -400,61 +602,8 @@ FAULTS = {
 }
 """Name of the fault -> what it is."""
 
-_PATCH = "tests/test_patch.py::"
-_AROUND = "tests/promises/test_patching.py::test_what_a_layer_does_around_its_attention_stays"
-
 LATER = {
-    # The patch: attngen/patch.py and attngen/hosts
-    "a hook stays": ("removal leaves the hooks of layers, and removes the model's", f"{_PATCH}test_apply_and_remove"),
-    "an attribute stays": ("removal leaves an attribute on each layer", f"{_PATCH}test_apply_and_remove"),
-    "the processor is made anew": (
-        "removal puts a new processor of the same class in a layer, not the one it had",
-        f"{_PATCH}test_apply_and_remove",
-    ),
-    "learned weights stay": (
-        "removal leaves the learned weights attached",
-        "tests/learned/test_modules.py::test_nothing_of_it_shows_or_stays",
-    ),
-    "a second patch wraps the first": (
-        "apply does not remove an older patch before it looks for layers",
-        f"{_PATCH}test_applying_again_and_switching_methods",
-    ),
-    "an old handle removes the new patch": (
-        "a handle does not compare its patch with the model's",
-        f"{_PATCH}test_applying_again_and_switching_methods",
-    ),
-    "no removal at the end of with": (
-        "leaving the context manager removes nothing",
-        f"{_PATCH}test_undone_after_an_exception_in_any_call",
-    ),
-    "a pause that stays": (
-        "leaving paused() does not resume",
-        "tests/learned/test_modules.py::test_paused_is_exact_and_reapply_brings_the_same_weights_back",
-    ),
-    "patterns that match nothing": (
-        "apply accepts a plan with a pattern that matches no layer",
-        f"{_PATCH}test_a_pattern_that_matches_no_layer_is_not_silent",
-    ),
-    "another pipeline's patch is replaced": (
-        "apply does not check that another pipeline patched a shared model",
-        "tests/promises/test_sharing.py::test_a_second_patch_through_another_pipeline_is_refused",
-    ),
-    "cross-attention is patched": ("apply patches cross-attention", f"{_PATCH}test_every_layer_is_reached"),
-    "custom processors are replaced": (
-        "apply patches layers whose processor it does not know",
-        "tests/hosts/test_integrations.py::test_a_custom_processor_is_left_alone",
-    ),
-    "an attention mask is ignored": (
-        "a layer runs its method although the call has a mask",
-        "tests/promises/test_patching.py::test_a_mask_of_attention_is_obeyed_in_a_call_of_the_model",
-    ),
-    "the norm before a layer is forgotten": ("the processor leaves out the layer's group norm", _AROUND),
-    "the residual is forgotten": ("the processor leaves out the layer's residual connection", _AROUND),
-    "the scale of the output is forgotten": ("the processor leaves out rescale_output_factor", _AROUND),
-    "similarity of the wrong tokens": (
-        "merging measures similarity on the layer's input, not the block's",
-        "tests/hosts/test_unet.py::test_tome_gives_the_numbers_of_tomesd",
-    ),
+    # Joint attention and the rows of models
     "the norm of the keys is forgotten": (
         "joint attention leaves out norm_k",
         "tests/hosts/test_transformers.py::test_sd3_layers_by_definition",
@@ -479,30 +628,10 @@ LATER = {
         "the latents' grid is (width, height)",
         "tests/hosts/test_transformers.py::test_every_layer_gets_the_grid",
     ),
-    "the clock runs backwards": ("SiT's time is not reversed", f"{_PATCH}test_stages_by_time"),
-    "draws depend on the time alone": (
-        "the seed does not enter the draws of random merging",
-        f"{_PATCH}test_random_merging_depends_on_seed_and_time_alone",
-    ),
-    "draws of the global generator": (
-        "random merging draws from PyTorch's global generator",
-        f"{_PATCH}test_the_global_random_state_is_neither_read_nor_changed",
-    ),
-    "the caller's dictionary is changed": (
-        "the payload is put into the dictionary that the caller gave",
-        f"{_PATCH}test_the_callers_arguments_are_not_changed",
-    ),
-    "nothing is said of replaced processors": (
-        "no warning where something replaced a patched processor",
-        "tests/hosts/test_integrations.py::test_slicing_is_noticed_and_mended",
-    ),
-    "stages of a batch are mixed": (
-        "a batch whose times lie in several stages is accepted",
-        f"{_PATCH}test_mixed_stages_in_a_batch_are_refused",
-    ),
-    "a hook keeps the latents": (
-        "a hook holds a reference to the latents after the call",
-        "tests/promises/test_machines.py::test_out_of_memory_in_a_step",
+    # The patch
+    "another pipeline's patch is replaced": (
+        "no warning where a shared model was patched through another pipeline",
+        "tests/promises/test_sharing.py",
     ),
 }
 """Name of a fault that is still to be written -> what is broken, and the test that should notice."""
