@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as tf
 
 from attngen import functional as F
+from attngen.methods.focal import _Regions
 from tests import oracles
 from tests.compare import DTYPES, assert_close, normal
 
@@ -65,20 +66,15 @@ def test_focal_attention_sums_to_one_and_is_exact_where_cells_are_uniform():
 @pytest.mark.parametrize(("grid", "window", "margin", "cells"), FOCAL)
 def test_focal_attention_by_a_backend_without_masks(grid, window, margin, cells):
     """The number of tokens of a cell is a channel of the keys there."""
-    from attngen import FocalAttention
 
-    class Backend:
-        kernel = None
-
-        def __call__(self, query, key, value, scale=None):
-            assert query.shape[-1] % 8 == 0 and query.shape[-1] == key.shape[-1] == value.shape[-1]
-            return tf.scaled_dot_product_attention(query, key, value, scale=scale)
+    def backend(query, key, value, scale=None):
+        assert query.shape[-1] % 8 == 0 and query.shape[-1] == key.shape[-1] == value.shape[-1]
+        return tf.scaled_dot_product_attention(query, key, value, scale=scale)
 
     tokens = math.prod(grid)
     for dtype, size, tolerance in ((torch.float32, 8, 1e-5), (torch.float32, 5, 1e-5), (torch.bfloat16, 8, 2e-2)):
         query, key, value = (normal(2, 2, tokens, size, seed=i, dtype=dtype) for i in range(3))
-        method = FocalAttention(window, margin, cells)
-        got = method.attend(query, key, value, grid=grid, agents=None, context=None, attention=Backend())
+        got = _Regions(grid, window, margin, cells).attend(query, key, value, None, None, backend)
         want = oracles.focal_attention(query, key, value, grid, window, margin, F.agent_grid(cells, grid))
         assert_close(got, want, tolerance)
 
@@ -86,19 +82,14 @@ def test_focal_attention_by_a_backend_without_masks(grid, window, margin, cells)
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_the_count_of_a_cell_is_exact_in_half_precision(dtype):
     """One channel alone would be off by a half of a percent."""
-    from attngen import FocalAttention
 
-    class Backend:
-        kernel = None
-
-        def __call__(self, query, key, value, scale=None):
-            counts = ((key[0, :, -4:, 8].double() + key[0, :, -4:, 9].double()) * scale).exp()
-            assert (counts - counts.round()).abs().max() < 1e-3 and counts.sum(-1).round().tolist() == [55] * 9
-            return tf.scaled_dot_product_attention(query, key, value, scale=scale)
+    def backend(query, key, value, scale=None):
+        counts = ((key[0, :, -4:, 8].double() + key[0, :, -4:, 9].double()) * scale).exp()
+        assert (counts - counts.round()).abs().max() < 1e-3 and counts.sum(-1).round().tolist() == [55] * 9
+        return tf.scaled_dot_product_attention(query, key, value, scale=scale)
 
     query, key, value = (normal(1, 1, 64, 8, seed=i, dtype=dtype) for i in range(3))
-    method = FocalAttention(3, 0, 4)
-    method.attend(query, key, value, grid=(8, 8), agents=None, context=None, attention=Backend())
+    _Regions((8, 8), 3, 0, 4).attend(query, key, value, None, None, backend)
 
 
 def test_focal_attention_of_a_tiny_scale_is_finite():
