@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import attngen
-from attngen.step import StepInfo
+from attngen.layers.call import Call
 from tests.builders.hosts import fresh, normal, self_attention
 from tests.builders.pipelines import KINDS, METHODS
 from tests.promises.matrix import ACTIONS, Case
@@ -73,7 +73,7 @@ def test_a_mask_of_attention_is_obeyed_in_a_call_of_the_model():
     x, mask = normal(2, 256, layer.to_q.in_features), 3 * normal(2, 256, 256, seed=1)
     stock, unmasked = layer(x, attention_mask=mask), layer(x)
     attngen.apply(model, METHODS["agents"])
-    info = StepInfo("0", (16, 16))
+    info = Call("0", (16, 16))
     assert not torch.equal(layer(x, attngen=info), unmasked)
     assert torch.equal(layer(x, attention_mask=mask, attngen=info), stock)
 
