@@ -1,11 +1,11 @@
-"""Train a small autoencoder for pictures, whose latents a SiT can be trained on.
+"""Train a small autoencoder for images, whose latents a SiT can be trained on.
 
     python -m train.build_emoji --size 128 --no-skin-tones --out runs/emoji-128.zip
     python -m train.vae --data runs/emoji-128.zip --out runs/vae --minutes 25
     python -m train.encode --data runs/emoji-128.zip --vae runs/vae/vae --image-size 128 --variants 8 --out runs/latents
 
 Every random draw is a function of the seed and the step, so with --steps a run that was stopped and resumed equals one
-that was not. SIGTERM and Ctrl+C save and end it with exit status 0; --resume goes on.
+that was not. SIGTERM and Ctrl+C save and end it with exit status 0; --resume continues.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
         prog="python -m train.vae", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("runs/vae"), help="folder of the run")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
     parser.add_argument("--threads", type=int, help="CPU threads")
     recipe = parser.add_argument_group("the recipe")
     described = _described(VaeConfig.__doc__ or "")
@@ -73,18 +73,18 @@ def train(options: argparse.Namespace, config: Any) -> int:
 
     from pipelines.cli.signals import StopOnSignal
     from train.checkpoint import list_checkpoints
-    from train.vae_data import read_pictures
+    from train.vae_data import read_images
     from train.vae_run import start
 
     if options.threads:
         torch.set_num_threads(options.threads)
     found = list_checkpoints(options.out / "checkpoints")
     if found and not options.resume:
-        raise ValueError(f"{options.out} holds a run already; pass --resume to go on, or another --out")
-    run = start(config, read_pictures(config.data, config.image_size), options.out)
+        raise ValueError(f"{options.out} already holds a run; pass --resume to continue it, or another --out")
+    run = start(config, read_images(config.data, config.image_size), options.out)
     if options.resume:
-        where = f"goes on from {found[-1]}" if found else f"begins anew: {options.out} holds no checkpoint"
-        print(f"train.vae: the run {where}", file=sys.stderr)
+        where = f"resuming from {found[-1]}" if found else f"no checkpoint in {options.out}, starting from scratch"
+        print(f"train.vae: {where}", file=sys.stderr)
     with StopOnSignal() as stop:
         _loop(run, stop)
     return 1 if run.lost else 0
@@ -107,11 +107,11 @@ def _loop(run: Any, stop: Any) -> None:
                 run.save()
                 saved = run.step
             if run.step % config.eval_every == 0:
-                bar.set_postfix(step=run.step, psnr=run.evaluate(config.eval_pictures)["psnr"])
+                bar.set_postfix(step=run.step, psnr=run.evaluate(config.eval_images)["psnr"])
     if saved != run.step:
         run.save()
     if not run.is_done:
-        print(f"stopped after step {run.step}; --resume goes on", file=sys.stderr)
+        print(f"stopped after step {run.step}; --resume continues", file=sys.stderr)
         return
     run.export()
 

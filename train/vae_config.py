@@ -16,15 +16,15 @@ class VaeConfig:
     """Everything that decides a training run of an autoencoder. Saved beside it as JSON.
 
     Attributes:
-        data: emoji file made by `train.build_emoji`, or pictures, as for `train.sit`.
-        image_size: side of the pictures, in pixels.
-        latent_channels: channels of the latents, whose side is an eighth of the picture's.
-        channels: of the network at 1/2, 1/4 and 1/8 of the picture's side.
+        data: emoji file made by `train.build_emoji`, or images, as for `train.sit`.
+        image_size: side of the images, in pixels.
+        latent_channels: channels of the latents, whose side is an eighth of the image's.
+        channels: of the network at 1/2, 1/4 and 1/8 of the image's side.
         layers: residual blocks at the same three sizes, in the encoder and in the decoder.
         crop_size: side of the random crops, in pixels.
-        crop_share: share of the run, from its beginning, that trains on crops; the rest trains on whole pictures.
+        crop_share: share of the run, from its beginning, that trains on crops; the rest trains on whole images.
         latent_noise: standard deviation of the noise on the latents that the decoder is trained with.
-        batch_size: pictures a step.
+        batch_size: images a step.
         steps: optimiser steps, or 0 for a run of `minutes`.
         minutes: of a run whose schedule follows the time; 0 for one of `steps`. Only `steps` make equal runs.
         learning_rate: of AdamW, for biases and norms.
@@ -34,8 +34,8 @@ class VaeConfig:
         mixed_precision: "bf16" or "no".
         seed: of weights, order, crops and noise.
         log_every: steps between lines of the log.
-        eval_every: steps between measurements on held-out pictures.
-        eval_pictures: held-out pictures measured before the end; at the end all are.
+        eval_every: steps between measurements on held-out images.
+        eval_images: held-out images measured before the end; at the end all are.
         save_every: steps between checkpoints.
         keep: checkpoints kept.
     """
@@ -59,7 +59,7 @@ class VaeConfig:
     seed: int = 0
     log_every: int = 50
     eval_every: int = 1000
-    eval_pictures: int = 64
+    eval_images: int = 64
     save_every: int = 500
     keep: int = 2
 
@@ -69,7 +69,7 @@ class VaeConfig:
                 raise ValueError(f"{name} must be a positive multiple of {FACTOR}, got {getattr(self, name)}")
         if self.crop_size > self.image_size:
             raise ValueError(f"crop_size {self.crop_size} is larger than image_size {self.image_size}; make it smaller")
-        for name in ("latent_channels", "batch_size", "log_every", "eval_every", "eval_pictures", "save_every", "keep"):
+        for name in ("latent_channels", "batch_size", "log_every", "eval_every", "eval_images", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if len(self.channels) != 3 or len(self.layers) != 3 or min(self.layers) < 1:

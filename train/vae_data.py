@@ -1,4 +1,4 @@
-"""The pictures that `python -m train.vae` trains on and the held-out ones that it is measured on, all in memory."""
+"""The images that `python -m train.vae` trains on and the held-out ones that it is measured on, all in memory."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from train.data import is_emoji, open_data
 from train.emoji import DATA_FILE, SKIN_TONES, TEST_SHARE, cut_out, is_held_out, read_data_file, to_float
 
 
-class Pictures(NamedTuple):
-    """Pictures in two parts.
+class Images(NamedTuple):
+    """Images in two parts.
 
     Attributes:
         train: (N, 3, size, size), uint8.
@@ -30,25 +30,25 @@ class Pictures(NamedTuple):
     fingerprint: str
 
 
-def read_pictures(spec: str, image_size: int) -> Pictures:
-    """Read all pictures of a data set.
+def read_images(spec: str, image_size: int) -> Images:
+    """Read all images of a data set.
 
     Emoji are held out by the project's rule, by their base; skin tones are left out, as in `EmojiDataset`, and
-    emoji outside every class are taken in. Of other pictures a tenth is held out, by a hash of the pixels.
+    emoji outside every class are taken in. Of other images a tenth is held out, by a hash of the pixels.
 
     Args:
-        spec: "emoji", a file made by `train.build_emoji` (`….zip`), or pictures, as for `train.sit`.
-        image_size: side of the pictures, in pixels.
+        spec: "emoji", a file made by `train.build_emoji` (`….zip`), or images, as for `train.sit`.
+        image_size: side of the images, in pixels.
 
     Raises:
         ValueError: if they cannot be read, or one of the parts would be empty.
     """
     images, names, held = _emoji(spec, image_size) if is_emoji(spec) else _others(spec, image_size)
     if held.all() or not held.any():
-        raise ValueError(f"{spec} holds {len(names)} pictures, too few to hold some out; pass more")
+        raise ValueError(f"{spec} holds {len(names)} images, too few to hold some out; pass more")
     digest = hashlib.sha256(images.numpy().tobytes())
     held_names = [name for name, is_held in zip(names, held.tolist(), strict=True) if is_held]
-    return Pictures(images[~held], images[held], held_names, f"pictures-{len(names)}-{digest.hexdigest()[:16]}")
+    return Images(images[~held], images[held], held_names, f"images-{len(names)}-{digest.hexdigest()[:16]}")
 
 
 def _emoji(spec: str, image_size: int) -> tuple[Tensor, list[str], Tensor]:
@@ -68,33 +68,33 @@ def _emoji(spec: str, image_size: int) -> tuple[Tensor, list[str], Tensor]:
 def _others(spec: str, image_size: int) -> tuple[Tensor, list[str], Tensor]:
     data: Any = open_data(spec, image_size=image_size)
     if data.is_latent:
-        raise ValueError(f"{spec} holds latents; an autoencoder is trained on pictures")
+        raise ValueError(f"{spec} holds latents; an autoencoder is trained on images")
     chosen = [data.readable(i)[1] for i in range(len(data))]
     images = torch.stack([torch.from_numpy(data.picture(i).copy()) for i in chosen])
     draws = [int.from_bytes(hashlib.sha256(image.numpy().tobytes()).digest()[:8], "big") for image in images]
     return images, data.names(chosen), torch.tensor([draw % TEST_SHARE == 0 for draw in draws])
 
 
-def make_batch(pictures: Tensor, seed: int, step: int, batch_size: int, crop_size: int | None) -> Tensor:
-    """The pictures of a step: a function of the seed and the step.
+def make_batch(images: Tensor, seed: int, step: int, batch_size: int, crop_size: int | None) -> Tensor:
+    """The images of a step: a function of the seed and the step.
 
     Args:
-        pictures: (N, 3, size, size), uint8.
+        images: (N, 3, size, size), uint8.
         seed: of the run.
         step: steps done.
-        batch_size: pictures in the batch.
-        crop_size: side of a crop at a random place, or None for whole pictures.
+        batch_size: images in the batch.
+        crop_size: side of a crop at a random place, or None for whole images.
 
     Returns:
         float32 (batch_size, 3, side, side) in [-1, 1], each mirrored with probability 1/2, in channels-last order.
     """
-    indices = sample_order(seed, torch.ones(len(pictures)), step * batch_size, batch_size)
-    side = crop_size or pictures.shape[-1]
+    indices = sample_order(seed, torch.ones(len(images)), step * batch_size, batch_size)
+    side = crop_size or images.shape[-1]
     generator = generator_for(seed, "crops", step)
-    places = torch.randint(pictures.shape[-1] - side + 1, (batch_size, 2), generator=generator).tolist()
+    places = torch.randint(images.shape[-1] - side + 1, (batch_size, 2), generator=generator).tolist()
     mirrored = (torch.rand(batch_size, generator=generator) < 0.5).tolist()
     batch = torch.stack(
-        [pictures[i, :, y : y + side, x : x + side] for i, (y, x) in zip(indices.tolist(), places, strict=True)]
+        [images[i, :, y : y + side, x : x + side] for i, (y, x) in zip(indices.tolist(), places, strict=True)]
     )
     batch = torch.stack([image.flip(-1) if flip else image for image, flip in zip(batch, mirrored, strict=True)])
     return to_float(batch).contiguous(memory_format=torch.channels_last)

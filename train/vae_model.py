@@ -15,12 +15,12 @@ from train.vae_config import VaeConfig
 # Weights of the terms of the loss beside L1.
 L2_WEIGHT, EDGE_WEIGHT, SCALES_WEIGHT, LATENT_WEIGHT = 4.0, 0.5, 0.5, 1e-3
 SCALES = 3
-"""Times that the picture is halved for the multi-scale term."""
+"""Times that the image is halved for the multi-scale term."""
 
 
 def build_vae(config: VaeConfig) -> AutoencoderDC:
     """The network of a configuration, with weights drawn from its seed and the global RNG left alone."""
-    # The first size has no blocks of its own: the picture is unshuffled to the second at once.
+    # The first size has no blocks of its own: the image is unshuffled to the second at once.
     channels, layers = (config.channels[0] // 2, *config.channels), (0, *config.layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -85,17 +85,17 @@ def build_optimizers(vae: nn.Module, config: VaeConfig) -> list[torch.optim.Opti
     ]
 
 
-def reconstruction_loss(decoded: Tensor, pictures: Tensor) -> Tensor:
+def reconstruction_loss(decoded: Tensor, images: Tensor) -> Tensor:
     """L1, L2, L1 of neighbouring pixels' differences (edges), and L1 at a half, a quarter and an eighth of the size.
 
     Args:
-        decoded: (B, 3, H, W), what the autoencoder makes of `pictures`.
-        pictures: (B, 3, H, W) in [-1, 1].
+        decoded: (B, 3, H, W), what the autoencoder makes of `images`.
+        images: (B, 3, H, W) in [-1, 1].
 
     Returns:
         A scalar, in float32.
     """
-    error = decoded.float() - pictures.float()
+    error = decoded.float() - images.float()
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     loss = error.abs().mean() + L2_WEIGHT * error.square().mean() + EDGE_WEIGHT * edges
     for _ in range(SCALES):
@@ -110,13 +110,13 @@ def latent_loss(latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def latent_statistics(vae: Any, pictures: Tensor, batch_size: int = 32) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of the latents of pictures, over pictures and places.
+def latent_statistics(vae: Any, images: Tensor, batch_size: int = 32) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of the latents of images, over images and places.
 
     Args:
         vae: an autoencoder whose `encode` returns latents, without randomness.
-        pictures: (N, 3, H, W), uint8.
-        batch_size: pictures encoded together.
+        images: (N, 3, H, W), uint8.
+        batch_size: images encoded together.
 
     Returns:
         `latents_mean` and `latents_std`, as diffusers' autoencoders have them in their configuration.
@@ -125,7 +125,7 @@ def latent_statistics(vae: Any, pictures: Tensor, batch_size: int = 32) -> tuple
 
     total = square = torch.zeros((), dtype=torch.float64)
     count = 0
-    for part in pictures.split(batch_size):
+    for part in images.split(batch_size):
         latents = vae.encode(to_float(part), return_dict=False)[0].double()
         total = total + latents.sum(dim=(0, 2, 3))
         square = square + latents.square().sum(dim=(0, 2, 3))

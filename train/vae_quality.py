@@ -1,4 +1,4 @@
-"""How well an autoencoder reconstructs pictures: PSNR, error on white, shift of colours; and a sheet to look at."""
+"""How well an autoencoder reconstructs images: PSNR, error on white, shift of colours; and a sheet to look at."""
 
 from __future__ import annotations
 
@@ -12,61 +12,61 @@ from torch import Tensor
 from train.emoji import to_float
 
 SHOWN = 32
-"""Pictures of a sheet, in rows of 8, each above its reconstruction."""
+"""Images of a sheet, in rows of 8, each above its reconstruction."""
 COLUMNS = 8
 
 
 @torch.no_grad()
-def reconstruct(vae: Any, pictures: Tensor, batch_size: int = 16) -> Tensor:
-    """What an autoencoder makes of pictures.
+def reconstruct(vae: Any, images: Tensor, batch_size: int = 16) -> Tensor:
+    """What an autoencoder makes of images.
 
     Args:
         vae: an autoencoder of diffusers whose `encode` returns latents, without randomness.
-        pictures: (N, 3, H, W), uint8.
-        batch_size: pictures worked on together.
+        images: (N, 3, H, W), uint8.
+        batch_size: images worked on together.
 
     Returns:
         (N, 3, H, W), uint8.
     """
     parts = []
-    for part in pictures.split(batch_size):
+    for part in images.split(batch_size):
         latents = vae.encode(to_float(part).to(vae.device, vae.dtype), return_dict=False)[0]
         decoded = vae.decode(latents, return_dict=False)[0].float().cpu()
         parts.append(((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
     return torch.cat(parts)
 
 
-def psnr(decoded: Tensor, pictures: Tensor) -> Tensor:
-    """(N,) peak signal-to-noise ratio of each picture, in dB; of equal ones that of an error of half a level.
+def psnr(decoded: Tensor, images: Tensor) -> Tensor:
+    """(N,) peak signal-to-noise ratio of each image, in dB; of equal ones that of an error of half a level.
 
     Args:
         decoded: (N, 3, H, W), uint8.
-        pictures: (N, 3, H, W), uint8.
+        images: (N, 3, H, W), uint8.
     """
-    error = (decoded.double() - pictures.double()).square().flatten(1).mean(dim=1).clamp(min=0.25)
+    error = (decoded.double() - images.double()).square().flatten(1).mean(dim=1).clamp(min=0.25)
     return 10 * torch.log10(255.0**2 / error)
 
 
-def measure(decoded: Tensor, pictures: Tensor, names: Sequence[str]) -> dict[str, Any]:
+def measure(decoded: Tensor, images: Tensor, names: Sequence[str]) -> dict[str, Any]:
     """Numbers on reconstructions.
 
     Args:
         decoded: (N, 3, H, W), uint8.
-        pictures: (N, 3, H, W), uint8: the originals.
-        names: of the pictures.
+        images: (N, 3, H, W), uint8: the originals.
+        names: of the images.
 
     Returns:
-        `pictures`; `psnr`, its mean over pictures in dB; `psnr_worst_tenth`, which a tenth of them does not reach;
-        `psnr_worst` and `worst`, the last picture; `white_error`, the mean absolute error where all channels of the
-        original are 255, in levels, or None without such a pixel; `colour_shift`, the mean over pictures and channels
+        `images`; `psnr`, its mean over images in dB; `psnr_worst_tenth`, which a tenth of them does not reach;
+        `psnr_worst` and `worst`, the last image; `white_error`, the mean absolute error where all channels of the
+        original are 255, in levels, or None without such a pixel; `colour_shift`, the mean over images and channels
         of the absolute value of the mean shift, in levels; `shift_rgb`, the mean shift of each channel.
     """
-    found = psnr(decoded, pictures)
-    difference = decoded.float() - pictures.float()
-    white = (pictures == 255).all(dim=1, keepdim=True).expand_as(pictures)
+    found = psnr(decoded, images)
+    difference = decoded.float() - images.float()
+    white = (images == 255).all(dim=1, keepdim=True).expand_as(images)
     shift = difference.mean(dim=(2, 3))
     return {
-        "pictures": len(pictures),
+        "images": len(images),
         "psnr": round(float(found.mean()), 3),
         "psnr_worst_tenth": round(float(found.quantile(0.1)), 3),
         "psnr_worst": round(float(found.min()), 3),
@@ -77,12 +77,12 @@ def measure(decoded: Tensor, pictures: Tensor, names: Sequence[str]) -> dict[str
     }
 
 
-def write_sheet(decoded: Tensor, pictures: Tensor, path: Path, settings: dict[str, Any]) -> None:
-    """Pictures evenly chosen, in rows, each row above that of its reconstructions, as a PNG that holds `settings`.
+def write_sheet(decoded: Tensor, images: Tensor, path: Path, settings: dict[str, Any]) -> None:
+    """Images evenly chosen, in rows, each row above that of its reconstructions, as a PNG that holds `settings`.
 
     Args:
         decoded: (N, 3, H, W), uint8.
-        pictures: (N, 3, H, W), uint8: the originals.
+        images: (N, 3, H, W), uint8: the originals.
         path: of the file.
         settings: to keep in the file.
     """
@@ -90,11 +90,11 @@ def write_sheet(decoded: Tensor, pictures: Tensor, path: Path, settings: dict[st
 
     from pipelines.images import grid, save_png
 
-    count = min(SHOWN, len(pictures))
-    chosen = torch.linspace(0, len(pictures) - 1, count).long().tolist()
+    count = min(SHOWN, len(images))
+    chosen = torch.linspace(0, len(images) - 1, count).long().tolist()
     rows: list[list[Image.Image]] = []
     for start in range(0, count, COLUMNS):
-        for images in (pictures, decoded):
-            picked = [images[i].permute(1, 2, 0).contiguous().numpy() for i in chosen[start : start + COLUMNS]]
+        for rendered in (images, decoded):
+            picked = [rendered[i].permute(1, 2, 0).contiguous().numpy() for i in chosen[start : start + COLUMNS]]
             rows.append([Image.fromarray(pixels) for pixels in picked])
     save_png(grid(rows), path, settings)

@@ -26,12 +26,12 @@ from train.checkpoint import (
 from train.meter import append_line, trim_log
 from train.samples import write_pipeline
 from train.vae_config import VaeConfig
-from train.vae_data import Pictures, make_batch
+from train.vae_data import Images, make_batch
 from train.vae_model import build_optimizers, build_vae, latent_loss, latent_statistics, reconstruction_loss
 from train.vae_quality import measure, reconstruct, write_sheet
 
-# What may change when a run goes on.
-FREE = ("data", "steps", "minutes", "log_every", "eval_every", "eval_pictures", "save_every", "keep")
+# Options that may change on resume.
+FREE = ("data", "steps", "minutes", "log_every", "eval_every", "eval_images", "save_every", "keep")
 
 
 @dataclass
@@ -40,7 +40,7 @@ class VaeRun:
 
     Attributes:
         config: of the run.
-        pictures: it trains on and is measured on.
+        images: it trains on and is measured on.
         vae: the network.
         optimizers: AdamW and Muon.
         ema: diffusers' average of the weights.
@@ -51,7 +51,7 @@ class VaeRun:
     """
 
     config: VaeConfig
-    pictures: Pictures
+    images: Images
     vae: Any
     optimizers: Sequence[torch.optim.Optimizer]
     ema: Any
@@ -81,7 +81,7 @@ class VaeRun:
         started, config = time.monotonic(), self.config
         whole = self.progress >= config.crop_share
         size = None if whole else config.crop_size
-        batch = make_batch(self.pictures.train, config.seed, self.step, config.batch_size, size)
+        batch = make_batch(self.images.train, config.seed, self.step, config.batch_size, size)
         noise = generator_for(config.seed, "latent noise", self.step)
         with _autocast(config):
             latents = self.vae.encode(batch, return_dict=False)[0]
@@ -126,17 +126,17 @@ class VaeRun:
             self.ema.restore(self.vae.parameters())
 
     def evaluate(self, count: int | None = None) -> dict[str, Any]:
-        """Measure the averaged weights on held-out pictures, evenly chosen: into the log and onto a sheet.
+        """Measure the averaged weights on held-out images, evenly chosen: into the log and onto a sheet.
 
         Args:
-            count: pictures, or None for all.
+            count: images, or None for all.
         """
-        held, total = self.pictures.held_out, len(self.pictures.held_out)
+        held, total = self.images.held_out, len(self.images.held_out)
         chosen = torch.linspace(0, total - 1, min(count or total, total)).long()
         with self.averaged() as vae:
             decoded = reconstruct(vae, held[chosen])
-        found = measure(decoded, held[chosen], [self.pictures.names[i] for i in chosen.tolist()])
-        self._tell({"held_out": found})
+        found = measure(decoded, held[chosen], [self.images.names[i] for i in chosen.tolist()])
+        self._record({"held_out": found})
         sheet = self.out / "samples" / f"step-{self.step:08d}.png"
         self._try(f"{sheet}", lambda: write_sheet(decoded, held[chosen], sheet, {"step": self.step, **found}))
         return found
@@ -151,19 +151,19 @@ class VaeRun:
             "learning_rate": self.config.learning_rate * self.config.rate_factor(self.progress),
         }
         self._logged, self._losses = (self.step, self.seconds), []
-        self._tell(line)
+        self._record(line)
 
-    def _tell(self, record: dict[str, Any]) -> None:
+    def _record(self, record: dict[str, Any]) -> None:
         self._try("the log", lambda: append_line(self.out / "log.jsonl", {"step": self.step, **record}))
 
     def save(self) -> None:
-        """Write a checkpoint; one that cannot be written is reported, and the run goes on."""
+        """Write a checkpoint; one that cannot be written is reported, and the run continues."""
         tensors, _ = checkpoint_tensors(self.vae, self.optimizers, self.ema, ())
         state = {
             "config": self.config.to_dict(),
             "ema_step": self.ema.optimization_step,
             "seconds": self.seconds,
-            "fingerprint": self.pictures.fingerprint,
+            "fingerprint": self.images.fingerprint,
         }
         folder = self.out / "checkpoints"
         self.lost = not self._try(
@@ -180,20 +180,20 @@ class VaeRun:
         return True
 
     def export(self) -> None:
-        """Measure the averaged weights on all held-out pictures and write them as a diffusers folder in half precision.
+        """Measure the averaged weights on all held-out images and write them as a diffusers folder in half precision.
 
-        The mean and standard deviation of the latents' channels, over the training pictures, go into its configuration,
+        The mean and standard deviation of the latents' channels, over the training images, go into its configuration,
         `metrics.json` beside it has the numbers of the weights in full precision and as exported.
         """
-        held = self.pictures.held_out
+        held = self.images.held_out
         found = self.evaluate()
         with self.averaged() as vae:
             weights = {name: tensor.half() for name, tensor in vae.state_dict().items()}
-            mean, std = latent_statistics(vae, self.pictures.train)
+            mean, std = latent_statistics(vae, self.images.train)
         exported = build_vae(self.config)
         exported.load_state_dict(weights)  # half precision's values, in float32 to measure
         exported.register_to_config(latents_mean=mean, latents_std=std)
-        in_half = measure(reconstruct(exported, held), held, self.pictures.names)
+        in_half = measure(reconstruct(exported, held), held, self.images.names)
         metrics = {"step": self.step, "seconds": round(self.seconds, 1), "held_out": found, "held_out_fp16": in_half}
 
         def write() -> None:
@@ -203,22 +203,22 @@ class VaeRun:
         self.lost = not self._try("the exported autoencoder", write) or self.lost
 
 
-def start(config: VaeConfig, pictures: Pictures, out: Path) -> VaeRun:
+def start(config: VaeConfig, images: Images, out: Path) -> VaeRun:
     """A run from its newest checkpoint, or from the beginning where there is none.
 
     Raises:
-        ValueError: if the checkpoint is damaged, or of another configuration or other pictures.
+        ValueError: if the checkpoint is damaged, or of another configuration or other images.
     """
     from diffusers.training_utils import EMAModel
 
     vae = build_vae(config)
     found = list_checkpoints(out / "checkpoints")
-    checkpoint = _read(found[-1], config, pictures) if found else None
+    checkpoint = _read(found[-1], config, images) if found else None
     if checkpoint is not None:
         vae.load_state_dict(checkpoint[0]["model"])
     optimizers = build_optimizers(vae, config)
     ema = EMAModel(vae.parameters(), decay=config.ema_decay, foreach=True)
-    run = VaeRun(config, pictures, vae, optimizers, ema, out)
+    run = VaeRun(config, images, vae, optimizers, ema, out)
     if checkpoint is not None:
         tensors, state = checkpoint
         for i, optimizer in enumerate(optimizers):
@@ -233,7 +233,7 @@ def start(config: VaeConfig, pictures: Pictures, out: Path) -> VaeRun:
     return run
 
 
-def _read(path: Path, config: VaeConfig, pictures: Pictures) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+def _read(path: Path, config: VaeConfig, images: Images) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """A checkpoint's tensors and state; ValueError if it is of another run."""
     tensors, state = load_checkpoint(path)
     for name, value in json.loads(json.dumps(config.to_dict())).items():
@@ -243,8 +243,8 @@ def _read(path: Path, config: VaeConfig, pictures: Pictures) -> tuple[dict[str, 
                 f"{path} was trained with {name} = {was!r}, not {value!r}; resume with what it had, or pass another"
                 " --out"
             )
-    if state["fingerprint"] != pictures.fingerprint:
-        raise ValueError(f"{path} was trained on other pictures than {config.data!r} is now; pass another --out")
+    if state["fingerprint"] != images.fingerprint:
+        raise ValueError(f"{path} was trained on other images than {config.data!r}; pass another --out")
     return tensors, state
 
 

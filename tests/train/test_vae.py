@@ -21,7 +21,7 @@ from train.data import open_data
 from train.emoji import DATA_FILE, SKIN_TONES, is_held_out, read_data_file
 from train.latents import LatentData, load_vae, scale, unscale
 from train.vae_config import VaeConfig
-from train.vae_data import make_batch, read_pictures
+from train.vae_data import make_batch, read_images
 from train.vae_model import KernelMuon, build_vae, latent_statistics, reconstruction_loss
 from train.vae_quality import measure, psnr, reconstruct
 
@@ -39,9 +39,9 @@ MEAN, STD = (1.0, -2.0, 0.5), (0.5, 2.0, 4.0)
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """60 pictures of one colour each, in a folder of two classes."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory) -> Path:
+    """60 images of one colour each, in a folder of two classes."""
+    folder = tmp_path_factory.mktemp("images")
     for i in range(60):
         place = folder / ("warm" if i % 2 else "cool")
         place.mkdir(exist_ok=True)
@@ -49,23 +49,23 @@ def pictures(tmp_path_factory) -> Path:
     return folder
 
 
-def arguments(pictures: Path, out: Path, *options: str) -> list[str]:
-    given = ["--data", str(pictures), "--out", str(out), "--image-size", str(SIZE), "--crop-size", "8"]
+def arguments(images: Path, out: Path, *options: str) -> list[str]:
+    given = ["--data", str(images), "--out", str(out), "--image-size", str(SIZE), "--crop-size", "8"]
     given += ["--latent-channels", "4", "--channels", "8", "8", "8", "--layers", "1", "1", "1", "--batch-size", "4"]
     return [*given, "--mixed-precision", "no", "--save-every", "3", "--log-every", "2", "--eval-every", "4", *options]
 
 
 @pytest.fixture(scope="module")
-def trained(pictures, tmp_path_factory) -> Path:
+def trained(images, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
-    assert vae.main(arguments(pictures, out, "--steps", "8")) == 0
+    assert vae.main(arguments(images, out, "--steps", "8")) == 0
     return out
 
 
 # Training
 
 
-def test_a_run_that_was_stopped_equals_one_that_was_not(pictures, trained, tmp_path, monkeypatch, capsys):
+def test_a_run_that_was_stopped_equals_one_that_was_not(images, trained, tmp_path, monkeypatch, capsys):
     out = tmp_path / "parts"
     whole_step, count = vae_run_step(), 0
 
@@ -77,12 +77,12 @@ def test_a_run_that_was_stopped_equals_one_that_was_not(pictures, trained, tmp_p
         return whole_step(run)
 
     monkeypatch.setattr("train.vae_run.VaeRun.train_step", stopped_after_five)
-    assert vae.main(arguments(pictures, out, "--steps", "8")) == 130
+    assert vae.main(arguments(images, out, "--steps", "8")) == 130
     monkeypatch.undo()
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000003"]
-    assert vae.main(arguments(pictures, out, "--steps", "8")) == 2  # not without --resume
+    assert vae.main(arguments(images, out, "--steps", "8")) == 2  # not without --resume
     assert "--resume" in capsys.readouterr().err
-    assert vae.main(arguments(pictures, out, "--steps", "8", "--resume")) == 0
+    assert vae.main(arguments(images, out, "--steps", "8", "--resume")) == 0
     for name in ("model", "ema", "optimizer_0", "optimizer_1"):
         here, there = (load_file(run / f"checkpoints/step-00000008/{name}.safetensors") for run in (out, trained))
         assert here.keys() == there.keys() and all(torch.equal(here[key], there[key]) for key in here)
@@ -96,7 +96,7 @@ def vae_run_step() -> Any:
     return VaeRun.train_step
 
 
-def test_sigterm_saves_and_a_budget_of_minutes_ends(pictures, tmp_path, monkeypatch, capsys):
+def test_sigterm_saves_and_a_budget_of_minutes_ends(images, tmp_path, monkeypatch, capsys):
     import os
     import signal
 
@@ -109,29 +109,29 @@ def test_sigterm_saves_and_a_budget_of_minutes_ends(pictures, tmp_path, monkeypa
         return step(run)
 
     monkeypatch.setattr("train.vae_run.VaeRun.train_step", stop_in_the_second)
-    given = arguments(pictures, tmp_path / "x", "--minutes", "0.5")
+    given = arguments(images, tmp_path / "x", "--minutes", "0.5")
     assert vae.main(given) == 0 and "stopped after step 2" in capsys.readouterr().err
     assert vae.main([*given, "--resume"]) == 0
     assert [path.name for path in sorted((tmp_path / "x" / "checkpoints").iterdir())][-1] == "step-00000005"
 
 
-def test_training_lowers_the_error(pictures, tmp_path):
+def test_training_lowers_the_error(images, tmp_path):
     options = ["--steps", "150", "--eval-every", "150", "--save-every", "150", "--ema-decay", "0.5"]
-    assert vae.main(arguments(pictures, tmp_path / "x", *options)) == 0
+    assert vae.main(arguments(images, tmp_path / "x", *options)) == 0
     metrics = json.loads((tmp_path / "x" / "metrics.json").read_text())
     untrained = build_vae(VaeConfig(**TINY))
-    held = read_pictures(str(pictures), SIZE).held_out
+    held = read_images(str(images), SIZE).held_out
     before = float(psnr(reconstruct(untrained, held), held).mean())
     assert metrics["held_out"]["psnr"] > before + 2
     assert metrics["held_out_fp16"]["psnr"] == pytest.approx(metrics["held_out"]["psnr"], abs=0.2)
 
 
-def test_the_export_is_a_folder_of_diffusers_with_statistics_of_its_latents(pictures, trained):
+def test_the_export_is_a_folder_of_diffusers_with_statistics_of_its_latents(images, trained):
     folder = trained / "vae"
     tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
     model = AutoencoderDC.from_pretrained(folder)
-    train = read_pictures(str(pictures), SIZE).train
+    train = read_images(str(images), SIZE).train
     with torch.no_grad():
         latents = model.encode(train / 127.5 - 1, return_dict=False)[0].transpose(0, 1).flatten(1)
     assert model.config["latents_mean"] == pytest.approx(latents.mean(1).tolist(), abs=2e-3)
@@ -141,18 +141,18 @@ def test_the_export_is_a_folder_of_diffusers_with_statistics_of_its_latents(pict
     assert (trained / "samples" / "step-00000008.png").is_file()
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(pictures, tmp_path, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_ends_the_run(images, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("train.vae_run.reconstruction_loss", lambda decoded, batch: decoded.mean() * math.nan)
-    assert vae.main(arguments(pictures, tmp_path / "x", "--steps", "3")) == 2
+    assert vae.main(arguments(images, tmp_path / "x", "--steps", "3")) == 2
     assert "the loss is nan" in capsys.readouterr().err and not (tmp_path / "x" / "checkpoints").exists()
 
 
-def test_a_checkpoint_of_another_run_is_refused(pictures, trained, capsys):
+def test_a_checkpoint_of_another_run_is_refused(images, trained, capsys):
     options = ["--steps", "8", "--resume"]
-    assert vae.main(arguments(pictures, trained, *options, "--latent-noise", "0.5")) == 2
+    assert vae.main(arguments(images, trained, *options, "--latent-noise", "0.5")) == 2
     assert "latent_noise = 0.2, not 0.5" in capsys.readouterr().err
     assert vae.main([*arguments(Path("emoji"), trained, *options)]) == 2
-    assert "other pictures" in capsys.readouterr().err
+    assert "other images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -209,11 +209,11 @@ def test_statistics_do_not_depend_on_the_batches():
 def test_the_emoji_are_held_out_by_their_base():
     index, _ = read_data_file(DATA_FILE)
     plain = [entry for entry in index["emoji"] if SKIN_TONES.isdisjoint(entry["codepoints"])]
-    found = read_pictures("emoji", 16)
+    found = read_images("emoji", 16)
     assert found.names == [entry["name"] for entry in plain if is_held_out(entry["base"])]
     assert len(found.train) + len(found.held_out) == len(plain) and len(found.held_out) == len(found.names)
     with pytest.raises(ValueError, match="build_emoji --size 128"):
-        read_pictures("emoji", 128)
+        read_images("emoji", 128)
 
 
 def test_larger_emoji_can_be_drawn_without_skin_tones(tmp_path, monkeypatch):
@@ -224,8 +224,8 @@ def test_larger_emoji_can_be_drawn_without_skin_tones(tmp_path, monkeypatch):
 
     def render_all(entries: list[dict[str, Any]], font: object, size: int) -> Any:
         drawn.extend(entry["codepoints"] for entry in entries)
-        pictures = [Image.new("RGB", (size, size), (i, 0, 0)) for i in range(len(entries))]
-        return entries, pictures, {"missing": 0, "duplicate": 0}
+        images = [Image.new("RGB", (size, size), (i, 0, 0)) for i in range(len(entries))]
+        return entries, images, {"missing": 0, "duplicate": 0}
 
     hands = [codepoints(0x1F44B), codepoints(0x1F44B, 0x1F3FB)]
     monkeypatch.setattr(build_emoji, "read_emoji_test", lambda path: ("15.0", hands))
@@ -245,7 +245,7 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert not torch.equal(first, make_batch(images, 0, 8, 4, 8))
     whole = make_batch(images, 0, 7, 4, None)
     originals = torch.cat([images, images.flip(-1)]).float() / 127.5 - 1
-    assert all(any(torch.allclose(picture, original) for original in originals) for picture in whole)
+    assert all(any(torch.allclose(image, original) for original in originals) for image in whole)
     crops = originals.unfold(2, 8, 1).unfold(3, 8, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
     assert all((crops - crop).abs().flatten(1).amax(1).min() < 1e-6 for crop in first)
 
@@ -318,15 +318,15 @@ def kind(request) -> Any:
         return make(), shift, factor
 
 
-def test_training_and_drawing_normalise_alike(kind, tmp_path, pictures):
+def test_training_and_drawing_normalise_alike(kind, tmp_path, images):
     """train.encode writes what the network is trained on, and SiTPipeline undoes it before it decodes."""
     model, shift, factor = kind
     model.save_pretrained(tmp_path / "vae")
-    given = ["--data", str(pictures), "--vae", str(tmp_path / "vae"), "--image-size", str(SIZE), "--cpu"]
+    given = ["--data", str(images), "--vae", str(tmp_path / "vae"), "--image-size", str(SIZE), "--cpu"]
     assert encode.main([*given, "--out", str(tmp_path / "latents"), "--store", "fp32", "--check"]) == 0
     data = open_data(str(tmp_path / "latents"), image_size=SIZE)
     assert isinstance(data, LatentData) and data.vae is not None
-    pixels = open_data(str(pictures), image_size=SIZE, flip=False).batch(torch.arange(4), torch.Generator())[0]
+    pixels = open_data(str(images), image_size=SIZE, flip=False).batch(torch.arange(4), torch.Generator())[0]
     with torch.no_grad():
         mean, _ = encode_moments(model, pixels)
     stored = torch.stack([data.moments(i)[0] for i in range(4)])
@@ -413,8 +413,8 @@ def test_mirrored_clocks_are_left_as_they_are(tmp_path):
     assert [bool(label) for label in data.labels.tolist()] == same
 
 
-def test_variants_are_for_the_emoji(pictures, tmp_path, capsys):
+def test_variants_are_for_the_emoji(images, tmp_path, capsys):
     make_dc().save_pretrained(tmp_path / "vae")
-    given = ["--data", str(pictures), "--vae", str(tmp_path / "vae"), "--image-size", str(SIZE), "--variants", "2"]
+    given = ["--data", str(images), "--vae", str(tmp_path / "vae"), "--image-size", str(SIZE), "--variants", "2"]
     assert encode.main([*given, "--cpu", "--out", str(tmp_path / "x")]) == 2
     assert "--variants is for the emoji" in capsys.readouterr().err
