@@ -7,8 +7,8 @@ import torch
 
 import attngen
 from attngen import AgentAttention, DownsampledKV, LinearAttention, Plan, Stage, TokenMerging
+from attngen.hosts.backend import BackendAttention
 from attngen.hosts.hooks import INNER_HOOK
-from attngen.hosts.layers import BackendAttention
 from tests.builders.hosts import ACTIVE, HOSTS, fresh, slim, snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning")
