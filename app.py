@@ -43,18 +43,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address to serve on; other than this machine's own needs a password")
     add("--port", type=cli.whole_number(0), default=PORT, help=f"(default {PORT}; 0 for any free one)")
     add("--user", help=f"name to log in with; the password is read from {PASSWORD} in the environment")
-    add("--name", action="append", default=[], metavar="HOST", help="name people call this machine by; repeatable")
+    add("--name", action="append", default=[], metavar="HOST", help="extra host name to accept; repeatable")
     add("--model", action="append", default=[], help="hub id, folder or file to start with; repeatable")
     add("--any-model", action="store_true", help="let those who log in load any model (always so on this machine)")
-    add("--out", type=Path, default=Path("outputs/page"), help="folder for pictures (default outputs/page)")
+    add("--out", type=Path, default=Path("outputs/page"), help="folder for images (default outputs/page)")
     add("--device", help="cpu, cuda, cuda:1, mps … (default: a GPU where there is one)")
     add("--dtype", choices=cli.DTYPES, default="auto", help="number format of the models (default: auto)")
     add("--threads", type=cli.whole_number(1), help="CPU threads (default: all cores; one for a small network)")
     add("--offload", choices=cli.OFFLOADS, default="none", help="keep idle parts in main memory")
     add("--allow-pickle", action="store_true", help="read weights that are not safetensors")
-    add("--max-pixels", type=cli.whole_number(64), default=4096 * 4096, help="of one picture")
-    add("--max-steps", type=cli.whole_number(1), default=1000)
-    add("--max-images", type=cli.whole_number(1), default=16, help="of one request")
+    add("--max-pixels", type=cli.whole_number(64), default=4096 * 4096, help="maximum pixels of one image")
+    add("--max-steps", type=cli.whole_number(1), default=1000, help="maximum sampling steps")
+    add("--max-images", type=cli.whole_number(1), default=16, help="maximum images of one request")
     add("--open", action="store_true", help="open the page in a browser")
     options = parser.parse_args(argv)
     options.password = os.environ.get(PASSWORD, "")
@@ -226,7 +226,7 @@ def launch(page: gr.Blocks, options: argparse.Namespace, quiet: bool = False) ->
         app_kwargs={"middleware": [Middleware(Guard, hosts=hosts, framed=space)]},  # pyright: ignore[reportArgumentType]
     )
     if not quiet:
-        print(f"{local}  (Ctrl+C ends it; pictures go to {options.out})", flush=True)
+        print(f"{local}  (Ctrl+C ends it; images go to {options.out})", flush=True)
     return local
 
 

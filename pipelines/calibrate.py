@@ -27,21 +27,36 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     cli.add_model_arguments(parser)
     inputs = parser.add_mutually_exclusive_group(required=True)
-    inputs.add_argument("--prompt", nargs="+", metavar="TEXT", help="what to draw while measuring; several are better")
-    inputs.add_argument("--labels", nargs="+", metavar="CLASS", help="the same for a model of classes: names, numbers")
+    inputs.add_argument(
+        "--prompt", nargs="+", metavar="TEXT", help="prompts of the calibration samples; several are better"
+    )
+    inputs.add_argument(
+        "--labels", nargs="+", metavar="CLASS", help="their classes, for a model of classes: names or numbers"
+    )
     bound = parser.add_mutually_exclusive_group(required=True)
-    bound.add_argument("--max-error", type=cli.scale_number, metavar="E", help="most relative error of the result")
-    bound.add_argument("--speedup", type=cli.scale_number, metavar="S", help="how many times cheaper attention becomes")
-    add("--cost", choices=["time", "flops"], default="time", help="what to save: measured or counted (default time)")
-    add("--stages", type=cli.whole_number(1), default=3, metavar="N", help="parts of the way to a picture (default 3)")
+    bound.add_argument("--max-error", type=cli.scale_number, metavar="E", help="maximum relative error of the result")
+    bound.add_argument("--speedup", type=cli.scale_number, metavar="S", help="required speed-up of attention")
+    add(
+        "--cost",
+        choices=["time", "flops"],
+        default="time",
+        help="cost to minimise: measured time or counted FLOPs (default time)",
+    )
+    add(
+        "--stages",
+        type=cli.whole_number(1),
+        default=3,
+        metavar="N",
+        help="maximum number of stages of the plan (default 3)",
+    )
     add("--steps", type=cli.whole_number(1), help="sampling steps (default: the pipeline's)")
     samplers.add_arguments(parser)
-    add("--guidance-scale", type=cli.scale_number, metavar="S", help="(default: the pipeline's)")
+    add("--guidance-scale", type=cli.scale_number, metavar="S", help="guidance scale (default: the pipeline's)")
     add("--height", type=cli.whole_number(1), help="in pixels (default: as the model was trained)")
     add("--width", type=cli.whole_number(1), help="in pixels (default: as the model was trained)")
-    add("--seed", type=cli.whole_number(0), default=0, help="of the noise (default 0)")
-    add("--out", type=json_path, default=Path("plan.json"), help="plan to write (default plan.json)")
-    add("--heat-map", type=cli.png_path, metavar="FILE", help="picture of layers over time to write")
+    add("--seed", type=cli.whole_number(0), default=0, help="seed of the noise (default 0)")
+    add("--out", type=json_path, default=Path("plan.json"), help="plan file to write (default plan.json)")
+    add("--heat-map", type=cli.png_path, metavar="FILE", help="heat map of errors by layer and time to write")
     add("--device", help="cpu, cuda, cuda:1, mps … (default: a GPU where there is one)")
     add("--dtype", choices=cli.DTYPES, default="auto", help="number format of the model (default: auto)")
     add("--threads", type=cli.whole_number(1), help="CPU threads (default: all cores; one for a small network)")
@@ -91,7 +106,7 @@ def check_model(options: argparse.Namespace) -> None:
         if options.labels and not folder.is_dir():
             raise cli.UserError(f"there is no folder {options.model}; models of classes are read from folders")
         if options.labels:
-            raise cli.UserError(f"{options.model} is no folder of a pipeline of classes: give --prompt, not --labels")
+            raise cli.UserError(f"{options.model} is not a pipeline of classes: give --prompt, not --labels")
         check_text_model(options.model, options.allow_pickle)
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import cli
 from pipelines.engine.loading import DEFAULT_MODEL, is_hub_id, read_index, shipped_models
-from pipelines.schedules import counts_argument
+from pipelines.methods.counts import counts_argument
+from pipelines.methods.options import MEDIATORS, method_help
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from pipelines.engine.settings import Settings
 
 PROGRAM = "pipelines.class2image"
-MEDIATORS = "mediators"
 BATCH_SIZE = 16
 # Small pictures are shown at least this large, in pixels, unless --scale says otherwise.
 SHOWN_SIZE = 128
@@ -36,23 +36,25 @@ examples:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(PROGRAM, "Draw pictures of classes with SiT.", EXAMPLES)
+    parser = cli.Parser(PROGRAM, "Draw images of classes with SiT.", EXAMPLES)
     add = parser.add_argument
     add("labels", nargs="*", metavar="CLASS", help="name or number of a class; --list prints them")
-    add("--list", action="store_true", help="print the classes and stop")
+    add("--list", action="store_true", help="print the classes and exit")
     add("--model", help="pipeline folder or hub id (default: the small model in the package)")
     add("--steps", type=cli.whole_number(1), default=25, help="sampling steps (default 25)")
-    add("--guidance-scale", type=cli.scale_number, default=2.0, metavar="S", help="1 is none (default 2)")
-    add("--method", metavar="NAME", help="attention method: a name in attngen.PRESETS, or a plan file (.json)")
+    add(
+        "--guidance-scale", type=cli.scale_number, default=2.0, metavar="S", help="guidance scale, 1 is off (default 2)"
+    )
+    add("--method", metavar="NAME", help=f"attention: {method_help()}")
     add(
         "--mediators",
         type=counts_argument,
         metavar="COUNT",
-        help="mediators for a model that has them: a count, or time:count pairs, 1 is noise (1:4,0.5:16,0.2:64)",
+        help="mediators, for a model that has them: a count, or time:count pairs, 1 is noise (1:4,0.5:16,0.2:64)",
     )
     add("--sampler", choices=["ode", "sde"], help="deterministic or with noise (default: the model's)")
-    add("--solver", choices=["euler", "heun"], help="heun calls the network twice a step (default: the model's)")
-    add("--scale", type=cli.whole_number(1), help="enlarge the pictures so many times (default: small ones)")
+    add("--solver", choices=["euler", "heun"], help="heun evaluates the network twice per step (default: the model's)")
+    add("--scale", type=cli.whole_number(1), help="integer upscaling factor (default: until at least 128 px)")
     cli.add_common_arguments(parser)
     options = parser.parse_args(argv)
     if not options.labels and not options.list:
@@ -127,11 +129,11 @@ def read_labels(model: str) -> dict[int, str]:
 
         names = ModelStore("cpu").get(model).labels
     if not names:
-        raise cli.UserError(f"{model} has no names of classes; give their numbers")
+        raise cli.UserError(f"{model} has no class names; give class numbers")
     try:
         return {int(number): str(name) for number, name in names.items()}
     except (ValueError, AttributeError) as error:
-        raise cli.UserError(f"{model} has damaged names of classes: {error}") from error
+        raise cli.UserError(f"{model} has damaged class names: {error}") from error
 
 
 # The pictures

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import cli
+from pipelines.methods.options import MEDIATORS, PLAN, UNCHANGED, method_help
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from pipelines.engine.comparison import Comparison, Row
     from pipelines.engine.models import Model
-    from pipelines.methods import Use
+    from pipelines.methods.uses import Use
 
 PROGRAM = "pipelines.compare"
-AGENT, MEDIATORS, UNCHANGED, PLAN = "agent", "mediators", "none", "plan"
-# Tried, of those that a model can be drawn with, where the command line names none.
-DEFAULT_METHODS = (UNCHANGED, MEDIATORS, AGENT, "agentsd", "tome", "todo")
+# Methods with a flag of their own for their counts, and the option that it sets.
+COUNTS = {"agent": "num_agents", MEDIATORS: MEDIATORS}
 SHOWN_SIZE = 128  # pixels: small pictures are shown at least this large
 EXAMPLES = """
 examples:
@@ -33,7 +33,7 @@ examples:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(PROGRAM, "Draw the same pictures by several attention methods, and measure each.", EXAMPLES)
+    parser = cli.Parser(PROGRAM, "Draw the same images by several attention methods, and measure each.", EXAMPLES)
     add = parser.add_argument
     add("prompt", metavar="PROMPT", help="a text; for a model of classes the name or number of one")
     add("--model", default="emoji", help="one that ships, hub id, folder or .safetensors file (default: emoji)")
@@ -41,15 +41,20 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="the first is compared with; NAME, NAME:option=value,…, plan.json",
+        help=f"the first is the baseline; NAME or NAME:option=value,…: none, mediators, {method_help()}",
     )
-    add("--agents", nargs="+", metavar="COUNT", help="a row of agent for each: a count, or time:count pairs")
-    add("--mediators", nargs="+", metavar="COUNT", help="a row of mediators for each: a count, or time:count pairs")
-    add("--difference", action="store_true", help="rows that show where the pictures differ from the first method's")
+    add("--agents", nargs="+", metavar="COUNT", help="one row of agent per COUNT: a count, or time:count pairs")
+    add("--mediators", nargs="+", metavar="COUNT", help="one row of mediators per COUNT: a count, or time:count pairs")
+    add("--difference", action="store_true", help="add rows with the difference from the first method's images")
     add("--negative-prompt", default="", metavar="TEXT", help="what not to draw")
     add("--steps", type=cli.whole_number(1), help="sampling steps (default: the model's usual number)")
-    add("--guidance-scale", type=cli.scale_number, metavar="S", help="1 is none (default: the model's usual one)")
-    add("--scale", type=cli.whole_number(1), help="enlarge the pictures so many times (default: small ones)")
+    add(
+        "--guidance-scale",
+        type=cli.scale_number,
+        metavar="S",
+        help="guidance scale, 1 is off (default: the model's usual one)",
+    )
+    add("--scale", type=cli.whole_number(1), help="integer upscaling factor (default: until at least 128 px)")
     add("--allow-pickle", action="store_true", help="read weights that are not safetensors")
     add("--offload", choices=cli.OFFLOADS, default="none", help="keep idle parts in main memory")
     cli.add_common_arguments(parser, images=3)
@@ -92,12 +97,12 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def read_use(text: str) -> Use:
-    """A method as it is typed, see `pipelines.methods.split_use`, or that of a plan file; only the options given.
+    """A method as it is typed, see `pipelines.methods.uses.split_use`, or that of a plan file; only the options given.
 
     Raises:
         UserError: for an unknown method, or a file that cannot be read.
     """
-    from pipelines.methods import Use, split_use
+    from pipelines.methods.uses import Use, split_use
 
     if not text.endswith(".json"):
         return split_use(text)
@@ -110,35 +115,39 @@ def read_use(text: str) -> Use:
 def expand(text: str, options: argparse.Namespace) -> list[Use]:
     """A checked method, or one for each of `--agents` or `--mediators` where it is the method they are for."""
     use = read_use(text)
-    option, counts = {AGENT: ("agents", options.agents), MEDIATORS: ("mediators", options.mediators)}.get(
-        use.method, ("", None)
-    )
+    option, counts = COUNTS.get(use.method, ""), _counts(options).get(use.method)
     if not counts or option in use.options:
         return [use.checked()]
     return [use._replace(options={**use.options, option: count}).checked() for count in counts]
 
 
+def _counts(options: argparse.Namespace) -> dict[str, list[str]]:
+    """The counts that the command line gives, by method."""
+    return {"agent": options.agents or [], MEDIATORS: options.mediators or []}
+
+
 def default_uses(model: Model, options: argparse.Namespace) -> list[Use]:
-    """Every method that the model can be drawn with, each as it is by default."""
-    names = [name for name in DEFAULT_METHODS if name in model.methods]
+    """Every usual method that the model can be drawn with, each as it is by default."""
+    from pipelines.methods.catalogue import METHODS
+
+    names = [name for name in model.methods if name in (UNCHANGED, MEDIATORS) or METHODS[name].is_usual]
     if options.agents or options.mediators:
-        asked = {AGENT: options.agents, MEDIATORS: options.mediators}
-        names = [name for name in names if name == UNCHANGED or asked.get(name)]
+        names = [name for name in names if name == UNCHANGED or _counts(options).get(name)]
     return [use for name in names for use in expand(name, options)]
 
 
 def check_uses(uses: Sequence[Use], options: argparse.Namespace) -> None:
     """Raise UserError for counts that no method takes, a method named twice, or too few of them."""
-    for name, counts in ((AGENT, options.agents), (MEDIATORS, options.mediators)):
+    for name, counts in _counts(options).items():
         if counts and all(use.method != name for use in uses):
-            flag = "agents" if name == AGENT else "mediators"
+            flag = "mediators" if name == MEDIATORS else "agents"
             raise cli.UserError(
                 f"--{flag} is for the method {name!r}, which is not among the methods or not for the model"
             )
     labels = [use.label for use in uses if use.method != PLAN]
     for label in labels:
         if labels.count(label) > 1:
-            raise cli.UserError(f"the method {label!r} is there twice")
+            raise cli.UserError(f"the method {label!r} is given twice")
     if len(uses) < 2:
         raise cli.UserError("a comparison needs at least two methods; name them with --methods")
 
@@ -223,7 +232,7 @@ def report(comparison: Comparison, path: Path, options: argparse.Namespace) -> N
         return
     for line in table([list(COLUMNS), *comparison.table()]):
         print(line)
-    print(f"each method drew {WARM_UP_STEPS} steps before its time was taken; they are in no number")
+    print(f"{WARM_UP_STEPS} warm-up steps per method, not timed")
     count = sum(len(row.result.pictures) for row in comparison.rows)
     cli.report_done(options, path, count, sum(row.result.seconds for row in comparison.rows))
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import cli
 from pipelines.engine.loading import LoadOptions, check_text_model, place, read_text_pipeline, show_progress
-from pipelines.method_catalogue import UNCHANGED
+from pipelines.methods.options import UNCHANGED, method_help
 
 if TYPE_CHECKING:
     import torch
@@ -35,24 +35,39 @@ examples:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(PROGRAM, "Draw a large picture: small first, then enlarged and drawn over.", EXAMPLES)
+    parser = cli.Parser(PROGRAM, "Draw a large image: small first, then enlarged and drawn over.", EXAMPLES)
     add = parser.add_argument
     add("prompt", metavar="PROMPT", help="what to draw")
     cli.add_model_arguments(parser)
     add("--size", type=cli.whole_number(1), metavar="SIDE", help="height and width in pixels")
     add("--negative-prompt", metavar="TEXT", help="what not to draw")
     add("--steps", type=cli.whole_number(1), help="steps of the first stage (default: the pipeline's)")
-    add("--guidance-scale", type=cli.scale_number, metavar="S", help="(default: the pipeline's)")
-    add("--strength", type=share, default=0.4, help="share of the steps an enlargement takes (default 0.4)")
-    add("--stages", type=cli.whole_number(1), metavar="N", help="enlargements (default: none more than doubles a side)")
-    add("--base-size", type=cli.whole_number(1), metavar="SIDE", help="of the first stage (default: as trained)")
-    add("--image", type=Path, metavar="FILE", help="enlarge this picture instead of drawing a small one")
-    add("--method", default="agent", metavar="NAME", help="when enlarging: a name in attngen.PRESETS, a plan, or none")
+    add("--guidance-scale", type=cli.scale_number, metavar="S", help="guidance scale (default: the pipeline's)")
+    add("--strength", type=share, default=0.4, help="fraction of the steps of an enlargement (default 0.4)")
+    add(
+        "--stages",
+        type=cli.whole_number(1),
+        metavar="N",
+        help="number of enlargements (default: each at most doubles a side)",
+    )
+    add(
+        "--base-size",
+        type=cli.whole_number(1),
+        metavar="SIDE",
+        help="side of the first stage in pixels (default: as trained)",
+    )
+    add("--image", type=Path, metavar="FILE", help="enlarge this image instead of drawing a small one")
+    add(
+        "--method",
+        default="agent",
+        metavar="NAME",
+        help=f"when enlarging: {method_help(UNCHANGED)}",
+    )
     add("--no-tiling", action="store_true", help="encode and decode in one piece, not in tiles")
-    add("--max-memory", type=gibibytes, metavar="GIB", help="refuse to draw what is estimated to need more")
-    add("--dry-run", action="store_true", help="say the stages and the memory they need, and stop")
-    add("--keep-stages", action="store_true", help="write the smaller pictures too")
-    add("--report", action="store_true", help="print what became of each layer in the last stage")
+    add("--max-memory", type=gibibytes, metavar="GIB", help="end before drawing if the estimate is larger")
+    add("--dry-run", action="store_true", help="print the stages and the memory they need, and exit")
+    add("--keep-stages", action="store_true", help="write the smaller images too")
+    add("--report", action="store_true", help="print how each layer was patched in the last stage")
     cli.add_common_arguments(parser)
     options = parser.parse_args(argv)
     if options.size is not None and (options.height is not None or options.width is not None):
@@ -60,9 +75,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if options.size is not None:
         options.height = options.width = options.size
     if options.height is None or options.width is None:
-        parser.error("say how large: --size SIDE, or --height and --width")
+        parser.error("--size, or --height and --width, is required")
     if options.image is not None and options.base_size is not None:
-        parser.error("--image is the first stage, so --base-size has no meaning")
+        parser.error("--image is the first stage, so it excludes --base-size")
     if options.method == UNCHANGED and options.report:
         parser.error("--report needs a --method other than none")
     return options
@@ -80,7 +95,7 @@ def gibibytes(text: str) -> int:
     """An argument type: GiB, as bytes."""
     value = cli.scale_number(text)
     if value == 0:
-        raise argparse.ArgumentTypeError("0 GiB hold nothing")
+        raise argparse.ArgumentTypeError("must be greater than 0")
     return math.floor(value * GIB)
 
 
@@ -160,7 +175,7 @@ def open_image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except Exception as error:  # a damaged file raises many kinds, not all of them OSError
-        raise cli.UserError(f"{path} cannot be read as a picture: {cli.first_line(error)}") from error
+        raise cli.UserError(f"{path} cannot be read as an image: {cli.first_line(error)}") from error
 
 
 def plan_picture(pipe: Any, options: argparse.Namespace, first: Image.Image | None) -> LargePicture:

@@ -60,7 +60,7 @@ def grid(
     """
     columns = max((len(row) for row in rows), default=0)
     if not columns:
-        raise ValueError("a grid needs at least one picture")
+        raise ValueError("a grid needs at least one image")
     if row_labels and len(row_labels) != len(rows):
         raise ValueError(f"{len(rows)} rows need as many labels, got {len(row_labels)}")
     if groups and sum(count for _, count in groups) != columns:
@@ -174,7 +174,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the settings in {path} are damaged: {error}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"the settings in {path} are no JSON object")
+        raise ValueError(f"the settings in {path} are not a JSON object")
     return settings
 
 

@@ -70,9 +70,17 @@ def make_sampler(pipe: Any, name: str | None) -> Any:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--sampler and --solver of SiT, --scheduler of any other model."""
     add = parser.add_argument
-    add("--sampler", choices=["ode", "sde"], help="of SiT: deterministic or with noise (default: the model's)")
-    add("--solver", choices=["euler", "heun"], help="of SiT: heun is two calls a step (default: the model's)")
-    add("--scheduler", metavar="CLASS", help="a scheduler of diffusers, such as DDIMScheduler (default: the model's)")
+    add("--sampler", choices=["ode", "sde"], help="SiT only: deterministic or with noise (default: the model's)")
+    add(
+        "--solver",
+        choices=["euler", "heun"],
+        help="SiT only: heun evaluates the network twice per step (default: the model's)",
+    )
+    add(
+        "--scheduler",
+        metavar="CLASS",
+        help="scheduler class of diffusers, such as DDIMScheduler (default: the model's)",
+    )
 
 
 def choose_scheduler(pipe: Any, options: argparse.Namespace) -> Any:

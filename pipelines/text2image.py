@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import cli
 from pipelines.engine.loading import check_text_model
-from pipelines.method_catalogue import UNCHANGED
+from pipelines.methods.options import UNCHANGED, method_help
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,16 +30,21 @@ examples:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(PROGRAM, "Draw pictures of texts with a diffusers model.", EXAMPLES)
+    parser = cli.Parser(PROGRAM, "Draw images of texts with a diffusers model.", EXAMPLES)
     add = parser.add_argument
     add("prompts", nargs="+", metavar="PROMPT", help="what to draw")
     cli.add_model_arguments(parser)
     add("--negative-prompt", metavar="TEXT", help="what not to draw")
     add("--steps", type=cli.whole_number(1), help="sampling steps (default: the pipeline's)")
-    add("--guidance-scale", type=cli.scale_number, metavar="S", help="(default: the pipeline's)")
-    add("--method", default="agent", metavar="NAME", help="a name in attngen.PRESETS, a plan file, or none")
-    add("--compare", action="store_true", help="draw with unchanged attention too, and say how long each took")
-    add("--report", action="store_true", help="print what became of each layer")
+    add("--guidance-scale", type=cli.scale_number, metavar="S", help="guidance scale (default: the pipeline's)")
+    add(
+        "--method",
+        default="agent",
+        metavar="NAME",
+        help=f"attention: {method_help(UNCHANGED)}",
+    )
+    add("--compare", action="store_true", help="also draw with unchanged attention, and print the seconds of each")
+    add("--report", action="store_true", help="print how each layer was patched")
     cli.add_common_arguments(parser)
     options = parser.parse_args(argv)
     if options.method == UNCHANGED and (options.compare or options.report):

@@ -12,7 +12,7 @@ import gradio as gr
 from pipelines.engine.results import Progress, save
 from pipelines.engine.session import Engine
 from pipelines.engine.settings import Settings
-from pipelines.methods import Use, parse_use
+from pipelines.methods.uses import Use, parse_use
 from pipelines.ui_events import EXPECTED, QUEUE, Wrap, as_gradio_error
 
 
@@ -102,7 +102,7 @@ def _compare(engine: Engine, folder: Path) -> Callable[..., Any]:
         seed=0,
         images=1,
     ):
-        """Draw the same pictures by two or more methods, such as ["none", "agent agents=64", "tome"].
+        """Draw the same pictures by two or more methods, such as ["none", "agent num_agents=64", "tome"].
 
         Returns the files in the order of the methods, and a row for each as JSON: time, steps/s, memory, FLOPs, error.
         """

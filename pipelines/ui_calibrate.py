@@ -12,8 +12,8 @@ import gradio as gr
 from pipelines.engine.models import Model
 from pipelines.engine.results import Progress
 from pipelines.engine.session import Engine
-from pipelines.method_catalogue import PLAN
-from pipelines.methods import Use
+from pipelines.methods.options import PLAN
+from pipelines.methods.uses import Use
 from pipelines.ui_events import EXPECTED, Wrap, as_gradio_error, follow, message_of, started_and_stopped
 from pipelines.ui_form import Form
 from pipelines.ui_remember import Check, one_of_its_own, within

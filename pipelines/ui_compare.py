@@ -15,8 +15,9 @@ from pipelines.engine.models import Model
 from pipelines.engine.results import Progress, save
 from pipelines.engine.session import Engine
 from pipelines.images import enlarge, grid, save_png
-from pipelines.method_catalogue import MEDIATORS
-from pipelines.methods import Use, parse_use
+from pipelines.methods.catalogue import METHODS
+from pipelines.methods.options import MEDIATORS
+from pipelines.methods.uses import Use, parse_use
 from pipelines.ui_events import EXPECTED, Wrap, as_gradio_error, follow, message_of, started_and_stopped
 from pipelines.ui_form import Form
 from pipelines.ui_remember import Check
@@ -46,14 +47,14 @@ class CompareTab:
                     max_choices=MAX_METHODS,
                     allow_custom_value=True,
                     label="Methods to compare",
-                    info="The first is what the others are compared with. Type your own: agent 64 min_tokens=0",
+                    info="The first is the baseline. Type your own: agent 64 min_tokens=0",
                     elem_id="methods",
                 )
                 self.add = gr.Button("Add the method chosen on Generate", size="sm", elem_id="add-method")
             with gr.Column(scale=2, min_width=280):
                 gr.Markdown(
                     "Model, prompt, size, steps, seed and number of pictures are those of the Generate tab. "
-                    "Each method first draws two steps that are in no number."
+                    "Each method has 2 warm-up steps, not timed."
                 )
                 with gr.Row():
                     self.start = gr.Button(
@@ -85,7 +86,7 @@ class CompareTab:
                     label=f"Difference, {DIFFERENCE_GAIN} times as bright", type="filepath", format="png", height=260,
                     interactive=False, buttons=["download"], elem_id="difference", elem_classes=["tiny-pictures"],
                 )  # fmt: skip
-        with gr.Accordion("All pictures on one sheet: a row a method, a column a seed", open=False):
+        with gr.Accordion("All pictures on one sheet: one row per method, one column per seed", open=False):
             self.sheet = gr.Image(
                 label="Sheet", type="filepath", format="png", interactive=False, buttons=["download", "fullscreen"],
                 elem_id="sheet",
@@ -143,7 +144,7 @@ class CompareTab:
         last = len(shown) - 1
         return {
             self.status: f"Done: {settings.prompt}, seed {settings.seed}, steps: {settings.steps}."
-            " The warm-up is in no number.",
+            " The warm-up is not timed.",
             self.table: found.table(),
             self.against: gr.update(choices=[(row.label, i) for i, row in enumerate(found.rows)], value=last),
             self.slider: (shown[0][1], shown[last][1]),
@@ -206,7 +207,8 @@ def suggestions(model: Model) -> list[str]:
     if "agent" not in model.refused:
         small = max(model.size or (512, 512)) <= 64
         rest = " min_tokens=0" if small else ""
-        found += [f"agent 64{rest}", "tome", f"agent 16{rest}", "todo", "agentsd", "softmax"]
+        others = [name for name in model.methods if name != "agent" and METHODS[name].is_usual]
+        found += [f"agent 64{rest}", *others[:1], f"agent 16{rest}", *others[1:], "softmax"]
     return found
 
 

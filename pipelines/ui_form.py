@@ -13,11 +13,11 @@ from pipelines.engine.models import CLASSES, Model
 from pipelines.engine.session import Engine
 from pipelines.engine.settings import MAX_SEED, Settings
 from pipelines.label_pictures import label_pictures
-from pipelines.method_catalogue import METHODS, PLAN, UNCHANGED
-from pipelines.method_info import Option
-from pipelines.methods import Use, find_method, timeline
+from pipelines.methods.catalogue import METHODS
+from pipelines.methods.counts import draw_parts
+from pipelines.methods.options import PLAN, UNCHANGED, Option, plain
+from pipelines.methods.uses import Use, find_method, timeline
 from pipelines.samplers import sampler_name, sampler_names
-from pipelines.schedules import draw_parts
 from pipelines.ui_events import EXPECTED, as_gradio_error, message_of
 
 ASPECTS = {"Square": 1.0, "Portrait 3:4": 3 / 4, "Landscape 4:3": 4 / 3, "Tall 9:16": 9 / 16, "Wide 16:9": 16 / 9}
@@ -365,13 +365,18 @@ def _option_part(method: str, option: Option) -> Any:
     shared: Mapping[str, Any] = {"label": option.label, "elem_id": f"{method}-{option.name}".replace("_", "-")}
     about = option.about or None
     if option.kind == "choice":
-        return gr.Radio(list(option.choices), value=option.default, info=about, **shared)
+        return gr.Radio([plain(choice) for choice in option.choices], value=plain(option.default), info=about, **shared)
+    if option.kind == "flag":
+        return gr.Checkbox(option.default, info=about, **shared)
     if option.kind == "counts":
         return gr.Textbox(option.default, max_length=400, info=about, **shared)
     if option.kind == "plan":
         return gr.Textbox("", lines=4, max_lines=12, max_length=MAX_PLAN_BYTES, info=about, **shared)
-    if option.high > 10_000:
-        return gr.Number(option.default, minimum=option.low, maximum=option.high, precision=0, info=about, **shared)
+    if option.high > 10_000 or option.default is None:
+        precision = 0 if option.kind == "count" else None
+        return gr.Number(
+            option.default, minimum=option.low, maximum=option.high, precision=precision, info=about, **shared
+        )
     return gr.Slider(option.low, option.high, value=option.default, step=option.step, info=about, **shared)
 
 

@@ -14,7 +14,7 @@ from pipelines.engine.models import CLASSES
 from pipelines.engine.recall import recall
 from pipelines.engine.results import Progress, Result, save
 from pipelines.engine.session import Engine
-from pipelines.method_catalogue import MEDIATORS
+from pipelines.methods.options import MEDIATORS
 from pipelines.ui_events import EXPECTED, Wrap, as_gradio_error, follow, merged, message_of, started_and_stopped
 from pipelines.ui_form import Form
 

@@ -15,9 +15,9 @@ import gradio as gr
 from pipelines.cli import UserError
 from pipelines.engine.models import CLASSES, Model
 from pipelines.engine.settings import MAX_SEED, text, whole
-from pipelines.method_catalogue import METHODS, PLAN, UNCHANGED
-from pipelines.method_info import Option
-from pipelines.methods import Use
+from pipelines.methods.catalogue import METHODS
+from pipelines.methods.options import PLAN, UNCHANGED, Option
+from pipelines.methods.uses import Use
 from pipelines.ui_events import EXPECTED, merged
 from pipelines.ui_form import Form, sampler_choices
 

@@ -238,7 +238,7 @@ def check_picture(pipe: Any, enlarger: Any, picture: LargePicture) -> None:
             " a higher strength"
         )
     if getattr(pipe, "vae", None) is None:
-        raise ValueError(f"{type(pipe).__name__} draws without a VAE; large pictures are drawn through one")
+        raise ValueError(f"{type(pipe).__name__} draws without a VAE; large images are drawn through one")
     if picture.tiling and not hasattr(pipe.vae, "enable_tiling"):
         raise ValueError(f"{type(pipe).__name__} has a VAE that cannot work in tiles; turn tiling off")
     for each in (pipe, enlarger):
@@ -328,10 +328,10 @@ def _finished(pipe: Any, output: Any, size: Size) -> Image.Image:
     """
     if not np.isfinite(output.images).all():
         raise FloatingPointError(
-            f"the picture of {shown(size)} is not finite; try --dtype float32 or bfloat16, or --method none"
+            f"the image of {shown(size)} is not finite; try --dtype float32 or bfloat16, or --method none"
         )
     if any(getattr(output, "nsfw_content_detected", None) or ()):
         raise ValueError(
-            f"the model's safety checker blacked out the picture of {shown(size)}; try another seed or prompt"
+            f"the model's safety checker blacked out the image of {shown(size)}; try another seed or prompt"
         )
     return pipe.numpy_to_pil(output.images)[0].convert("RGB")

@@ -64,7 +64,7 @@ def run(program: str, body: Callable[[], None]) -> int:
 
         if not is_out_of_memory(error):
             raise  # a fault of ours, which a traceback helps to find
-        return _complain(program, "out of memory; draw smaller or fewer pictures", EXIT_FAILURE)
+        return _complain(program, "out of memory; draw smaller or fewer images", EXIT_FAILURE)
     return 0
 
 
@@ -114,9 +114,11 @@ def png_path(text: str) -> Path:
 
 def add_common_arguments(parser: argparse.ArgumentParser, images: int = 1) -> None:
     """The arguments that every picture-making program has; `images` is the default number of pictures."""
-    about = f"pictures of each (default {images})"
+    about = f"images per prompt or class (default {images})"
     parser.add_argument("--images", type=whole_number(1), default=images, metavar="N", help=about)
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="picture k has seed + k (default 0)")
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, help="seed of the first image; image k has seed + k (default 0)"
+    )
     parser.add_argument("--height", type=whole_number(1), help="in pixels (default: as the model was trained)")
     parser.add_argument("--width", type=whole_number(1), help="in pixels (default: as the model was trained)")
     parser.add_argument("--out", type=png_path, help="file to write (default: a new one in outputs/)")
@@ -203,7 +205,7 @@ def report_done(options: argparse.Namespace, path: Path, count: int, seconds: fl
     if options.json:
         print(json.dumps({"file": str(path), "seconds": round(seconds, 3), **details}, ensure_ascii=False))
     else:
-        print(f"{path}  ({count} picture{'s' if count > 1 else ''}, {seconds:.1f} s)")
+        print(f"{path}  ({count} image{'s' if count > 1 else ''}, {seconds:.1f} s)")
 
 
 def public_name(model: str) -> str:

@@ -21,7 +21,7 @@ def run_in_thread(
     """Yield what `work(tell, stop)` tells, and then what it returns; its exception is raised here.
 
     When the generator is closed `stop` is set and the thread is waited for. Where memory runs out
-    `when_out_of_memory` is called, what nobody holds is given back, and a MemoryError says what to do.
+    `when_out_of_memory` is called, unreferenced memory is freed, and a MemoryError says what to do.
     """
     from pipelines.engine.memory import REMEDY, free_memory, is_out_of_memory
 
@@ -61,7 +61,7 @@ def held(model: Model, tell: Tell, stop: threading.Event) -> Iterator[None]:
     from pipelines.engine.calls import Stopped
 
     if not model.lock.acquire(blocking=False):
-        tell(Progress("waiting for another picture"))
+        tell(Progress("waiting for another image"))
         while not model.lock.acquire(timeout=0.1):
             if stop.is_set():
                 raise Stopped

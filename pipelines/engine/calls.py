@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from attngen.step import CHANNEL_KEY, StepInfo
 from torch import nn
 
 from attngen.hosts.families import denoisers_of
+from attngen.layers.call import CHANNEL_KEY
 
 
 class Stopped(Exception):
@@ -94,7 +94,7 @@ def _denoisers(pipe: Any) -> list[nn.Module]:
 
 def _kind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     channels = [value for value in kwargs.values() if isinstance(value, dict) and CHANNEL_KEY in value]
-    info: StepInfo | None = channels[0][CHANNEL_KEY] if channels else None
+    info = channels[0][CHANNEL_KEY] if channels else None
     shapes = [tuple(x.shape) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
     return id(model), info.stage if info else None, str(kwargs.get("num_mediators")), str(shapes)
 

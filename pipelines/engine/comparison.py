@@ -81,7 +81,7 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         return {
-            "warm_up": f"{WARM_UP_STEPS} steps of each method, in no number",
+            "warm_up": f"{WARM_UP_STEPS} warm-up steps per method, not timed",
             "rows": [row.to_dict() for row in self.rows],
         }
 

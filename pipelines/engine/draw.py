@@ -14,14 +14,15 @@ from pipelines import cli
 from pipelines.engine.models import CLASSES, Model
 from pipelines.engine.results import Progress, Result, describe
 from pipelines.engine.settings import Limits, Settings
-from pipelines.mediators import check_mediators, make_mediators
-from pipelines.method_catalogue import MEDIATORS
-from pipelines.methods import Use, find_method
+from pipelines.methods.counts import check_mediators, make_mediators
+from pipelines.methods.options import MEDIATORS
+from pipelines.methods.uses import Use, find_method
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from attngen import Report
+    from attngen.kernels.dispatch import Kernel
 
 PREVIEW_SECONDS = 0.25  # at least so long between two previews, which a browser pays for too
 
@@ -133,7 +134,7 @@ def draw(
 
 @contextmanager
 def method_on(
-    model: Model, use: Use, watch: Any = None, kernel: str = "auto", patch: Any = None
+    model: Model, use: Use, watch: Any = None, kernel: Kernel = "auto", patch: Any = None
 ) -> Iterator[Callable[[], Report | None]]:
     """Within it the model draws by a method; afterwards it is bit for bit what it was. Gives what reports on it.
 
@@ -240,7 +241,7 @@ def _draw_together(model: Model, wanted: Sequence[Settings], before: int, clock:
     for one, image in zip(wanted, images, strict=True):
         if not np.isfinite(image).all():
             raise FloatingPointError(
-                f"the picture of {one.prompt!r} is not finite; try --dtype float32 or bfloat16, less guidance, or the"
+                f"the image of {one.prompt!r} is not finite; try --dtype float32 or bfloat16, less guidance, or the"
                 " method 'none'"
             )
     return pipe.numpy_to_pil(images)

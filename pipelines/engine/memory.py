@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-REMEDY = "draw smaller or fewer pictures, choose a method with fewer agents, or start with --dtype float16 or --offload"
+REMEDY = "draw smaller or fewer images, choose a method with fewer agents, or start with --dtype float16 or --offload"
 
 
 class PeakMemory:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import cli
 from pipelines.engine.loading import LoadOptions, draws_classes, load_pipeline, shipped_models
-from pipelines.method_catalogue import MEDIATORS, METHODS, UNCHANGED
+from pipelines.methods.catalogue import METHODS
+from pipelines.methods.options import MEDIATORS, UNCHANGED
 
 if TYPE_CHECKING:
     import torch

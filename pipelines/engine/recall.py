@@ -17,7 +17,8 @@ from pipelines.engine.loading import shipped_models
 from pipelines.engine.models import ModelStore
 from pipelines.engine.settings import Limits, Settings
 from pipelines.images import MAX_SETTINGS_CHARACTERS, PARAMETERS_CHUNK, read_settings
-from pipelines.method_catalogue import MEDIATORS, METHODS, UNCHANGED
+from pipelines.methods.catalogue import METHODS
+from pipelines.methods.options import MEDIATORS, UNCHANGED
 
 MAX_BYTES = 64 * 2**20
 # Packages whose version decides a picture.
@@ -117,7 +118,7 @@ def _compare_versions(data: Mapping[str, Any], notes: list[str]) -> None:
         return
     other = [f"{name} {str(old[name])[:20]}" for name in DECISIVE if name in old and old[name] != now[name]]
     if other:
-        notes.append(f"The file was drawn with {', '.join(other)}; the new picture may differ a little")
+        notes.append(f"The file was drawn with {', '.join(other)}; the new image may differ a little")
 
 
 def _foreign(path: Path) -> dict[str, Any] | None:

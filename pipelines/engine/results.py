@@ -55,9 +55,9 @@ class Progress:
     def __str__(self) -> str:
         if not self.total:
             return self.what
-        which = f"picture {self.picture} of {self.pictures}, " if self.pictures > 1 else ""
+        which = f"image {self.picture} of {self.pictures}, " if self.pictures > 1 else ""
         if self.together > 1:
-            which = f"pictures {self.picture} to {self.picture + self.together - 1} of {self.pictures}, "
+            which = f"images {self.picture} to {self.picture + self.together - 1} of {self.pictures}, "
         left = "" if self.seconds_left is None else f", {self.seconds_left:.0f} s left"
         return f"{self.what}: {which}step {self.done} of {self.total}{left}"
 
@@ -112,7 +112,7 @@ class Result:
     def summary(self) -> str:
         """Time, speed, memory and what the method did, in one or two sentences."""
         count = len(self.pictures)
-        told = [f"{count} picture{'s' if count > 1 else ''} in {self.seconds:.1f} s"]
+        told = [f"{count} image{'s' if count > 1 else ''} in {self.seconds:.1f} s"]
         told.append(f"{self.steps_per_second:.1f} steps/s")
         if self.peak_bytes is not None:
             told.append(f"peak memory {self.peak_bytes / 2**20:,.0f} MiB ({self.memory_of})")

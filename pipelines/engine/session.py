@@ -27,8 +27,8 @@ from pipelines.engine.loading import DEFAULT_MODEL
 from pipelines.engine.models import CLASSES, Model, ModelStore
 from pipelines.engine.results import Progress, Result
 from pipelines.engine.settings import UNLIMITED, Limits, Settings, whole
-from pipelines.method_catalogue import UNCHANGED
-from pipelines.methods import Use
+from pipelines.methods.options import UNCHANGED
+from pipelines.methods.uses import Use
 
 if TYPE_CHECKING:
     from attngen import Plan
@@ -112,7 +112,7 @@ class Engine:
         checked = [self.check(settings) for settings in sheet]
         alone = {"prompt": "", "seed": 0, "images": 1}
         if any(replace(one, **alone) != replace(checked[0], **alone) for one in checked):
-            raise ValueError("settings of one sheet differ in prompt, seed and number of pictures only")
+            raise ValueError("settings of one sheet differ in prompt, seed and number of images only")
         stop = stop or threading.Event()
         model = self._ready(checked[0].model, tell)
         with held(model, tell, stop):
@@ -173,7 +173,7 @@ class Engine:
         """
         base = self.check(settings.with_use(Use()))
         if (max_error is None) == (speedup is None):
-            raise cli.UserError("calibration needs either a largest error or a speed-up")
+            raise cli.UserError("calibration needs either a maximum error or a speed-up")
         whole("num_stages", num_stages, 1, 16)
 
         def work(tell: Tell, stop: threading.Event) -> Plan:

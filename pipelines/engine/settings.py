@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines.cli import UserError
-from pipelines.method_catalogue import UNCHANGED
-from pipelines.methods import Use
+from pipelines.methods.options import UNCHANGED
+from pipelines.methods.uses import Use
 
 MAX_SEED = 2**32 - 1
 MAX_NEW_SEED = 2**31 - 1  # short enough to read out and to type
@@ -51,7 +51,7 @@ class Settings:
         prompt: a text; for a model of classes the name or the number of a class.
         negative_prompt: what not to draw; texts only.
         model: name of a model that ships, hub id, folder or single file.
-        method: of attention, see `pipelines.method_catalogue.METHODS`.
+        method: of attention, see `pipelines.methods.catalogue.METHODS`.
         options: of the method; what is missing has its default.
         sampler: see `pipelines.samplers`; None for the model's own.
         steps: None for the model's usual number.

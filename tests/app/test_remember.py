@@ -52,7 +52,7 @@ def test_what_was_typed_comes_back(memory):
         "aspect": "Wide 16:9",
         "method": "mediators",
         "mediators-mediators": "1:2,0.5:4",
-        "agent-agents": "64",
+        "agent-num-agents": "64",
     }
     found = filled(memory, **kept)
     assert {name: found[name] for name in kept} == kept
@@ -75,7 +75,7 @@ def test_what_was_typed_comes_back(memory):
         {"sampler": "magic"},
         {"sampler": {}},
         {"aspect": "Endless"},
-        {"agent-agents": "__import__('os')"},
+        {"agent-num-agents": "__import__('os')"},
         {"tome-ratio": 5},
         {"plan-plan": 3.5},
     ],
@@ -97,8 +97,8 @@ def test_half_typed_options_have_their_default(memory):
 
 
 def test_another_model_comes_back_where_it_is_at_hand(memory):
-    found = filled(memory, model=memory.second, method="agent", **{"agent-agents": "16"})
-    assert (found["model"], found["method"], found["agent-agents"]) == (memory.second, "agent", "16")
+    found = filled(memory, model=memory.second, method="agent", **{"agent-num-agents": "16"})
+    assert (found["model"], found["method"], found["agent-num-agents"]) == (memory.second, "agent", "16")
     found = filled(memory, model="owner/large", label="heart")
     assert found["model"] == memory.form.first.name and found["label"] == "heart"
     assert "'owner/large' is not loaded" in found["status"]

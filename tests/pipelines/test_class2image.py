@@ -86,7 +86,7 @@ def pixels(path):
 def test_a_picture_with_its_settings(draw, tmp_path):
     code, out, err = draw("heart", "--seed", 5, "--out", "new/x.png", "--mediators", 4, "--guidance-scale", 1.5)
     assert (code, err) == (0, "")
-    assert out.startswith("new/x.png  (1 picture, ") and out.endswith(" s)\n")
+    assert out.startswith("new/x.png  (1 image, ") and out.endswith(" s)\n")
     settings = read_settings(tmp_path / "new/x.png")
     expected = {"prompt": "heart", "labels": [1], "seed": 5, "steps": 2, "guidance_scale": 1.5, "mediators": 4}
     assert {name: settings[name] for name in expected} == expected
@@ -181,8 +181,8 @@ def test_methods(draw, softmax_model, tmp_path):
         (["cat"], "unknown class 'cat'"),
         (["7"], "class label 7 is out of range"),
         (["-1"], "class label -1 is out of range"),
-        (["face", "--mediators", "99"], "99 is more than 16, the 4 x 4 tokens of this picture; give 1 to 16"),
-        (["face", "--mediators", "1:4,0.001:99"], "99 is more than 16, the 4 x 4 tokens of this picture; give 1 to 16"),
+        (["face", "--mediators", "99"], "99 is more than 16, the 4 x 4 tokens of this image; give 1 to 16"),
+        (["face", "--mediators", "1:4,0.001:99"], "99 is more than 16, the 4 x 4 tokens of this image; give 1 to 16"),
         (["face", "--mediators", "9", "--height", "8", "--width", "16"], "9 is more than 8, the 2 x 4 tokens"),
         (["face", "--mediators", "few"], "'few' is neither a count"),
         (["face", "--mediators", "1:4,x:2"], "'1:4,x:2' is neither a count"),

@@ -10,7 +10,7 @@ from PIL import Image, ImageStat
 from pipelines import compare
 from pipelines.cli import UserError
 from pipelines.images import read_settings
-from pipelines.methods import Use
+from pipelines.methods.uses import Use
 
 
 def run(tmp_path, *argv):
@@ -21,12 +21,12 @@ def test_a_grid_of_mediators_with_its_numbers(tmp_path, capsys):
     argv = ["clock", "--mediators", "4", "1:4,0.5:16", "--images", "2", "--seed", "5", "--difference"]
     assert run(tmp_path, *argv) == 0
     printed = capsys.readouterr().out
-    assert "steps before its time was taken" in printed and "grid.png" in printed
+    assert "2 warm-up steps per method, not timed" in printed and "grid.png" in printed
     numbers = json.loads((tmp_path / "grid.json").read_text())
     unchanged, four, by_time = numbers["rows"]
     assert [row["label"] for row in numbers["rows"]] == ["unchanged", "mediators 4", "mediators 1:4,0.5:16"]
     assert four["flops"] < by_time["flops"] < unchanged["flops"] and four["seconds"] > 0
-    assert unchanged["error"] == 0 and by_time["error"] > 0 and "in no number" in numbers["warm_up"]
+    assert unchanged["error"] == 0 and by_time["error"] > 0 and "not timed" in numbers["warm_up"]
     settings = read_settings(tmp_path / "grid.png")
     assert settings["program"] == "pipelines.compare" and settings["seed"] == 5 and settings["images"] == 2
     sheet = Image.open(tmp_path / "grid.png")
@@ -68,10 +68,9 @@ def test_methods_as_they_are_typed(tmp_path):
     assert compare.read_use("tome:ratio=0.3,stride=4") == Use("tome", {"ratio": "0.3", "stride": "4"})
     options = compare.parse_arguments(["clock", "--agents", "16", "64"])
     uses = compare.expand("agent", options)
-    assert [use.options["agents"] for use in uses] == [u.options["agents"] for u in compare.expand("agent", options)]
-    assert len({use.label for use in uses}) == 2
-    for one in ("agent:agents=8", "agent 8", "agent:8"):
-        assert compare.expand(one, options) == [Use("agent", {"agents": "8"}).checked()]
+    assert [use.options["num_agents"] for use in uses] == ["16", "64"]
+    for one in ("agent:num_agents=8", "agent 8", "agent:8"):
+        assert compare.expand(one, options) == [Use("agent", {"num_agents": "8"}).checked()]
     with pytest.raises(UserError, match="cannot read the plan file"):
         compare.expand(str(tmp_path / "none.json"), options)
 
@@ -80,7 +79,7 @@ def test_methods_as_they_are_typed(tmp_path):
     ("argv", "message"),
     [
         (["clock", "--methods", "none"], "at least two methods"),
-        (["clock", "--mediators", "4", "4"], "is there twice"),
+        (["clock", "--mediators", "4", "4"], "is given twice"),
         (["clock", "--methods", "none", "agentt"], "agentt"),
         (["clock", "--methods", "none", "tome:ratio=0.3,4"], "'0.3,4' is not a number from 0 to 0.9"),
         (["clock", "--methods", "none", "tome:ratio"], "'ratio' is not a number from 0 to 0.9"),

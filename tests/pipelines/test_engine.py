@@ -16,8 +16,7 @@ from pipelines.engine.recall import recall
 from pipelines.engine.results import Progress, Result, save
 from pipelines.engine.session import Engine
 from pipelines.engine.settings import Settings
-from pipelines.method_catalogue import METHODS
-from pipelines.methods import Use, parse_use
+from pipelines.methods.uses import Use, parse_use
 from tests.pipelines.engines import drawn, last, pixels
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
@@ -74,7 +73,7 @@ def test_numbers_of_a_result(engine, softmax):
 
 def test_method_is_on_while_drawing_and_off_after(engine, softmax):
     before = drawn(engine, softmax)
-    agents = drawn(engine, softmax, method="agent", options={"agents": 4, "min_tokens": 0})
+    agents = drawn(engine, softmax, method="agent", options={"num_agents": 4, "min_tokens": 0})
     assert agents.report is not None and agents.to_dict()["layers"]["changed"] == 2
     assert "2 of 2 attention layers" in agents.summary()
     assert not np.array_equal(pixels(agents), pixels(before))
@@ -88,29 +87,11 @@ def test_method_is_on_while_drawing_and_off_after(engine, softmax):
 
 
 def test_a_method_that_changes_nothing_says_so(engine, softmax):
-    found = drawn(engine, softmax, method="agent", options={"agents": 4, "min_tokens": 10_000})
+    found = drawn(engine, softmax, method="agent", options={"num_agents": 4, "min_tokens": 10_000})
     assert "changed 0 of 2 attention layers" in found.summary()
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "same_as"),
-    [
-        ("agent", {}, "agent"),
-        ("agentsd", {}, "agentsd"),
-        ("tome", {}, "tome"),
-        ("todo", {}, "todo"),
-        ("focal", {}, "focal"),
-        ("linear", {}, "linear"),
-    ],
-)
-def test_default_options_are_the_presets(name, options, same_as):
-    info = METHODS[name]
-    assert info.plan is not None
-    assert info.plan(info.checked(options)) == attngen.PRESETS[same_as]
-
-
 def test_every_preset_can_be_drawn_with(engine, texts):
-    assert set(attngen.PRESETS) <= set(METHODS)
     for name in attngen.PRESETS:
         found = drawn(engine, texts, prompt="a fox", method=name, steps=2)
         assert found.report is not None, name
@@ -132,7 +113,7 @@ def test_mediators_by_time_and_by_change(engine, mediator):
 def test_a_plan_is_drawn_with_and_written_into_the_file(engine, softmax, tmp_path):
     plan = attngen.Plan.of(attngen.AgentAttention(num_agents=4))
     found = drawn(engine, softmax, method="plan", options={"plan": plan.to_json()})
-    same = drawn(engine, softmax, method="agent", options={"agents": 4, "min_tokens": 0})
+    same = drawn(engine, softmax, method="agent", options={"num_agents": 4, "min_tokens": 0})
     assert np.array_equal(pixels(found), pixels(same))
     (file,) = save(found, tmp_path).files
     assert attngen.Plan.from_dict(recall(file, engine.models).settings.options["plan"]) == plan
@@ -176,7 +157,7 @@ def test_comparison(engine, softmax, tmp_path):
     apart = np.abs(pixels(first.result).astype(int) - pixels(agent.result).astype(int))
     assert np.array_equal(np.asarray(found.difference(1)), np.clip(apart * 4, 0, 255))
     data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert "2 steps" in data["warm_up"] and len(found.table()[1]) == 9
+    assert "2 warm-up steps" in data["warm_up"] and len(found.table()[1]) == 9
 
 
 def test_a_comparison_checks_all_methods_first(engine, softmax):
@@ -189,7 +170,7 @@ def test_a_comparison_checks_all_methods_first(engine, softmax):
 def test_flops_follow_the_stages_of_a_plan(engine, softmax):
     def flops(agents):
         settings = Settings(
-            prompt="face", model=softmax, steps=4, method="agent", options={"agents": agents, "min_tokens": 0}
+            prompt="face", model=softmax, steps=4, method="agent", options={"num_agents": agents, "min_tokens": 0}
         )
         return last(engine.generate(settings, count_flops=True)).flops
 

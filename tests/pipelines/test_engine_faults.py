@@ -13,7 +13,7 @@ from pipelines.engine.models import ModelStore
 from pipelines.engine.results import Progress
 from pipelines.engine.session import Engine
 from pipelines.engine.settings import Settings
-from pipelines.methods import Use
+from pipelines.methods.uses import Use
 from tests.pipelines.engines import drawn, pixels
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
@@ -38,7 +38,7 @@ BAD = [
     ({"method": "mediators", "options": {"mediators": "17"}, "height": 8, "width": 8}, "17 is more than 16"),
     ({"method": "mediators", "options": {"number": 4}}, "number"),
     ({"method": "mediators", "options": {"follow": "wind"}}, "wind"),
-    ({"method": "none", "options": {"agents": 4}}, "agents"),
+    ({"method": "none", "options": {"num_agents": 4}}, "num_agents"),
     ({"sampler": "magic"}, "magic"),
     ({"steps": 0}, "steps"),
     ({"steps": 101}, "101"),
@@ -79,8 +79,8 @@ def test_bad_values_are_refused_by_name_before_work(engine, mediator, bad, named
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"agents": 0.5}, "0.5"),
-        ({"agents": -1}, "-1"),
+        ({"num_agents": 0.5}, "0.5"),
+        ({"num_agents": -1}, "-1"),
         ({"min_tokens": 1.5}, "1.5"),
         ({"shortcut": math.nan}, "nan"),
         ({"shortcut": 2}, "2"),
@@ -169,7 +169,7 @@ def test_a_picture_of_nan_is_an_error_and_no_file(engine, softmax):
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
 @pytest.mark.parametrize("step", [0, 2])
 def test_out_of_memory_says_what_to_do_and_the_next_request_works(engine, softmax, error, step):
-    wanted = drawn(engine, softmax, method="agent", options={"agents": 4, "min_tokens": 0})
+    wanted = drawn(engine, softmax, method="agent", options={"num_agents": 4, "min_tokens": 0})
     calls = []
 
     def fail(*_):
@@ -179,9 +179,9 @@ def test_out_of_memory_says_what_to_do_and_the_next_request_works(engine, softma
 
     hook = engine.models.get(softmax).pipe.transformer.register_forward_pre_hook(fail)
     with pytest.raises(MemoryError, match="smaller or fewer"):
-        drawn(engine, softmax, method="agent", options={"agents": 4, "min_tokens": 0})
+        drawn(engine, softmax, method="agent", options={"num_agents": 4, "min_tokens": 0})
     hook.remove()
-    again = drawn(engine, softmax, method="agent", options={"agents": 4, "min_tokens": 0})
+    again = drawn(engine, softmax, method="agent", options={"num_agents": 4, "min_tokens": 0})
     assert np.array_equal(pixels(again), pixels(wanted))
 
 

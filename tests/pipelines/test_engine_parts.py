@@ -10,9 +10,9 @@ from pipelines.cli import UserError
 from pipelines.engine.memory import is_out_of_memory
 from pipelines.engine.previews import Previewer, colours_of, noise_scales
 from pipelines.guard import Guard, LogIn, is_loopback
-from pipelines.method_catalogue import METHODS
-from pipelines.methods import Use, parse_use, timeline
-from pipelines.schedules import count_parts, counts_text, draw_parts, parse_counts
+from pipelines.methods.catalogue import METHODS
+from pipelines.methods.counts import count_parts, counts_text, draw_parts, parse_counts
+from pipelines.methods.uses import Use, parse_use, timeline
 from tests.builders.programs import build_sit
 
 
@@ -31,15 +31,29 @@ def test_bad_counts_are_refused(bad):
 
 
 def test_uses_are_read_from_words():
-    assert parse_use("agent 64").options["agents"] == "64"
-    assert parse_use("agent agents=1:64,0.3:0 min_tokens=256").options["min_tokens"] == 256
+    assert parse_use("agent 64").options["num_agents"] == "64"
+    assert parse_use("agent num_agents=1:64,0.3:0 min_tokens=256").options["min_tokens"] == 256
     for use in (parse_use("agent 64 min_tokens=0"), parse_use("tome ratio=0.25"), parse_use("none")):
         assert parse_use(use.text) == use
-    for same in ("agents=1:64,0.3:0 min_tokens=0", "1:64,0.3:0  min_tokens=0", "agents=1:64,0.3:0,min_tokens=0"):
+    for same in (
+        "num_agents=1:64,0.3:0 min_tokens=0",
+        "1:64,0.3:0  min_tokens=0",
+        "num_agents=1:64,0.3:0,min_tokens=0",
+    ):
         for sign in (" ", ":", " : "):
             use = parse_use(f" agent{sign}{same}")
-            assert use.options["agents"] == "1:64,0.3:0" and use.options["min_tokens"] == 0
-    for bad in ("", "magic", "none 4", "tome ratio=x", "agent agents=4 words", "agent 4 agents=8", "tome:=1"):
+            assert use.options["num_agents"] == "1:64,0.3:0" and use.options["min_tokens"] == 0
+    for bad in (
+        "",
+        "magic",
+        "none 4",
+        "tome ratio=x",
+        "agent num_agents=4 words",
+        "agent 4 num_agents=8",
+        "agent agents=4",
+        "tome random=maybe",
+        "tome:=1",
+    ):
         with pytest.raises(UserError):
             parse_use(bad)
 

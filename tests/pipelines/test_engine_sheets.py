@@ -33,7 +33,7 @@ def test_a_sheet_is_drawn_in_batches(engine, mediator, batch):
         assert apart(pixels(found, k), alone) <= (batch > 1), (prompt, seed)
     shares = [progress.share for progress in told]
     assert shares == sorted(shares) and shares[-1] == 1
-    assert batch == 1 or f"pictures 1 to {min(batch, 5)} of 5" in str(told[1])
+    assert batch == 1 or f"images 1 to {min(batch, 5)} of 5" in str(told[1])
 
 
 def test_texts_in_a_batch(engine, texts):
@@ -55,7 +55,7 @@ def test_a_patch_instead_of_a_method(engine, softmax, tmp_path):
     attngen.Plan.of(attngen.AgentAttention(num_agents=4)).save(tmp_path / "plan.json")
     settings = Settings(prompt="face", model=softmax, steps=3)
     found = engine.draw([settings], patch=str(tmp_path / "plan.json"))
-    agents = drawn(engine, softmax, method="agent", options={"agents": 4, "min_tokens": 0})
+    agents = drawn(engine, softmax, method="agent", options={"num_agents": 4, "min_tokens": 0})
     assert found.report is not None and np.array_equal(pixels(found), pixels(agents))
     with pytest.raises(UserError, match="unknown method 'nope'; known"):
         engine.draw([settings], patch="nope")

@@ -261,7 +261,7 @@ def test_a_picture_that_is_not_finite(sd):
     kept = bias.detach().clone()
     try:
         torch.nn.init.constant_(bias, float("nan"))
-        with pytest.raises(FloatingPointError, match="the picture of 48x32 is not finite; try --dtype"):
+        with pytest.raises(FloatingPointError, match="the image of 48x32 is not finite; try --dtype"):
             draw(sd, WIDE)
     finally:
         with torch.no_grad():

@@ -63,7 +63,7 @@ def test_a_picture_with_its_settings(run, no_estimate):
     assert (code, err) == (0, "")
     assert (
         out.startswith("48x32 -> 96x64; needs about 12.00 GiB (weights 9.00 GiB, denoiser 3.00 GiB")
-        and "x.png  (1 picture, " in out
+        and "x.png  (1 image, " in out
     )
     assert sorted(os.listdir()) == ["x-48x32.png", "x.png"]
     settings = read_settings("x.png")
@@ -130,8 +130,8 @@ def test_a_plan_file(run, no_estimate):
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        ([], "say how large: --size SIDE, or --height and --width"),
-        (["--height", 128], "say how large"),
+        ([], "--size, or --height and --width, is required"),
+        (["--height", 128], "--height and --width, is required"),
         (["--size", 128, "--width", 128], "--size sets both sides"),
         (["--size", 64], "64x64 is not larger than the 64x64 of the first stage"),
         (["--size", 127], "height must be a multiple of 2, got 127; the nearest is 128"),
@@ -141,9 +141,9 @@ def test_a_plan_file(run, no_estimate):
         (["--size", 128, "--stages", 40], "40 enlargements are too many"),
         (["--size", 128, "--method", "nope"], "unknown method 'nope'; known: softmax"),
         (["--size", 128, "--method", "none", "--report"], "--report needs a --method other than none"),
-        (["--size", 128, "--max-memory", 0], "0 GiB hold nothing"),
-        (["--size", 128, "--image", "none.png"], "none.png cannot be read as a picture"),
-        (["--size", 128, "--image", "x.png", "--base-size", 64], "--base-size has no meaning"),
+        (["--size", 128, "--max-memory", 0], "argument --max-memory: must be greater than 0"),
+        (["--size", 128, "--image", "none.png"], "none.png cannot be read as an image"),
+        (["--size", 128, "--image", "x.png", "--base-size", 64], "so it excludes --base-size"),
         (["--size", 128, "--offload", "model", "--device", "cpu"], "--offload needs a GPU"),
     ],
 )

@@ -101,8 +101,8 @@ def dark(image):
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (([],), "at least one picture"),
-        (([[]],), "at least one picture"),
+        (([],), "at least one image"),
+        (([[]],), "at least one image"),
         (([[square(RED)]], ["a", "b"]), "1 rows need as many labels, got 2"),
         (([[square(RED)]], [], [("a", 2)]), "do not make 1 columns"),
     ],
@@ -162,7 +162,7 @@ def png_with(path, text):
     [
         ("{", "damaged"),
         ("[" * 50000, "damaged"),
-        ("[1]", "no JSON object"),
+        ("[1]", "not a JSON object"),
         ("__import__('os').system('echo')", "damaged"),
         (json.dumps({"prompt": "x" * MAX_SETTINGS_CHARACTERS}), "longer than"),
     ],

@@ -46,7 +46,7 @@ def pixels(path):
 def test_a_picture_with_its_settings(draw):
     code, out, err = draw("a fox", "--negative-prompt", "blur", "--seed", 4, "--guidance-scale", 3, "--out", "x.png")
     assert (code, err) == (0, "")
-    assert out.startswith("x.png  (1 picture, ")
+    assert out.startswith("x.png  (1 image, ")
     settings = read_settings("x.png")
     expected = {"prompt": "a fox", "negative_prompt": "blur", "seed": 4, "steps": 2, "guidance_scale": 3.0}
     assert {name: settings[name] for name in expected} == expected
@@ -75,8 +75,8 @@ def test_several_prompts_make_a_grid_of_independent_pictures(draw):
 def test_compare_and_report(draw):
     code, out, err = draw("a fox", "--compare", "--report", "--out", "both.png")
     assert code == 0, err
-    assert "down_blocks.0.attentions.0.transformer_blocks.0.attn1" in out
-    assert "exact: " in out and "agent: " in out and "both.png  (2 pictures, " in out
+    assert "attentions.0.transformer_blocks.0.attn1" in out
+    assert "exact: " in out and "agent: " in out and "both.png  (2 images, " in out
     assert Image.open("both.png").width > 2 * 64
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pipelines.cli import UserError
-from pipelines.method_catalogue import METHODS, PLAN, UNCHANGED
-from pipelines.method_info import MethodInfo, short
-from pipelines.schedules import Part
+from pipelines.methods.catalogue import METHODS
+from pipelines.methods.counts import Part
+from pipelines.methods.options import PLAN, UNCHANGED, MethodInfo, plain, short
 
 
 class Use(NamedTuple):
@@ -36,7 +36,7 @@ class Use(NamedTuple):
             if name in defaults and defaults[name].kind == "counts":
                 told.append(str(value))
             elif name in defaults and name != PLAN and value != defaults[name].default:
-                told.append(f"{name} {_plain(value)}")
+                told.append(f"{name} {plain(value)}")
         return " ".join(told)
 
     @property
@@ -44,7 +44,7 @@ class Use(NamedTuple):
         """The text that `parse_use` reads; only options that are not the default."""
         known = find_method(self.method).options
         defaults = {option.name: option.default for option in known}
-        told = {name: _plain(value) for name, value in self.options.items() if value != defaults.get(name)}
+        told = {name: plain(value) for name, value in self.options.items() if value != defaults.get(name)}
         first = [told.pop(known[0].name)] if known and known[0].name in told else []
         return " ".join([self.method, *first, *(f"{name}={value}" for name, value in told.items())])
 
@@ -52,8 +52,8 @@ class Use(NamedTuple):
 def parse_use(typed: str) -> Use:
     """A checked use of a text: a method's name, and after a space or a colon its options.
 
-    "agent agents=64 min_tokens=256" and "agent:agents=64,min_tokens=256" are the same. The first option may go without
-    its name: "agent 64", "mediators:1:4,0.5:16".
+    "agent num_agents=64 min_tokens=256" and "agent:num_agents=64,min_tokens=256" are the same. The first option may go
+    without its name: "agent 64", "mediators:1:4,0.5:16".
 
     Raises:
         UserError: for an unknown method or option, an option that is given twice, or a bad value.
@@ -75,7 +75,7 @@ def split_use(typed: str) -> Use:
         if not sign:
             key, value = known[0].name, word
         if key in options:
-            raise UserError(f"{typed[:60]!r}: {key} is there twice")
+            raise UserError(f"{typed[:60]!r}: {key} is given twice")
         options[key] = value
     return Use(name, options)
 
@@ -97,7 +97,3 @@ def timeline(use: Use) -> list[Part]:
     if info.parts is None:
         return [Part(1.0, info.title, exact=use.method in (UNCHANGED, "softmax"))]
     return info.parts(use.options)
-
-
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.cli import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
 
+# Where the change of the picture decides when the next number comes: at this share of the first change, then each
+# time at a smaller one.
+FIRST_RATIO, NEXT_RATIO = 0.8, 0.625
 MAX_PARTS = 16
 MAX_COUNT = 1 << 16
 WIDTH, HEIGHT, MARGIN = 640, 150, 12  # of the picture, in pixels
@@ -38,13 +41,16 @@ class Part(NamedTuple):
     exact: bool = False
 
 
-def parse_counts(name: str, value: object, least: int = 1) -> tuple[tuple[float, ...], tuple[int, ...]]:
+def parse_counts(
+    name: str, value: object, least: int = 1, most: int = MAX_COUNT
+) -> tuple[tuple[float, ...], tuple[int, ...]]:
     """(times, counts) of a count, or of a text of time:count pairs.
 
     Args:
         name: what is counted, for messages.
         value: 16, "16" or "1:4,0.5:16".
-        least: smallest count that means something.
+        least: smallest count.
+        most: largest count.
 
     Raises:
         UserError: naming the value, if it is neither, or the times do not fall from 1.
@@ -61,11 +67,11 @@ def parse_counts(name: str, value: object, least: int = 1) -> tuple[tuple[float,
             f"{name}: {text[:60]!r} is neither a count, like 16, nor time:count pairs, like 1:4,0.5:16"
         ) from None
     for count in counts:
-        if not least <= count <= MAX_COUNT:
-            raise UserError(f"{name}: {count} is not between {least} and {MAX_COUNT}")
+        if not least <= count <= most:
+            raise UserError(f"{name}: {count} is not between {least} and {most}")
     falls = all(0 <= later < earlier for earlier, later in zip(starts, starts[1:], strict=False))
     if starts[0] != 1 or not falls or not all(map(math.isfinite, starts)):
-        raise UserError(f"{name}: times must fall from 1 (noise) towards 0 (picture), got {text[:60]!r}")
+        raise UserError(f"{name}: times must fall from 1 (noise) towards 0 (image), got {text[:60]!r}")
     return starts, counts
 
 
@@ -85,12 +91,17 @@ def counts_text(starts: Sequence[float], counts: Sequence[int]) -> str:
 
 
 def count_parts(starts: Sequence[float], counts: Sequence[int], unit: str) -> list[Part]:
-    """Parts for the picture; bars grow with the logarithm of the count."""
+    """Parts for the picture; 0 is exact."""
     most = max(*counts, 2)
     return [
-        Part(start, f"{count} {unit}" if count else "exact", math.log1p(count or most) / math.log1p(most), count == 0)
+        Part(start, f"{count} {unit}" if count else "exact", bar_level(count, most), count == 0)
         for start, count in zip(starts, counts, strict=True)
     ]
+
+
+def bar_level(count: int, most: int) -> float:
+    """Height of a bar, 0 to 1: it grows with the logarithm of the count; 1 for no count."""
+    return math.log1p(count) / math.log1p(most) if count else 1.0
 
 
 def draw_parts(parts: Sequence[Part], title: str) -> Image.Image:
@@ -126,3 +137,65 @@ def _fitting(text: str, width: float, font: object) -> str:
     while text and font.getlength(text) > width:  # pyright: ignore[reportAttributeAccessIssue]
         text = text[:-1]
     return text
+
+
+# Numbers of mediators, for the pipelines that take them
+
+
+def make_mediators(mediators: Any, follow: str = "time") -> Any:
+    """What `SiTPipeline` takes as `num_mediators`: a count, or a schedule, anew for each picture.
+
+    Args:
+        mediators: a count, or time:count pairs, see `parse_counts`.
+        follow: "time", or "change" for counts that come when the picture changes less, whatever the times say.
+
+    Raises:
+        UserError: for anything else.
+    """
+    from attngen import ChangeSchedule, Schedule
+
+    starts, counts = parse_counts("mediators", mediators)
+    if len(counts) == 1:
+        return counts[0]
+    if follow == "change":
+        ratios = [FIRST_RATIO * NEXT_RATIO**i for i in range(len(counts) - 1)]
+        return ChangeSchedule(ratios=ratios, values=counts)
+    return Schedule(starts=starts, values=counts)
+
+
+def check_mediators(pipe: Any, mediators: Any, height: int | None, width: int | None) -> None:
+    """Every number of mediators, also one whose turn comes late or never, has to fit the picture.
+
+    Args:
+        pipe: a pipeline; with mediators given, one whose network has them.
+        mediators: what `make_mediators` gave, or None.
+        height: of the picture in pixels, or None for the trained size.
+        width: likewise.
+
+    Raises:
+        UserError: naming the number and the most there can be.
+    """
+    counts = list(counts_of(mediators))
+    if not counts:
+        return  # also for networks that are no transformers
+    config = pipe.transformer.config
+    trained = config["sample_size"]
+    scale = pipe.vae_scale_factor
+    sides = (trained, trained) if isinstance(trained, int) else trained
+    rows, columns = (
+        side // config["patch_size"] if given is None else given // scale // config["patch_size"]
+        for given, side in zip((height, width), sides, strict=True)
+    )
+    most = rows * columns
+    for count in counts:
+        if isinstance(count, int) and count > most:
+            raise UserError(
+                f"mediators: {count} is more than {most}, the {rows} x {columns} tokens of this image; give 1 to {most}"
+            )
+
+
+def counts_of(mediators: Any) -> Iterable[Any]:
+    """The numbers in a count or a schedule."""
+    if mediators is None:
+        return ()
+    return getattr(mediators, "values", None) or (() if callable(mediators) else (mediators,))
