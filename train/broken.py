@@ -11,7 +11,7 @@ MAX_BROKEN = 0.01
 def check_max_broken(limit: int | float) -> None:
     """Raise ValueError unless `limit` is a count or a share."""
     if isinstance(limit, bool) or not limit >= 0 or (isinstance(limit, float) and limit > 1):
-        raise ValueError(f"max_broken is {limit!r}; expected a count (0, 1, 2, …) or a share (0.0 to 1.0)")
+        raise ValueError(f"max_broken is {limit!r}; expected a count (0, 1, 2, …) or a fraction (0.0 to 1.0)")
 
 
 def parse_max_broken(text: str) -> int | float:
@@ -23,7 +23,7 @@ def parse_max_broken(text: str) -> int | float:
     try:
         limit = float(text) if "." in text else int(text)
     except ValueError:
-        raise ValueError(f"max_broken is {text!r}; expected a count (3) or a share (0.01)") from None
+        raise ValueError(f"max_broken is {text!r}; expected a count (3) or a fraction (0.01)") from None
     check_max_broken(limit)
     return limit
 
@@ -55,7 +55,7 @@ class Broken:
         allowed = self.limit * self.total + 1e-6 if isinstance(self.limit, float) else self.limit
         if len(self.reasons) > allowed:
             raise ValueError(
-                f"{len(self.reasons)} of {self.total} pictures cannot be read, more than max_broken = {self.limit} "
+                f"{len(self.reasons)} of {self.total} images cannot be read, more than max_broken = {self.limit} "
                 f"allows: {self}"
             )
         warnings.warn(f"{name} cannot be read and is left out: {reason}", stacklevel=2)

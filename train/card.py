@@ -18,8 +18,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.card", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="folder that train.sit wrote")
     parser.add_argument("--pipeline", type=Path, required=True, help="folder of the pipeline; the card goes into it")
-    parser.add_argument("--commands", nargs="+", required=True, help="the commands that made the run, in order")
-    parser.add_argument("--pictures", type=int, default=130, help="pictures drawn to look for copies")
+    parser.add_argument("--commands", nargs="+", required=True, help="the commands of the run, in order")
+    parser.add_argument(
+        "--pictures", type=int, default=130, help="images drawn to search for copies of training images"
+    )
     options = parser.parse_args(argv)
 
     from attngen.files import write_file  # after --help has been answered

@@ -86,11 +86,11 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     try:
         state = json.loads((path / _MARKER).read_text())
         if not isinstance(state, dict):
-            raise ValueError(f"{_MARKER} is no JSON object")
+            raise ValueError(f"{_MARKER} is not a JSON object")
         tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
     except Exception as error:  # safetensors raises its own class, JSON another
         raise ValueError(
-            f"the checkpoint {path} is damaged ({error}); delete it, and the one before it is the newest"
+            f"the checkpoint {path} is damaged ({error}); delete it to resume from the one before it"
         ) from error
     return tensors, state
 

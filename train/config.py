@@ -1,4 +1,4 @@
-"""The configuration of a training run, and what it cannot be."""
+"""The configuration of a training run and its checks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,31 @@ ARCHITECTURES = ("sit", "unet")
 OBJECTIVES = ("velocity", "epsilon", "score", "dit")
 TIME_SAMPLINGS = ("uniform", "logit-normal")
 WEIGHTINGS = ("velocity", "likelihood")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "architecture": ARCHITECTURES,
+    "attention": ("softmax", "mediator", "linear"),
+    "feature_map": ("elu", "relu", "focused"),
+    "convolution": ("values", "input"),
+    "objective": OBJECTIVES,
+    "path": ("linear", "gvp", "vp"),
+    "weighting": ("", *WEIGHTINGS),
+    "time_sampling": TIME_SAMPLINGS,
+    "interpolation": ("consistent", "reference"),
+    "optimizer": ("adamw", "muon"),
+    "mixed_precision": ("no", "bf16", "fp16"),
+}
+# First field of each group of options in a program's --help.
+GROUPS = {
+    "data": "data",
+    "architecture": "model",
+    "num_mediators": "mediators",
+    "learn_sigma": "objective",
+    "init_from": "warm start",
+    "optimizer": "optimiser",
+    "mixed_precision": "performance",
+    "log_every": "log, samples and checkpoints",
+    "fd_every": "evaluation",
+}
 # Groups of a UNet's group norms.
 NORM_GROUPS = 8
 
@@ -25,62 +50,63 @@ class TrainingConfig:
 
     Attributes:
         data: "emoji", a folder of class folders, "hf:NAME", tar shards, or latents made by `train.encode`.
-        image_size: side of the pictures, in pixels; of latents that of the pictures they were made from.
-        classes: class names of the data set, or () for all.
+        image_size: side of the images, in pixels; for latents, of the images they were encoded from.
+        classes: class names to use, in the order of their labels; none: all.
         augment: strength of the emoji's augmentation, 0 to 1.
-        flip: mirror pictures at random.
-        balance: 0 draws every picture equally often, 1 every class, 0.5 is between (a class by the root of its size).
-        max_broken: unreadable pictures above which the run fails: an integer is a number, a floating-point one a share.
-        workers: threads that read pictures; they do not change what is read.
+        flip: mirror images at random.
+        balance: 0 draws every image equally often, 1 every class, 0.5 is between (a class by the root of its size).
+        max_broken: unreadable images allowed: an integer is a count, a number with a decimal point a fraction.
+        workers: threads that read images; their number does not change the batches.
         architecture: "sit" (also DiT's network), or "unet": diffusers' `UNet2DConditionModel`, see `train.unet`.
-        block_channels: of a UNet, channels by resolution, each half the one before; attention in all but the last.
-        patch_size: side of a token, in pixels or latents.
-        num_layers: blocks; of a UNet, layers in a block.
-        num_attention_heads: heads; a UNet has as many as `attention_head_dim` goes into its channels.
-        attention_head_dim: size of a head.
+        block_channels: channels of a UNet per resolution, from the highest; attention in all but the last.
+        patch_size: patch size, in pixels or latent pixels.
+        num_layers: depth (blocks); for a UNet, layers per block.
+        num_attention_heads: number of heads; a UNet has its channels divided by `attention_head_dim`.
+        attention_head_dim: head dimension.
         attention: "softmax", "mediator" or "linear".
-        feature_map: of linear attention.
-        num_mediators: mediators the bias tables are stored for.
-        convolution: what mediator layers convolve, "values" as published or their "input", which is faster.
-        mediator_counts: counts drawn from in every step (elastic mediators), or () for `num_mediators` always.
-        mediator_starts: noise levels from which each of `mediator_counts` holds (1 is noise, so it comes first), or ()
-            to draw counts whatever the time. A step then takes its times from one stage.
-        learn_sigma: predict twice the channels, as the published SiT checkpoints do. DiT's objective needs it anyway.
-        class_dropout_prob: share of labels replaced by the null class, for guidance.
-        objective: "velocity", "epsilon" or "score" on an interpolant, or "dit": noise and variance in 1,000 steps.
-        path: interpolant, "linear", "gvp" or "vp".
-        weighting: of an interpolant's loss: "", "velocity" or "likelihood".
-        time_sampling: "uniform", or "logit-normal" (middle times more often; SD3, arXiv 2403.03206).
-        init_from: checkpoint, pipeline folder or run to start from, or "" for fresh weights.
-        interpolation: how its position biases go to another size, "consistent" or "reference".
+        feature_map: feature map of linear attention: "elu", "relu" or "focused".
+        num_mediators: number of mediators (size of the bias tables).
+        convolution: input of the mediator layers' convolution: "values" as published, or "input", which is faster.
+        mediator_counts: numbers of mediators, one drawn at every step (elastic mediators); none: always
+            `num_mediators`.
+        mediator_starts: noise levels from which each of `mediator_counts` applies (1 is noise and comes first), so a
+            step draws its timesteps from one stage; none: counts are drawn whatever the timestep.
+        learn_sigma: predict twice the channels, as the published SiT checkpoints do; the objective "dit" always does.
+        class_dropout_prob: label dropout probability for classifier-free guidance.
+        objective: "velocity", "epsilon" or "score" on an interpolant, or "dit": noise and variance at 1,000 timesteps.
+        path: interpolant: "linear", "gvp" or "vp".
+        weighting: loss weighting of an interpolant: none, "velocity" or "likelihood".
+        time_sampling: distribution of the timesteps: "uniform" or "logit-normal" (SD3, arXiv 2403.03206).
+        init_from: checkpoint, pipeline folder or run to initialise the weights from.
+        interpolation: how its position biases are resized: "consistent" or "reference".
         optimizer: "adamw", or "muon" (Muon for the blocks' matrices, AdamW for the rest).
-        learning_rate: of AdamW.
-        muon_learning_rate: of Muon.
-        weight_decay: of both.
-        warmup_steps: steps in which the learning rate rises from zero.
-        cooldown: last share of the steps, in which it falls to zero.
-        max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
-        ema_decay: of the averaged weights that are sampled and saved.
-        ema_stds: relative widths of power-function averages to keep beside, such as 0.05 0.1; see `train.ema`.
-        batch_size: pictures an optimiser step, over all processes.
-        accumulate: parts that a process computes its share of the batch in, to save memory.
+        learning_rate: learning rate of AdamW.
+        muon_learning_rate: learning rate of Muon.
+        weight_decay: weight decay of both optimisers.
+        warmup_steps: steps of linear learning rate warm-up.
+        cooldown: fraction of the steps, at the end, with linear decay to zero.
+        max_grad_norm: clip the gradient norm to this value; 0 disables.
+        ema_decay: EMA decay; the averaged weights are sampled and exported.
+        ema_stds: relative widths of further, power-function averages, such as 0.05 0.1; see `train.ema`.
+        batch_size: global batch size, over all processes and gradient accumulation steps.
+        accumulate: gradient accumulation steps.
         steps: optimiser steps.
-        seed: of weights, data order, noise and label dropout.
+        seed: seed of weights, data order, noise and label dropout.
         mixed_precision: "no", "bf16" or "fp16".
-        tf32: on GPUs multiply float32 matrices in TensorFloat-32, as the published recipes do; CPUs do not have it.
+        tf32: TensorFloat-32 for float32 matrix products on GPUs, as in the published recipes.
         compile: compile the network with torch.compile.
-        gradient_checkpointing: compute activations again in the backward pass, to save memory.
-        log_every: steps between lines of the log.
-        sample_every: steps between sample grids; 0 for none before the end.
-        save_every: steps between checkpoints; 0 for none before the end.
-        keep: checkpoints kept.
-        sample_steps: network calls for a sample.
-        guidance_scale: of the samples.
-        fd_every: steps between Fréchet distances; 0 for none before the end, -1 for none at all.
-        fd_pictures: pictures drawn for it.
-        fd_reference: what FID is measured against, as for `train.fid`: pictures, or statistics. Without it FD-emoji to
-            the training pictures is measured, which are the emoji then.
-        fd_weights: file of FID's Inception weights, or "" for those that torch-fidelity downloads.
+        gradient_checkpointing: activation checkpointing.
+        log_every: steps between log lines.
+        sample_every: steps between sample grids; 0: at the end only.
+        save_every: steps between checkpoints; 0: at the end only.
+        keep: number of checkpoints kept.
+        sample_steps: network evaluations per sample (NFE).
+        guidance_scale: guidance scale of the samples.
+        fd_every: steps between Fréchet distances; 0: at the end only, -1: never.
+        fd_pictures: number of images generated for it.
+        fd_reference: reference of FID, as for `train.fid`: images or statistics; none: FD-emoji to the training
+            images, which must be the emoji.
+        fd_weights: file of FID's Inception weights; none: those that torch-fidelity downloads.
     """
 
     data: str = "emoji"
@@ -146,20 +172,7 @@ class TrainingConfig:
         self._check_unet()
 
     def _check_choices(self) -> None:
-        choices = {
-            "architecture": ARCHITECTURES,
-            "attention": ("softmax", "mediator", "linear"),
-            "feature_map": ("elu", "relu", "focused"),
-            "convolution": ("values", "input"),
-            "objective": OBJECTIVES,
-            "path": ("linear", "gvp", "vp"),
-            "weighting": ("", *WEIGHTINGS),
-            "time_sampling": TIME_SAMPLINGS,
-            "interpolation": ("consistent", "reference"),
-            "optimizer": ("adamw", "muon"),
-            "mixed_precision": ("no", "bf16", "fp16"),
-        }
-        for name, known in choices.items():
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; known: {', '.join(k or '(empty)' for k in known)}"
@@ -185,7 +198,7 @@ class TrainingConfig:
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be at least 0 and below 1, where it would not move, got {self.ema_decay}")
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         for std in self.ema_stds:
             if not 0.01 <= std <= 0.28:
                 raise ValueError(f"ema_stds must be in [0.01, 0.28], got {std}")
@@ -195,17 +208,19 @@ class TrainingConfig:
             raise ValueError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
         check_max_broken(self.max_broken)
         if self.data == "emoji" and self.image_size % self.patch_size:
-            raise ValueError(f"patches of {self.patch_size} do not divide pictures of {self.image_size} pixels")
+            raise ValueError(f"patches of {self.patch_size} do not divide images of {self.image_size} pixels")
         self._check_distance()
 
     def _check_distance(self) -> None:
         if self.fd_every < -1:
-            raise ValueError(f"fd_every must be steps, 0 for the end alone or -1 for none, got {self.fd_every}")
+            raise ValueError(
+                f"fd_every must be a number of steps, 0 (at the end only) or -1 (never), got {self.fd_every}"
+            )
         if self.fd_every >= 0 and self.fd_pictures < 2:
             raise ValueError(f"fd_pictures must be at least 2, got {self.fd_pictures}")
         if self.fd_every >= 0 and self.data not in ("emoji", "") and not self.fd_reference:
             raise ValueError(
-                f"the Fréchet distance on {self.data!r} needs an fd_reference: pictures, or their mu and sigma (.npz); "
+                f"the Fréchet distance on {self.data!r} needs an fd_reference: images, or their mu and sigma (.npz); "
                 "or set fd_every to -1"
             )
         for name in ("fd_reference", "fd_weights"):
@@ -259,7 +274,7 @@ class TrainingConfig:
         if sample_size % factor:
             raise ValueError(
                 f"{len(self.block_channels)} block_channels halve samples {len(self.block_channels) - 1} times, and"
-                f" {sample_size} is no multiple of {factor}"
+                f" {sample_size} is not a multiple of {factor}"
             )
         tokens = (sample_size // self.patch_size) ** 2
         for name in ("num_mediators", "mediator_counts") if self.attention == "mediator" else ():

@@ -92,7 +92,7 @@ def open_source(spec: str) -> Source:
     if path.is_dir():
         return FolderSource(path)
     raise ValueError(
-        f"data is {spec!r}, which is no folder; expected 'emoji', a folder of class folders, 'hf:NAME', tar shards "
+        f"data is {spec!r}, which is not a folder; expected 'emoji', a folder of class folders, 'hf:NAME', tar shards "
         "('shards/*.tar') or a folder written by train.encode"
     )
 
@@ -150,7 +150,7 @@ class PictureData(Data):
                 return self.picture(candidate), candidate
             except ValueError as error:
                 self.broken.add(self.names([candidate])[0], str(error))
-        raise ValueError(f"none of the {len(self)} pictures can be read: {self.broken}")
+        raise ValueError(f"none of the {len(self)} images can be read: {self.broken}")
 
     def batch(
         self,
@@ -163,7 +163,7 @@ class PictureData(Data):
         wanted = indices[part].tolist()
         for index in wanted:
             if not 0 <= index < len(self):
-                raise IndexError(f"picture {index} of {len(self)}")
+                raise IndexError(f"image {index} of {len(self)}")
         clean = np.empty((len(wanted), self.channels, self.sample_size, self.sample_size), dtype=np.float32)
 
         def fill(position: int) -> int:

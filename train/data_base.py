@@ -103,7 +103,7 @@ def choose_classes(
     if unknown:
         raise ValueError(f"{spec} has no class {unknown[0]!r}; it has {shown(names, 20)}")
     if len(set(classes)) != len(classes):
-        raise ValueError(f"classes is {list(classes)}; expected none twice")
+        raise ValueError(f"classes is {list(classes)}; expected each name once")
     new_label = torch.full((len(names),), -1)
     new_label[[names.index(name) for name in classes]] = torch.arange(len(classes))
     rows = (new_label[labels] >= 0).nonzero().flatten()

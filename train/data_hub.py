@@ -30,7 +30,7 @@ class HubSource(Source):
 
     def __init__(self, spec: str) -> None:
         if importlib.util.find_spec("datasets") is None:
-            raise ValueError(f"hf:{spec} needs the package datasets; pip install 'attngen[data]' brings it")
+            raise ValueError(f"hf:{spec} needs the package datasets; pip install 'attngen[data]' installs it")
         import datasets
 
         self.spec = spec
@@ -77,7 +77,7 @@ class HubSource(Source):
     def open(self, index: int) -> BinaryIO:
         cell = self.rows[index][self.column]
         if cell is None:
-            raise ValueError("the row has no picture")
+            raise ValueError("the row has no image")
         if cell["bytes"] is not None:
             return io.BytesIO(cell["bytes"])
         return open(cell["path"], "rb")

@@ -130,7 +130,7 @@ class Prefetcher(Iterator[Batch]):
         elif isinstance(error, SampleError):
             described = SampleError(f"step {step + 1}: {error}")
         else:
-            names = "" if indices is None else f", pictures {shown(self._names(indices[self.part]))}"
+            names = "" if indices is None else f", images {shown(self._names(indices[self.part]))}"
             described = RuntimeError(f"step {step + 1}{names}: {type(error).__name__}: {error}")
         described.__cause__ = error
         return described

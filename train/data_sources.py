@@ -88,7 +88,7 @@ class FolderSource(Source):
             found = sorted(self._pictures(folder / name))
             if not found:
                 raise ValueError(
-                    f"{folder / name} holds no pictures ({', '.join(SUFFIXES)}); remove the folder or fill it"
+                    f"{folder / name} holds no images ({', '.join(SUFFIXES)}); remove the folder or fill it"
                 )
             self.files += found
             labels += [label] * len(found)
@@ -99,9 +99,9 @@ class FolderSource(Source):
     def _no_classes(folder: Path) -> str:
         loose = [entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(SUFFIXES)]
         if not loose:
-            return f"{folder} is empty of pictures and class folders; expected {folder}/CLASS/PICTURE.jpg"
+            return f"{folder} is empty of images and class folders; expected {folder}/CLASS/PICTURE.jpg"
         return (
-            f"{folder} holds {len(loose)} pictures but no class folders; move them into one folder per class, "
+            f"{folder} holds {len(loose)} images but no class folders; move them into one folder per class, "
             f"as in {folder}/CLASS/{loose[0]}"
         )
 

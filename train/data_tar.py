@@ -73,7 +73,7 @@ class TarSource(Source):
             return [str(label) for label in range(highest + 1)]
         names = file.read_text(encoding="utf-8").splitlines()
         if highest >= len(names):
-            raise ValueError(f"{file} names {len(names)} classes but a label is {highest}; expected a line per class")
+            raise ValueError(f"{file} names {len(names)} classes but a label is {highest}; expected one line per class")
         return names
 
     def name(self, index: int) -> str:
@@ -107,7 +107,7 @@ def find_shards(pattern: str) -> list[Path]:
         if not path.is_file():
             raise ValueError(f"shard {path} does not exist; {pattern} means {len(found)} of them")
         if path.suffix != ".tar":
-            raise ValueError(f"shard {path} is not a .tar; a compressed one has no random access, so unpack it")
+            raise ValueError(f"shard {path} is not a .tar; compressed shards have no random access, so decompress it")
     return found
 
 
@@ -134,7 +134,7 @@ def _samples(shard: Path) -> Iterator[tuple[str, Member, int]]:
                 members = [member for _, member in group]
                 pictures = [m for m in members if f".{m.extension.lower()}" in SUFFIXES]
                 if len(pictures) != 1:
-                    raise ValueError(f"sample {key!r} has {len(pictures)} pictures ({', '.join(SUFFIXES)}), not one")
+                    raise ValueError(f"sample {key!r} has {len(pictures)} images ({', '.join(SUFFIXES)}), not one")
                 # tarfile goes on from the offsets it keeps, so the file may be read elsewhere in between.
                 yield key, pictures[0], _label(file, key, members)
     except (tarfile.TarError, OSError, ValueError) as error:

@@ -1,8 +1,8 @@
 """Learn cheap attention for a model that has softmax: python -m train.distill --model FOLDER --out layers.safetensors
 
-The model is its own teacher and stays as it is. Each layer learns to give the exact layer's output for the exact
-layer's input, and all together to give the exact model's prediction. The file that comes out is loaded onto the model
-by attngen.apply(pipe, "layers.safetensors").
+The model is its own teacher and does not change. Each layer learns to reproduce the exact layer's output for the exact
+layer's input, and all layers together the exact model's prediction. The output file is loaded onto the model by
+attngen.apply(pipe, "layers.safetensors").
 """
 
 from __future__ import annotations
@@ -46,32 +46,52 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--train",
         choices=["mixer", "qkvo"],
         default="mixer",
-        help="qkvo: also projections for each layer, a large file",
+        help="qkvo: projections of each layer too, a large file",
     )
-    add("--start", choices=["plain", "agent"], default="agent", help="of mediators: agent is AgentAttention's scales")
-    add("--data", default="self", help="self: the model's own sampling; or emoji, pictures or latents as for train.sit")
-    add("--prompts", type=Path, help="file with a prompt a line; a class, by name or number, for class models")
-    add("--out", type=Path, required=True, help="file to write, .safetensors; the run's folder is beside it, .run")
-    add("--resume", action="store_true", help="go on from the newest checkpoint of the run")
-    add("--max-minutes", type=float, help="save and stop after this time; --resume goes on")
+    add(
+        "--start",
+        choices=["plain", "agent"],
+        default="agent",
+        help="initial scales of mediators; agent: those of AgentAttention",
+    )
+    add("--data", default="self", help="self: the model's own samples; or emoji, images or latents as for train.sit")
+    add("--prompts", type=Path, help="file with one prompt per line; for class models one class (name or number)")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        help="output file, .safetensors; the run's folder has the same name with .run",
+    )
+    add("--resume", action="store_true", help="continue from the newest checkpoint of the run")
+    add("--max-minutes", type=float, help="save and stop after this time; --resume continues")
     add("--threads", type=int, help="CPU threads")
     add("--cpu", action="store_true", help="do not use a GPU")
-    number = parser.add_argument_group("numbers")
+    number = parser.add_argument_group("hyper-parameters")
     add = number.add_argument
     add("--steps", type=int, default=1000, help="optimiser steps (default %(default)s)")
-    add("--batch-size", type=int, default=4, help="pictures in a call (default %(default)s)")
-    add("--accumulate", type=int, default=1, help="calls in a step (default %(default)s)")
-    add("--learning-rate", type=float, default=3e-2, help="of AdamW (default %(default)s)")
-    add("--projection-rate", type=float, default=1e-4, help="of --train qkvo's projections (default %(default)s)")
-    add("--warmup-steps", type=int, default=20, help="steps in which it rises (default %(default)s)")
-    add("--prediction-weight", type=float, default=1.0, help="of the final prediction's error (default %(default)s)")
-    add("--sample-steps", type=int, default=20, help="of the model's own sampling (default %(default)s)")
-    add("--guidance-scale", type=float, help="of the model's own sampling (default: the pipeline's)")
+    add("--batch-size", type=int, default=4, help="samples per call (default %(default)s)")
+    add("--accumulate", type=int, default=1, help="gradient accumulation steps (default %(default)s)")
+    add("--learning-rate", type=float, default=3e-2, help="learning rate of AdamW (default %(default)s)")
+    add(
+        "--projection-rate",
+        type=float,
+        default=1e-4,
+        help="learning rate of the projections of --train qkvo (default %(default)s)",
+    )
+    add("--warmup-steps", type=int, default=20, help="steps of linear learning rate warm-up (default %(default)s)")
+    add(
+        "--prediction-weight",
+        type=float,
+        default=1.0,
+        help="weight of the final prediction's error (default %(default)s)",
+    )
+    add("--sample-steps", type=int, default=20, help="sampling steps of the model's own samples (default %(default)s)")
+    add("--guidance-scale", type=float, help="guidance scale of the model's own samples (default: the pipeline's)")
     add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="in pixels (default: the pipeline's)")
     add("--mixed-precision", choices=["no", "bf16"], default="no")
-    add("--gradient-checkpointing", action="store_true", help="less memory for the final prediction's gradient")
+    add("--gradient-checkpointing", action="store_true", help="activation checkpointing")
     add("--save-every", type=int, default=200, help="steps between checkpoints (default %(default)s)")
-    add("--measure", type=int, default=8, help="calls to measure errors on (default %(default)s)")
+    add("--measure", type=int, default=8, help="calls that errors are measured on (default %(default)s)")
     add("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     for name in ("steps", "batch_size", "accumulate", "sample_steps", "save_every", "measure"):
@@ -122,7 +142,7 @@ def distill(options: argparse.Namespace) -> int:
     method = parse_method(options.method, options.train == "qkvo")
     found = list_checkpoints(options.out.with_suffix(RUN_SUFFIX) / "checkpoints")
     if (found or options.out.exists()) and not options.resume:
-        raise ValueError(f"{options.out} or its run is there already; pass --resume to go on, or another --out")
+        raise ValueError(f"{options.out} or its run already exists; pass --resume to continue it, or another --out")
     lines = None if options.prompts is None else read_lines(options.prompts)
     pipe = load_pipeline(options.model)
     pipe.set_progress_bar_config(disable=True)

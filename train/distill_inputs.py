@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attngen.hosts.families import family_of, slot
+from attngen.hosts.families import family_of, slots
 from attngen.sit.unet_pipeline import NOISE, UNetClassPipeline, class_condition
 from pipelines.cli.seeds import generator_for, sample_order
 
@@ -94,7 +94,7 @@ class Drawing:
     def record(self, conditions: Sequence[Any], *key: Any, most: int | None = None, **options: Any) -> list[Call]:
         """The calls that the pipeline makes to draw a batch, or the first `most` of them."""
         calls: list[Call] = []
-        sample = slot(self.model.forward, _family(self.model).sample)
+        sample = slots(self.model)[_family(self.model).sample]
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             latents = sample.get(args, kwargs).detach().clone()
@@ -187,7 +187,7 @@ class NoisedData(Inputs):
         config: Any = drawing.model.config
         if data.channels != config["in_channels"]:
             raise ValueError(
-                f"the data have {data.channels} channels and the model {config['in_channels']}; latents for it are made"
+                f"the data has {data.channels} channels and the model {config['in_channels']}; latents for it are made"
                 " by train.encode with its autoencoder"
             )
         self.noising = _noising(drawing)
@@ -216,16 +216,16 @@ class NoisedData(Inputs):
     def _filled(self, template: Call, noisy: Tensor, times: Tensor, drop: Tensor) -> Call:
         """A call that the pipeline made, with other latents and times; null classes where labels are dropped."""
         model, family = self.drawing.model, _family(self.drawing.model)
-        sample = slot(model.forward, family.sample)
+        sample = slots(model)[family.sample]
         before = sample.get(*template)
         if before.shape != noisy.shape:
             raise ValueError(
                 f"the pipeline draws {tuple(before.shape[1:])} and the data are {tuple(noisy.shape[1:])}; set --size"
             )
         call = Call(*sample.put(*template, noisy.to(before)))
-        call = Call(*slot(model.forward, family.time).put(*call, times.to(before.device)))
+        call = Call(*slots(model)[family.time].put(*call, times.to(before.device)))
         if not self.drawing.takes_text:
-            place = slot(model.forward, "class_labels")
+            place = slots(model)["class_labels"]
             labels = place.get(*call)
             labels = labels.masked_fill(drop.to(labels.device), self.drawing.num_classes)
             call = Call(*place.put(*call, labels))
@@ -293,7 +293,7 @@ def open_inputs(spec: str, drawing: Drawing, exactly: Callable[[], Any]) -> Inpu
 
         side = read_index(Path(spec))["image_size"]
     elif getattr(drawing.pipe, "vae", None) is not None:
-        raise ValueError(f"{spec} are pictures and the model draws latents; encode them first with train.encode")
+        raise ValueError(f"{spec} are images and the model draws latents; encode them first with train.encode")
     else:
         side = config["sample_size"]
     names = getattr(drawing.pipe, "id2label", None)
@@ -310,7 +310,7 @@ def _labels(data: Any, known: Mapping[str, int], num_classes: int) -> dict[int, 
     if not named and data.num_classes == num_classes:
         return {number: number for number in data.id2label}
     missing = next(name for name in data.id2label.values() if name not in known)
-    raise ValueError(f"the model has no class {missing!r} that the data have; it has {', '.join(known) or num_classes}")
+    raise ValueError(f"class {missing!r} of the data is unknown to the model; it has {', '.join(known) or num_classes}")
 
 
 def _family(model: nn.Module) -> Any:
@@ -321,4 +321,4 @@ def _family(model: nn.Module) -> Any:
 
 def latents_of(model: nn.Module, call: Call) -> Tensor:
     """What a call gives the denoiser to denoise."""
-    return slot(model.forward, _family(model).sample).get(*call)
+    return slots(model)[_family(model).sample].get(*call)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from attngen.step import CHANNEL_KEY
+from attngen.layers.call import CHANNEL_KEY
 from train.distill_inputs import Call, latents_of
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from attngen.hosts.learned import hidden_core
 from torch import Tensor, nn
 
-from attngen.hosts.learned import hidden_core
 from pipelines.cli.signals import StopOnSignal
 from train.checkpoint import (
     list_checkpoints,
@@ -109,7 +109,7 @@ class Run:
         bar.close()
         self.save(step)
         if step < total:
-            print(f"stopped after step {step} of {total}; --resume goes on", file=sys.stderr)
+            print(f"stopped after step {step} of {total}; --resume continues", file=sys.stderr)
             return 1 if self.unsaved else 0
         after = measure(self.pair, held_out)
         print(table(self.before, after))
@@ -188,7 +188,7 @@ class Run:
             self.unsaved = False
         except OSError as error:
             found = list_checkpoints(folder)
-            kept = f"the one of {found[-1].name} stays" if found else "there is no other one"
+            kept = f"the checkpoint of {found[-1].name} is kept" if found else "there is no other checkpoint"
             print(
                 f"train.distill: the checkpoint of step {step} could not be written ({error}); {kept}", file=sys.stderr
             )

@@ -134,9 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m train.ema", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", type=Path, required=True, help="folder of a training run")
-    parser.add_argument("--std", type=float, required=True, help="relative width wanted, such as 0.1")
-    parser.add_argument("--step", type=int, help="step up to which to average; default the last kept")
-    parser.add_argument("--out", type=Path, help="pipeline folder to write; default RUN/pipeline-std-STD")
+    parser.add_argument("--std", type=float, required=True, help="relative width of the average, such as 0.1")
+    parser.add_argument("--step", type=int, help="step up to which to average (default: the last kept)")
+    parser.add_argument("--out", type=Path, help="pipeline folder to write; (default: RUN/pipeline-std-STD)")
     options = parser.parse_args(argv)
     try:
         folder = export(options.run, options.std, options.step, options.out)

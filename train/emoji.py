@@ -204,7 +204,7 @@ def check_classes(classes: Sequence[str] | None) -> list[str]:
     if unknown:
         raise ValueError(f"unknown class {unknown[0]!r}; expected some of {', '.join(CLASSES)}")
     if not names or len(set(names)) != len(names):
-        raise ValueError(f"classes is {names}; expected at least one name and none twice")
+        raise ValueError(f"classes is {names}; expected at least one name, each once")
     return names
 
 

@@ -113,7 +113,7 @@ class InceptionDistance:
         try:
             import torch_fidelity  # noqa: F401
         except ImportError as error:
-            raise ValueError("FID needs torch-fidelity: pip install 'attngen[fid]' brings it") from error
+            raise ValueError("FID needs torch-fidelity: pip install 'attngen[fid]' installs it") from error
         from train.fid import check_input
         from train.fid_extractors import make_extractor
         from train.fid_inputs import open_input

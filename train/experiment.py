@@ -50,13 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m train.experiment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--list", action="store_true", help="name the runs and their commands")
+    what.add_argument("--list", action="store_true", help="print the runs and their commands")
     what.add_argument("--run", nargs="*", metavar="NAME", help="train and measure these runs, or all")
     what.add_argument("--table", action="store_true", help="write the table and the plot from the results")
     parser.add_argument("--out", type=Path, default=Path("runs/experiment"), help="folder of the runs")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results, a JSON file a run")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results, one JSON file per run")
     parser.add_argument("--page", type=Path, default=Path("docs/experiment.md"), help="what --table writes")
-    parser.add_argument("--steps", type=int, default=PRESETS[PRESET].steps, help="optimiser steps of a run")
+    parser.add_argument("--steps", type=int, default=PRESETS[PRESET].steps, help="optimiser steps per run")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     options = parser.parse_args(argv)
     try:
@@ -157,12 +157,12 @@ def measure(run: Path) -> dict[str, Any]:
 
     found = list_checkpoints(run / "checkpoints")
     if not found:
-        raise ValueError(f"{run} has no whole checkpoint to measure")
+        raise ValueError(f"{run} has no complete checkpoint to measure")
     tensors, state = load_checkpoint(found[-1])
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()}
     config = TrainingConfig(**fields)
     if state["step"] < config.steps:
-        raise ValueError(f"{run} is at step {state['step']} of {config.steps}; --run goes on with it")
+        raise ValueError(f"{run} is at step {state['step']} of {config.steps}; --run continues it")
     data = open_data(config.data, image_size=config.image_size, classes=config.classes)
     objective = make_objective(config.objective, path=config.path, time_sampling=config.time_sampling)
     model: Any = build_model(config, data, objective)

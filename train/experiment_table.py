@@ -141,7 +141,7 @@ def plot(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plots need matplotlib; pip install 'attngen[train]' brings it") from error
+        raise ImportError("plots need matplotlib; pip install 'attngen[train]' installs it") from error
     from train.plot import smoothed
 
     figure = Figure(figsize=(7, 4), layout="constrained")

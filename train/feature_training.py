@@ -98,7 +98,7 @@ def make_extractor(options: argparse.Namespace) -> dict[str, Any]:
         "weights": sum(tensor.numel() for tensor in tensors.values()),
         "dtype": "float16",
         "features": NUM_FEATURES,
-        "input": f"square pictures of 16 to 128 pixels a side, reduced to {INPUT_SIZE}",
+        "input": f"square images of 16 to 128 pixels a side, reduced to {INPUT_SIZE}",
         "classes": list(CLASSES),
         "data": {"file": DATA_FILE.name, "sha256": hashlib.sha256(DATA_FILE.read_bytes()).hexdigest()},
         "pictures": {"train": parts["train"][1], "held_out": parts["test"][1]},
@@ -112,7 +112,7 @@ def make_extractor(options: argparse.Namespace) -> dict[str, Any]:
             "processor_seconds": round(time.process_time() - processor, 1),
         },
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()},
-        "licence": "Apache-2.0; the pictures it has learnt from are under OFL-1.1",
+        "licence": "Apache-2.0; the images it has learnt from are under OFL-1.1",
     }
     write_json(card_path(options.out), card)
     load_extractor(options.out)

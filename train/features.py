@@ -172,19 +172,19 @@ def check_pictures(pictures: Tensor) -> None:
         ValueError: if the shape, size or number format is another, or a value is not finite or beyond [-1, 1].
     """
     if pictures.ndim != 4 or pictures.shape[1] != 3 or pictures.shape[2] != pictures.shape[3]:
-        raise ValueError(f"expected square pictures (N, 3, S, S), got {tuple(pictures.shape)}")
+        raise ValueError(f"expected square images (N, 3, S, S), got {tuple(pictures.shape)}")
     if not MIN_SIZE <= pictures.shape[-1] <= MAX_SIZE:
-        raise ValueError(f"pictures have {pictures.shape[-1]} pixels a side; expected {MIN_SIZE} to {MAX_SIZE}")
+        raise ValueError(f"images have {pictures.shape[-1]} pixels a side; expected {MIN_SIZE} to {MAX_SIZE}")
     if pictures.dtype == torch.uint8:
         return
     if not pictures.is_floating_point():
-        raise ValueError(f"pictures are {pictures.dtype}; expected uint8, or floating point in [-1, 1]")
+        raise ValueError(f"images are {pictures.dtype}; expected uint8, or floating point in [-1, 1]")
     if not pictures.isfinite().all():
         broken = int((~pictures.isfinite()).flatten(1).any(dim=1).sum())
-        raise ValueError(f"{broken} of {len(pictures)} pictures hold values that are not finite")
+        raise ValueError(f"{broken} of {len(pictures)} images hold values that are not finite")
     if pictures.numel() and float(pictures.abs().max()) > 1.0 + TOLERANCE:
         low, high = float(pictures.min()), float(pictures.max())
-        raise ValueError(f"pictures run from {low:.4g} to {high:.4g}; expected [-1, 1]: scale or clamp them")
+        raise ValueError(f"images run from {low:.4g} to {high:.4g}; expected [-1, 1]: scale or clamp them")
 
 
 def prepare(pictures: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ def features_of(pictures: Iterable[Tensor] | Tensor, extractor: FeatureExtractor
     """
     for batch in [pictures] if isinstance(pictures, Tensor) else pictures:
         if not isinstance(batch, Tensor):
-            raise ValueError(f"expected tensors of pictures, got {type(batch).__name__}")
+            raise ValueError(f"expected tensors of images, got {type(batch).__name__}")
         yield extractor(batch.unsqueeze(0) if batch.ndim == 3 else batch)
 
 
@@ -274,7 +274,7 @@ def register_with_torch_fidelity(extractor: FeatureExtractor | None = None) -> s
 
         def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
             if pictures.dtype != torch.uint8:
-                raise ValueError(f"torch-fidelity measures uint8 pictures, got {pictures.dtype}")
+                raise ValueError(f"torch-fidelity measures uint8 images, got {pictures.dtype}")
             features = self.network(pictures)
             outputs = {"features": features, "logits": self.network.logits(features)}
             return tuple(outputs[key] for key in self.features_list)

@@ -31,17 +31,21 @@ GENERATED and REFERENCE are folders (searched to any depth), tar shards, .npz wi
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(PROGRAM, "Measure pictures against a reference.", EXAMPLES)
+    parser = cli.Parser(PROGRAM, "Measure images against a reference.", EXAMPLES)
     add = parser.add_argument
-    add("generated", metavar="GENERATED", help="what a model drew")
-    add("reference", metavar="REFERENCE", help="what it should be like")
-    add("--extractor", choices=["inception", "emoji"], default="inception", help="network (default inception)")
-    add("--inception-weights", metavar="FILE", help="weights in torch-fidelity's layout (default: it downloads them)")
+    add("generated", metavar="GENERATED", help="generated images")
+    add("reference", metavar="REFERENCE", help="reference images")
+    add(
+        "--extractor", choices=["inception", "emoji"], default="inception", help="feature extractor (default inception)"
+    )
+    add(
+        "--inception-weights", metavar="FILE", help="Inception weights in torch-fidelity's layout (default: downloaded)"
+    )
     add("--metrics", type=metric_names, default=METRICS, metavar="LIST", help=f"of {','.join(METRICS)} (default: all)")
-    add("--image-size", type=cli.whole_number(1), metavar="S", help="crop all pictures to squares of S, as ADM does")
+    add("--image-size", type=cli.whole_number(1), metavar="S", help="crop all images to squares of S, as ADM does")
     add("--classes", help="classes of the emoji, separated by commas (default: those of GENERATED's manifest, or all)")
     add("--cache", type=Path, help="folder of statistics (default: attngen/statistics in the user's cache)")
-    add("--no-cache", action="store_true", help="compute everything anew and keep nothing")
+    add("--no-cache", action="store_true", help="neither read nor write cached statistics")
     add("--save-statistics", type=Path, metavar="FILE", help="write REFERENCE's statistics, .safetensors")
     add(
         "--json",
@@ -67,7 +71,7 @@ def metric_names(text: str) -> tuple[str, ...]:
     names = tuple(part.strip().lower() for part in text.split(","))
     for name in names:
         if name not in METRICS:
-            raise argparse.ArgumentTypeError(f"{name!r} is no metric; expected some of {','.join(METRICS)}")
+            raise argparse.ArgumentTypeError(f"{name!r} is not a metric; expected some of {','.join(METRICS)}")
     return names
 
 
@@ -171,8 +175,8 @@ def check_pair(generated: Given, reference: Given) -> None:
     a, b = generated.pictures.size, reference.pictures.size
     if a != b:
         raise ValueError(
-            f"{generated.name} has pictures of {a[1]} x {a[0]} pixels and {reference.name} of {b[1]} x {b[0]}; "
-            "have both cropped to one size by --image-size"
+            f"{generated.name} has images of {a[1]} x {a[0]} pixels and {reference.name} of {b[1]} x {b[0]}; "
+            "crop both to one size by --image-size"
         )
 
 
@@ -196,7 +200,7 @@ def open_reference(options: argparse.Namespace, generated: Given) -> Given:
     if name != EMOJI or Path(options.reference).exists():
         return open_input(options.reference, options.image_size, options.workers)
     if generated.pictures is None:
-        raise ValueError("the emoji are compared with pictures, whose size they take; GENERATED has statistics only")
+        raise ValueError("the emoji are compared with images, whose size they take; GENERATED has statistics only")
     classes, labels = manifest_facts(Path(options.generated))
     if options.classes:
         classes = [part.strip() for part in options.classes.split(",")]
@@ -210,7 +214,7 @@ def open_reference(options: argparse.Namespace, generated: Given) -> Given:
     side = min(generated.pictures.size[0], 64)
     if generated.pictures.size[0] > side:
         raise ValueError(
-            f"the emoji have 64 pixels a side; give --image-size 64 for pictures of {generated.pictures.size[0]}"
+            f"the emoji have 64 pixels a side; give --image-size 64 for images of {generated.pictures.size[0]}"
         )
     return Given(options.reference, EmojiSet(split, side, classes))
 
@@ -232,7 +236,7 @@ def table(result: Mapping[str, Any]) -> str:
         lines.append((name, _shown(value)))
     if "floor" in result:
         floor = result["floor"]
-        lines.append(("its floor", f"{floor['value']:.4f} of {floor['pictures']:,} pictures as good as the reference"))
+        lines.append(("its floor", f"{floor['value']:.4f} of {floor['pictures']:,} images as good as the reference"))
     lines += [(name, f"not computed: {reason}") for name, reason in result["skipped"].items()]
     for kind in ("generated", "reference"):
         facts = result[kind]

@@ -79,7 +79,7 @@ class EmojiExtractor(Extractor):
     def check_size(self, size: tuple[int, int]) -> None:
         if size[0] != size[1] or not MIN_SIZE <= size[0] <= MAX_SIZE:
             raise ValueError(
-                f"pictures have {size[1]} x {size[0]} pixels; the emoji extractor takes squares of {MIN_SIZE} to "
+                f"images have {size[1]} x {size[0]} pixels; the emoji extractor takes squares of {MIN_SIZE} to "
                 f"{MAX_SIZE}: give --image-size, or --extractor inception"
             )
 

@@ -72,8 +72,8 @@ class PictureSet:
             size = pixels.shape[1], pixels.shape[2]
             if self.count and size != self.size:
                 raise ValueError(
-                    f"{name} has {size[1]} x {size[0]} pixels and the first picture {self.size[1]} x {self.size[0]}; "
-                    "measure pictures of one size, or have all cropped to squares by --image-size"
+                    f"{name} has {size[1]} x {size[0]} pixels and the first image {self.size[1]} x {self.size[0]}; "
+                    "measure images of one size, or crop all to squares by --image-size"
                 )
             self.size = size
             self.count += 1
@@ -81,7 +81,7 @@ class PictureSet:
             seen.add(fingerprint)
             digest.update(fingerprint)
         if self.count < MIN_PICTURES:
-            raise ValueError(f"{self.name} has {self.count} pictures; a distance needs at least {MIN_PICTURES}")
+            raise ValueError(f"{self.name} has {self.count} images; a distance needs at least {MIN_PICTURES}")
         self.sha256 = digest.hexdigest()
 
 
@@ -121,7 +121,7 @@ class FileSet(PictureSet):
                 return read_picture(io.BytesIO(content), self.image_size), fingerprint
             return _whole_picture(content), fingerprint
         except (OSError, ValueError, tarfile.TarError) as error:
-            raise ValueError(f"{name} cannot be read as a picture: {error}") from error
+            raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
 
 def _whole_picture(content: bytes) -> np.ndarray:
@@ -156,7 +156,7 @@ class NpzSet(PictureSet):
         return shape
 
     def names(self) -> Iterator[str]:
-        return (f"{self.path}: picture {index}" for index in range(self.shape[0]))
+        return (f"{self.path}: image {index}" for index in range(self.shape[0]))
 
     def _decoded(self) -> Iterator[tuple[np.ndarray, bytes]]:
         from PIL import Image
@@ -167,7 +167,7 @@ class NpzSet(PictureSet):
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
             self._read_header(member)
             for index in range(count):
-                content = _read_exactly(member, int(np.prod(shape)), f"{self.path}: picture {index}")
+                content = _read_exactly(member, int(np.prod(shape)), f"{self.path}: image {index}")
                 pixels = np.frombuffer(content, np.uint8).reshape(shape)
                 if self.image_size is not None:
                     pixels = np.asarray(center_crop(Image.fromarray(pixels), self.image_size))
@@ -194,7 +194,7 @@ class EmojiSet(PictureSet):
         self._pictures = EmojiDataset(split, side, classes).pixel_values.numpy()
 
     def names(self) -> Iterator[str]:
-        return (f"{self.name}: picture {index}" for index in range(len(self._pictures)))
+        return (f"{self.name}: image {index}" for index in range(len(self._pictures)))
 
     def _decoded(self) -> Iterator[tuple[np.ndarray, bytes]]:
         return ((pixels, hashlib.sha256(pixels.tobytes()).digest()) for pixels in self._pictures)
@@ -256,7 +256,7 @@ def _open_folder(path: Path, image_size: int | None, workers: int) -> FileSet:
     else:
         shards = sorted(path.rglob("*.tar"))
         if not shards:
-            raise ValueError(f"{path} holds no pictures ({', '.join(SUFFIXES)}) and no tar shards")
+            raise ValueError(f"{path} holds no images ({', '.join(SUFFIXES)}) and no tar shards")
         found = list(_tar_files(shards))
     return FileSet(str(path), found, image_size, workers)
 
@@ -304,10 +304,10 @@ def _open_npz(path: Path, image_size: int | None) -> Given:
             has_pictures = "arr_0" in archive.files
         pictures = NpzSet(path, image_size) if has_pictures else None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no readable .npz: {error}") from error
+        raise ValueError(f"{path} is not a readable .npz: {error}") from error
     _check_arrays(path, arrays)
     if pictures is None and not arrays:
-        raise ValueError(f"{path} holds neither pictures (arr_0) nor statistics (mu, sigma)")
+        raise ValueError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")
     return Given(str(path), pictures, arrays)
 
 

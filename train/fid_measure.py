@@ -113,7 +113,7 @@ def measure_cached(
         try:
             return replace(read_measured(file, extractor), name=pictures.name)
         except ValueError as error:
-            warnings.warn(f"{error}; it is made anew", stacklevel=2)
+            warnings.warn(f"{error}; it is computed again", stacklevel=2)
     found = measure(pictures, extractor, progress)
     try:
         write_measured(file, found)
@@ -185,7 +185,7 @@ def read_measured(path: Path, extractor: Extractor) -> Measured:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"{path} holds no statistics that can be read: {error}") from error
     if theirs != (extractor.label, extractor.sha256):
-        raise ValueError(f"{path} is of the extractor {theirs[0]}, not {extractor.label}; compute it anew")
+        raise ValueError(f"{path} is of the extractor {theirs[0]}, not {extractor.label}; compute it again")
     spatial = None
     if "spatial_mean" in tensors:
         spatial = Statistics(tensors["spatial_mean"], tensors["spatial_covariance"], count, *theirs)
@@ -207,12 +207,12 @@ def _check_tensors(tensors: dict[str, Tensor], count: int) -> None:
         if prefix and mean is None and covariance is None:
             continue
         if mean is None or covariance is None or mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-            raise ValueError(f"{prefix}mean and {prefix}covariance do not belong together")
+            raise ValueError(f"{prefix}mean and {prefix}covariance do not match")
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise ValueError(f"{prefix}mean or {prefix}covariance is not finite")
     for key in ("features", "logits"):
         if key in tensors and (tensors[key].ndim != 2 or len(tensors[key]) != count):
-            raise ValueError(f"{key} is {tuple(tensors[key].shape)} for {count} pictures")
+            raise ValueError(f"{key} is {tuple(tensors[key].shape)} for {count} images")
 
 
 def measure_input(
@@ -233,7 +233,7 @@ def measure_input(
         of_pictures = measure_cached(given.pictures, extractor, cache, progress)
     if "mu" not in given.arrays or (of_pictures is not None and "spatial" not in extractor.keys):
         if of_pictures is None:
-            raise ValueError(f"{given.name} holds neither pictures nor mu and sigma")
+            raise ValueError(f"{given.name} holds neither images nor mu and sigma")
         return of_pictures
     pool = _of_arrays(given, "mu", "sigma", extractor)
     spatial = _of_arrays(given, "mu_s", "sigma_s", extractor) if "mu_s" in given.arrays else None
@@ -249,6 +249,6 @@ def _of_arrays(given: Given, mean: str, covariance: str, extractor: Extractor) -
     if "spatial" not in extractor.keys or len(a) != width:
         raise ValueError(
             f"{given.name}: {mean} has {len(a)} features; {width} of Inception are expected, so measure with "
-            "--extractor inception, or name pictures"
+            "--extractor inception, or name images"
         )
     return Statistics(a, b, UNKNOWN, extractor.label, extractor.sha256)

@@ -69,8 +69,8 @@ def _warn_of_few(generated: Measured, reference: Measured) -> None:
         count = measured.statistics.num_pictures
         if count < ENOUGH_PICTURES:
             warnings.warn(
-                f"{count} {kind} pictures are fewer than {ENOUGH_PICTURES}: the distance is partly that of chance; "
-                "compare it with values of as many pictures only",
+                f"{count} {kind} images are fewer than {ENOUGH_PICTURES}: the distance is biased upwards; "
+                "compare it only with values of the same number of images",
                 stacklevel=3,
             )
 
@@ -79,7 +79,7 @@ def _add_sfid(
     generated: Measured, reference: Measured, extractor: Extractor, values: dict[str, Any], skipped: dict[str, str]
 ) -> None:
     if "spatial" not in extractor.keys:
-        skipped["sFID"] = "it is of Inception's features"
+        skipped["sFID"] = "sFID needs the Inception extractor"
     elif generated.spatial is None or reference.spatial is None:
         skipped["sFID"] = "the statistics have no spatial part"
     else:
@@ -93,7 +93,7 @@ def _add_is(generated: Measured, extractor: Extractor, values: dict[str, Any], s
     if generated.logits is None:
         skipped[name] = "the statistics have no logits"
     elif len(generated.logits) < IS_SPLITS:
-        skipped[name] = f"it needs {IS_SPLITS} pictures, one a split"
+        skipped[name] = f"it needs {IS_SPLITS} images, one per split"
     else:
         found = isc_features_to_metric(generated.logits, splits=IS_SPLITS)
         values[name] = {"mean": found["inception_score_mean"], "std": found["inception_score_std"]}
@@ -133,7 +133,7 @@ def _add_precision_recall(
         skipped["precision, recall"] = "they need the features of both, and statistics are only their moments"
         return
     if min(len(a), len(b)) <= NEIGHBOURS:
-        skipped["precision, recall"] = f"they need more than {NEIGHBOURS} pictures of each kind"
+        skipped["precision, recall"] = f"they need more than {NEIGHBOURS} images of each kind"
         return
     _warn_of_copies(reference)
     _warn_of_copies(generated)
@@ -146,7 +146,7 @@ def _warn_of_copies(measured: Measured) -> None:
     count = measured.statistics.num_pictures
     if measured.duplicates > FEW_COPIES * count:
         warnings.warn(
-            f"{measured.duplicates} pictures of {measured.name} are copies of others: neighbours at no distance make "
+            f"{measured.duplicates} images of {measured.name} are copies of others: neighbours at no distance make "
             "precision and recall meaningless",
             stacklevel=4,
         )

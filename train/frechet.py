@@ -101,7 +101,7 @@ class RunningStatistics:
         features = features.detach().to("cpu", torch.float64)
         if not features.isfinite().all():
             broken = int((~features.isfinite()).any(dim=1).sum())
-            raise ValueError(f"features of {broken} of {len(features)} pictures are not finite")
+            raise ValueError(f"features of {broken} of {len(features)} images are not finite")
         if not len(features):
             return
         if not self.num_pictures:
@@ -135,7 +135,7 @@ class RunningStatistics:
             ValueError: if fewer than 2 pictures were added.
         """
         if self.num_pictures < MIN_PICTURES:
-            raise ValueError(f"a distance needs at least {MIN_PICTURES} pictures, got {self.num_pictures}")
+            raise ValueError(f"a distance needs at least {MIN_PICTURES} images, got {self.num_pictures}")
         covariance = self._scatter / (self.num_pictures - 1)
         features = torch.cat(self._features) if self._features is not None else None
         return Statistics(
@@ -255,7 +255,7 @@ def frechet_distance(a: Statistics, b: Statistics, warn: bool = True) -> float:
     few = min(a.num_pictures, b.num_pictures)
     if warn and few < 2 * len(a.mean):
         warnings.warn(
-            f"{few} pictures are fewer than twice the {len(a.mean)} features; the distance is mostly that of chance",
+            f"{few} images are fewer than twice the {len(a.mean)} features; the distance is mostly bias",
             stacklevel=2,
         )
     return _frechet(a, b)
@@ -325,9 +325,9 @@ def check_comparable(a: Statistics, b: Statistics) -> None:
         )
     for statistics in (a, b):
         if statistics.num_pictures < MIN_PICTURES:
-            raise ValueError(f"a distance needs at least {MIN_PICTURES} pictures, got {statistics.num_pictures}")
+            raise ValueError(f"a distance needs at least {MIN_PICTURES} images, got {statistics.num_pictures}")
         if not (statistics.mean.isfinite().all() and statistics.covariance.isfinite().all()):
-            raise ValueError(f"the statistics of {statistics.num_pictures} pictures are not finite")
+            raise ValueError(f"the statistics of {statistics.num_pictures} images are not finite")
 
 
 def floor_distance(reference: Statistics, num_pictures: int) -> tuple[float, int]:
@@ -348,7 +348,7 @@ def floor_distance(reference: Statistics, num_pictures: int) -> tuple[float, int
     """
     if reference.features is None or reference.num_pictures < 2 * MIN_PICTURES:
         raise ValueError(
-            f"two halves need the features of at least {2 * MIN_PICTURES} pictures, got "
+            f"two halves need the features of at least {2 * MIN_PICTURES} images, got "
             f"{0 if reference.features is None else reference.num_pictures}"
         )
     half = reference.num_pictures // 2
@@ -407,12 +407,12 @@ def fd_emoji(
     if labels is not None:
         warn_of_mix(labels, drawn.num_pictures, names, split)
     if not watch.has_dark:
-        warnings.warn("no picture has a value below 0: are they in [0, 1] rather than [-1, 1]?", stacklevel=2)
+        warnings.warn("no image has a value below 0: are they in [0, 1] rather than [-1, 1]?", stacklevel=2)
     enough = max(ENOUGH_PICTURES, 2 * len(drawn.mean))
     if drawn.num_pictures < enough:
         warnings.warn(
-            f"{drawn.num_pictures} pictures are fewer than {enough}: compare the value with its floor, and with values "
-            "of as many pictures only",
+            f"{drawn.num_pictures} images are fewer than {enough}: compare the value with its floor, and only with "
+            "values of the same number of images",
             stacklevel=2,
         )
     if reference.num_pictures < 2 * len(drawn.mean):
@@ -445,7 +445,7 @@ class _Watch:
         for batch in [pictures] if isinstance(pictures, Tensor) else pictures:
             if isinstance(batch, Tensor) and batch.ndim and batch.numel():
                 if self.side not in (0, batch.shape[-1]):
-                    raise ValueError(f"pictures have sides of {self.side} and {batch.shape[-1]}; expected one size")
+                    raise ValueError(f"images have sides of {self.side} and {batch.shape[-1]}; expected one size")
                 self.side = batch.shape[-1]
                 self.has_dark |= batch.dtype == torch.uint8 or float(batch.min()) < 0.0
             yield batch
@@ -464,7 +464,7 @@ def warn_of_mix(labels: Tensor, num_pictures: int, classes: Sequence[str], split
         ValueError: if there are more or fewer labels than pictures, or one has no class.
     """
     if labels.shape != (num_pictures,):
-        raise ValueError(f"labels are {tuple(labels.shape)} for {num_pictures} pictures; expected one a picture")
+        raise ValueError(f"labels are {tuple(labels.shape)} for {num_pictures} images; expected one per image")
     labels = labels.detach().cpu().long()
     if not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
         raise ValueError(
@@ -476,7 +476,7 @@ def warn_of_mix(labels: Tensor, num_pictures: int, classes: Sequence[str], split
     misplaced = float((shares - sizes / sizes.sum()).abs().sum()) / 2
     if misplaced > MIX_TOLERANCE + len(classes) / (2 * num_pictures):
         warnings.warn(
-            f"{misplaced:.0%} of the pictures would have to be of another class for the reference's shares; "
+            f"{misplaced:.0%} of the images would have to be of another class for the reference's shares; "
             "draw labels with reference_labels",
             stacklevel=3,
         )
@@ -535,7 +535,7 @@ def load_statistics(path: str | Path, extractor: FeatureExtractor | None = None)
         raise ValueError(f"{path} is of the format {facts['format']!r}; expected {FORMAT!r}")
     if (statistics.extractor, statistics.sha256) != (extractor.label, extractor.sha256):
         raise ValueError(
-            f"{path} is of the extractor {statistics.extractor or 'unnamed'}, not {extractor.label}; compute it anew"
+            f"{path} is of the extractor {statistics.extractor or 'unnamed'}, not {extractor.label}; compute it again"
         )
     _check_shapes(path, statistics)
     return statistics

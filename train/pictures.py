@@ -87,7 +87,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return _from_16_bits(image)
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no defined white; convert the picture to 8 or 16 bits")
+        raise ValueError("floating-point pixels have no defined white; convert the image to 8 or 16 bits")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
@@ -99,7 +99,7 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 0xFFFF:
-        raise ValueError(f"integer pixels from {low} to {high} exceed 16 bits; convert the picture to 8 or 16 bits")
+        raise ValueError(f"integer pixels from {low} to {high} exceed 16 bits; convert the image to 8 or 16 bits")
     return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
@@ -111,5 +111,5 @@ def _check_pixels(width: int, height: int) -> None:
 def _reason(error: Exception) -> str:
     """One line for a message, without Pillow's mention of the Python object it read from."""
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"not a picture of a known format ({', '.join(FORMATS)})"
+        return f"not an image of a known format ({', '.join(FORMATS)})"
     return " ".join(str(error).split()) or type(error).__name__

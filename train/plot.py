@@ -1,6 +1,6 @@
 """Draw the curves of several training runs: python -m train.plot runs/softmax runs/mediators --out curves.png
 
-One panel a quantity: loss (smoothed), loss by noise level of the last lines, pictures a second, and the Fréchet
+One panel a quantity: loss (smoothed), loss by noise level of the last lines, images per second, and the Fréchet
 distance where it was measured.
 """
 
@@ -19,8 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m train.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
-    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="picture to write: .png, .svg or .pdf")
-    parser.add_argument("--smooth", type=float, default=0.02, help="share of a run that the loss is averaged over")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="image to write: .png, .svg or .pdf")
+    parser.add_argument("--smooth", type=float, default=0.02, help="fraction of a run that the loss is averaged over")
     options = parser.parse_args(argv)
     if not 0 <= options.smooth < 1:
         parser.error(f"--smooth must be in [0, 1), got {options.smooth}")
@@ -49,7 +49,7 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     """
     path = run / "log.jsonl"
     if not path.is_file():
-        raise ValueError(f"{run} holds no run: it has no log.jsonl")
+        raise ValueError(f"{run} is not a run: it has no log.jsonl")
     lines = path.read_text(encoding="utf-8").splitlines()
     steps: dict[tuple[int, bool], dict[str, Any]] = {}
     for number, line in enumerate(lines, 1):
@@ -83,7 +83,7 @@ def draw(logs: dict[str, list[dict[str, Any]]], out: Path, smooth: float) -> Non
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plots need matplotlib; pip install 'attngen[train]' brings it") from error
+        raise ImportError("plots need matplotlib; pip install 'attngen[train]' installs it") from error
 
     figure = Figure(figsize=(11, 8), layout="constrained")
     loss, levels, speed, distance = figure.subplots(2, 2).flatten()
@@ -97,7 +97,7 @@ def draw(logs: dict[str, list[dict[str, Any]]], out: Path, smooth: float) -> Non
     for axes, title, x in (
         (loss, "loss", "step"),
         (levels, "loss by noise level, last tenth of the run", "noise level"),
-        (speed, "pictures a second", "step"),
+        (speed, "images per second", "step"),
         (distance, "Fréchet distance: FD-emoji, or FID", "step"),
     ):
         axes.set_title(title)

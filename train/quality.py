@@ -44,21 +44,26 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--results", type=Path, default=RESULTS, help=f"folder of the results (default {RESULTS})")
     add("--page", type=Path, default=Path("docs/quality.md"), help="what --table writes (default docs/quality.md)")
     add("--model", help="pipeline folder, training run or hub id")
-    add("--name", help="of the results, NAME.json (default: the model's)")
-    add("--out", type=Path, default=Path("runs/quality"), help="folder of the pictures (default runs/quality)")
-    add("--rows", nargs="+", metavar="ROW", help="only these rows; the first is what the others are compared with")
+    add("--name", help="name of the results, NAME.json (default: the model's)")
+    add("--out", type=Path, default=Path("runs/quality"), help="folder of the images (default runs/quality)")
+    add("--rows", nargs="+", metavar="ROW", help="only these rows; the first is the baseline")
     add("--plan", action="append", default=[], type=_named_plan, metavar="NAME=FILE", help="a further row: a plan file")
-    add("--pictures", type=cli.whole_number(2), default=1024, help="of each set (default 1024)")
-    add("--seeds", type=cli.whole_number(1), default=3, help="sets a row, of different noise (default 3)")
+    add("--pictures", type=cli.whole_number(2), default=1024, help="images per set (default 1024)")
+    add("--seeds", type=cli.whole_number(1), default=3, help="sets per row, of different noise (default 3)")
     add("--steps", type=cli.whole_number(1), default=25, help="sampling steps (default 25)")
     add("--guidance-scale", type=cli.scale_number, help="(default: none for classes, else the model's own)")
     samplers.add_arguments(parser)
     add("--height", type=cli.whole_number(1), help="in pixels (default: as the model was trained)")
     add("--width", type=cli.whole_number(1), help="in pixels (default: as the model was trained)")
-    add("--class-names", type=Path, metavar="FILE", help="for a model of texts: a class a line")
-    add("--reference", type=Path, help="for other models than those of the emoji: pictures or statistics")
-    add("--inception-weights", type=Path, metavar="FILE", help="for --reference where there is no network")
-    add("--rounds", type=cli.whole_number(1), default=5, help="of the timing (default 5)")
+    add("--class-names", type=Path, metavar="FILE", help="for a model of texts: one class name per line")
+    add("--reference", type=Path, help="reference images or statistics, for models of other data than the emoji")
+    add(
+        "--inception-weights",
+        type=Path,
+        metavar="FILE",
+        help="Inception weights for --reference, for use without a network",
+    )
+    add("--rounds", type=cli.whole_number(1), default=5, help="timing rounds (default 5)")
     add("--device", help="cpu, cuda, cuda:1 … (default: a GPU where there is one)")
     options = parser.parse_args(argv)
     if not options.table and not options.model:
@@ -255,7 +260,7 @@ def measure_set(options: argparse.Namespace, sampler: Any, row: Row, name: str, 
         argv += ["--mediators", row.mediators]
     done = sample.sample(sample.parse_arguments(argv))
     if done["missing"]:
-        raise cli.UserError(f"{folder} lacks {done['missing']} pictures; the same command goes on")
+        raise cli.UserError(f"{folder} lacks {done['missing']} images; run the same command again to continue")
     if options.reference is not None:
         return fid_of(folder, options)
     return fd_of(folder, list(sampler.id2label.values()))
@@ -293,7 +298,7 @@ def fd_of(folder: Path, classes: Sequence[str]) -> dict[str, Any]:
     pictures = [np.asarray(Image.open(path).convert("RGB")) for path in pictures_of(folder)]
     stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*pictures are fewer than")  # the table names the number and floor
+        warnings.filterwarnings("ignore", message=".*images are fewer than")  # the table names the number and floor
         found = fd_emoji(stacked, classes)
     return {"metric": found["name"], "value": found["value"], "floor": found["floor"]}
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attngen import Report
+    from attngen.kernels.dispatch import Kernel
     from train.quality_rows import Row
 
 
@@ -74,7 +75,7 @@ def _attention(report: Report | None, counts: dict[Any, int], sampler: Any, opti
 
 
 @contextmanager
-def drawn_with(sampler: Any, row: Row, kernel: str = "auto") -> Iterator[Callable[[], Report | None]]:
+def drawn_with(sampler: Any, row: Row, kernel: Kernel = "auto") -> Iterator[Callable[[], Report | None]]:
     """Within it the model draws as the row says; gives what reports on it."""
     import attngen
 
@@ -86,7 +87,7 @@ def drawn_with(sampler: Any, row: Row, kernel: str = "auto") -> Iterator[Callabl
 
 
 def draw(sampler: Any, row: Row, options: argparse.Namespace) -> None:
-    """Draw one picture; nobody looks at it."""
+    """Draw one picture; the result is discarded."""
     import torch
 
     from train.sample_model import make_mediators

@@ -55,15 +55,15 @@ def swap_rows() -> list[Row]:
 
     The presets leave layers of few tokens exact, so that they change nothing in a small model.
     """
-    from attngen import METHODS, AgentAttention, DownsampledKV, Plan, TokenMerging
+    from attngen import PRESETS, AgentAttention, DownsampledKV, Plan, TokenMerging
 
     agents = [Row(f"agent-{n}", Plan.of(AgentAttention(num_agents=n)), kind="agents") for n in (4, 16, 64, 128)]
     others = [
         Row("merge-half", Plan.of(TokenMerging(0.5)), kind="everywhere"),
         Row("keys-quarter", Plan.of(DownsampledKV(2)), kind="everywhere"),
     ]
-    presets = [Row(name, plan, kind="presets") for name, plan in METHODS.items() if name != BASELINE]
-    return [Row(BASELINE, METHODS[BASELINE], kind="presets"), *presets, *agents, *others]
+    presets = [Row(name, plan, kind="presets") for name, plan in PRESETS.items() if name != BASELINE]
+    return [Row(BASELINE, PRESETS[BASELINE], kind="presets"), *presets, *agents, *others]
 
 
 def mediator_rows() -> list[Row]:

@@ -151,7 +151,7 @@ def is_monotone(values: Sequence[float], rising: bool) -> bool:
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(PROGRAM, "Check that FD-emoji ranks damage and training.", EXAMPLES)
     parser.add_argument("--run", type=Path, help="folder of a training run with --fd-every")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the distances")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="JSON file to write the distances to")
     return parser.parse_args(argv)
 
 

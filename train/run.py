@@ -193,7 +193,7 @@ class Run:
                 write_json(path, note)
             except OSError:
                 return f"the batch of {len(names)} began with: {first}"
-        return f"its {len(names)} pictures are in {path} and begin with: {first}"
+        return f"its {len(names)} images are in {path} and begin with: {first}"
 
     def _update(self, step: int) -> None:
         factor = learning_rate_factor(step, self.config)
@@ -299,7 +299,7 @@ class Run:
         except OSError as error:
             if kind == CHECKPOINT or kind not in self.failed:
                 found = list_checkpoints(self.out / "checkpoints")
-                kept = f"the checkpoint of {found[-1].name} stays" if found else "there is no checkpoint yet"
+                kept = f"the checkpoint of {found[-1].name} is kept" if found else "there is no checkpoint yet"
                 print(f"train.sit: {what} could not be written ({error}); {kept}", file=sys.stderr)
             self.failed.add(kind)
             return False
@@ -313,7 +313,7 @@ class Run:
         model = self.averaged_model()
         self._try_to_write(
             "samples",
-            f"the pictures of step {step}",
+            f"the images of step {step}",
             lambda: sample_grid(model, self.objective, self.config, self.data, self.out, step),
         )
 
@@ -327,7 +327,9 @@ class Run:
         try:
             found = frechet_distances(model, self.objective, self.config, self.data, self.distance, stopped)
         except Stopped:
-            print(f"train.sit: the distance of step {step} was not measured, as the run is to stop", file=sys.stderr)
+            print(
+                f"train.sit: the distance of step {step} was not measured because the run is stopping", file=sys.stderr
+            )
             return
         self._tell(step, found)
 
@@ -351,7 +353,7 @@ class Run:
         """Add a line to the log, and the same to the trackers."""
         path = self.out / "log.jsonl"
         self._try_to_write("log", f"{path}", lambda: append_line(path, {"step": step, **record}))
-        self._try_to_write("tracker", "what the tracker is told", lambda: self.accelerator.log(flat(record), step=step))
+        self._try_to_write("tracker", "the tracker's log", lambda: self.accelerator.log(flat(record), step=step))
 
     def end_trackers(self) -> None:
         """Close the trackers. Every process has to call it."""
@@ -359,7 +361,7 @@ class Run:
             self.accelerator.end_training()
         except OSError as error:  # of what a full disk left unwritten
             if "tracker" not in self.failed:
-                print(f"train.sit: what the tracker is told could not be written ({error})", file=sys.stderr)
+                print(f"train.sit: the tracker's log could not be written ({error})", file=sys.stderr)
 
 
 def learning_rate_factor(step: int, config: TrainingConfig) -> float:

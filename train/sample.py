@@ -1,7 +1,7 @@
 """Draw many pictures with a model, to measure it: python -m train.sample --num-pictures 10000 --out samples/emoji
 
 Picture i is a function of the seed and i: it does not depend on the number of processes, the batch size, or on where a
-run was stopped and resumed. Under torchrun or accelerate launch every process draws its share.
+run was stopped and resumed. Under torchrun or accelerate launch every process draws a part.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import cli, samplers
 from pipelines.cli.signals import StopOnSignal
+from pipelines.methods.options import method_help
 
 if TYPE_CHECKING:
     from train.sample_files import SampleFolder
@@ -40,32 +41,32 @@ examples:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(PROGRAM, "Draw many pictures with a model, to measure it.", EXAMPLES)
+    parser = cli.Parser(PROGRAM, "Draw many images with a model, to measure it.", EXAMPLES)
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="folder of the set; given again, an unfinished set goes on")
+    add("--out", type=Path, required=True, help="folder of the set; an unfinished set in it is continued")
     # Under torchrun the short form does not work: it takes it for the beginning of its own options.
-    add("--num-pictures", "--num", dest="num", type=cli.whole_number(1), required=True, metavar="N", help="pictures")
-    add("--seed", type=cli.whole_number(0), default=0, help="picture i depends on this and i alone (default 0)")
+    add("--num-pictures", "--num", dest="num", type=cli.whole_number(1), required=True, metavar="N", help="images")
+    add("--seed", type=cli.whole_number(0), default=0, help="image i depends on the seed and i alone (default 0)")
     add("--format", choices=["png", "tar"], default="png", help="PNG files, or tar shards of 1,000 (default png)")
     add("--npz", action="store_true", help="write samples.npz too, as ADM's evaluation reads it")
     _add_model_arguments(parser)
     _add_subject_arguments(parser)
-    add("--batch-size", type=cli.whole_number(1), metavar="N", help="pictures between two writes (default: one group)")
+    add("--batch-size", type=cli.whole_number(1), metavar="N", help="images between two writes (default: one group)")
     add(
         "--group-size",
         type=cli.whole_number(1),
         metavar="N",
-        help="pictures in a call of the model, always the same ones; rounding may depend on it "
+        help="images per call of the pipeline, always the same ones; rounding may depend on it "
         "(default: classes 16 on a CPU and 64 on a GPU, texts 1 and 4)",
     )
     add("--device", help="cpu, cuda, cuda:1 … (default: a GPU where there is one, one a process)")
-    add("--threads", type=cli.whole_number(1), help="CPU threads of a process (default: 1 for classes, else torch's)")
+    add("--threads", type=cli.whole_number(1), help="CPU threads per process (default: 1 for classes, else torch's)")
     add("--json", action="store_true", help="print what was done as JSON")
     options = parser.parse_args(argv)
     if (options.height is None) != (options.width is None):
         parser.error("--height and --width go together")
     if options.prompts and options.class_names:
-        parser.error("--prompts and --class-names are two ways to say what to draw; give one")
+        parser.error("--prompts and --class-names exclude each other")
     return options
 
 
@@ -77,17 +78,17 @@ def _add_model_arguments(parser: cli.Parser) -> None:
     add("--variant", help="weights' variant, such as fp16")
     add("--allow-pickle", action="store_true", help="read weights that are not safetensors")
     add("--dtype", choices=cli.DTYPES, default="auto", help="number format of the model (default: auto)")
-    add("--method", metavar="NAME", help="attention: a name in attngen.PRESETS, or a plan file (default: the model's)")
+    add("--method", metavar="NAME", help=f"attention: {method_help()}")
     add(
         "--mediators",
         metavar="COUNT",
-        help="a count, time:count pairs (1:4,0.5:16), or counts by change of the picture (change:4,16,25)",
+        help="a count, time:count pairs (1:4,0.5:16), or counts by change of the sample (change:4,16,25)",
     )
     add("--steps", type=cli.whole_number(1), help="sampling steps (default: 25 for classes, else the pipeline's)")
     samplers.add_arguments(parser)
-    add("--guidance-scale", type=cli.scale_number, metavar="S", help="(default: 1, none, for classes, else its own)")
-    add("--guidance-channels", type=cli.whole_number(1), metavar="N", help="guide so many channels (SiT's code: 3)")
-    add("--guidance-interval", type=interval, metavar="LOW:HIGH", help="guide only at these times, 1 is noise")
+    add("--guidance-scale", type=cli.scale_number, metavar="S", help="(default: 1, off, for classes, else its own)")
+    add("--guidance-channels", type=cli.whole_number(1), metavar="N", help="guide only the first N channels (SiT: 3)")
+    add("--guidance-interval", type=interval, metavar="LOW:HIGH", help="guide only between these times, 1 is noise")
     add("--height", type=cli.whole_number(1), help="in pixels (default: as the model was trained)")
     add("--width", type=cli.whole_number(1), help="in pixels (default: as the model was trained)")
 
@@ -98,10 +99,11 @@ def _add_subject_arguments(parser: cli.Parser) -> None:
         "--labels",
         default="balanced",
         metavar="HOW",
-        help="balanced (default), data (the frequencies of the emoji), random (uniform), a class, or a file of lines",
+        help="balanced (default), data (the frequencies of the emoji), random (uniform), a class name, "
+        "or a file with one label per line",
     )
-    add("--prompts", type=Path, metavar="FILE", help="a prompt a line, or .jsonl with prompt, negative_prompt, label")
-    add("--class-names", type=Path, metavar="FILE", help="a class a line, for prompts of classes")
+    add("--prompts", type=Path, metavar="FILE", help="one per line, or .jsonl with prompt, negative_prompt, label")
+    add("--class-names", type=Path, metavar="FILE", help="one class name per line, for prompts made of classes")
     add("--prompt-template", default="a photo of a {}", metavar="TEXT", help="for --class-names (default %(default)r)")
     add("--negative-prompt", metavar="TEXT", help="what not to draw")
 
@@ -113,7 +115,7 @@ def interval(text: str) -> tuple[float, float]:
     except ValueError:
         low, high = 1.0, 0.0
     if not 0 <= low <= high <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no interval LOW:HIGH with 0 <= LOW <= HIGH <= 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an interval LOW:HIGH with 0 <= LOW <= HIGH <= 1")
     return low, high
 
 
@@ -228,7 +230,7 @@ def _line(names: Sequence[str], text: str) -> int:
         return names.index(text)
     if text.isdigit() and int(text) < len(names):
         return int(text)
-    raise cli.UserError(f"{text!r} is no class; expected 0 to {len(names) - 1} or a line of --class-names")
+    raise cli.UserError(f"{text!r} is not a class; expected 0 to {len(names) - 1} or a line of --class-names")
 
 
 def describe(
@@ -335,7 +337,7 @@ def draw_group(
     except FloatingPointError as error:
         index = part[0] + error.args[1]
         raise FloatingPointError(
-            f"picture {index} is not finite and was not written; try --dtype float32 or another --method"
+            f"image {index} is not finite and was not written; try --dtype float32 or another --method"
         ) from error
     return {index: png_bytes(pixels) for index, pixels in zip(part, images, strict=False)}
 
@@ -349,7 +351,7 @@ def _compare(folder: SampleFolder, again: Mapping[int, bytes]) -> None:
     different = [index for index, content in again.items() if sha256(content) != folder.hash_of(index)]
     if different:
         warnings.warn(
-            f"picture {different[0]} comes out otherwise than when it was first drawn; was that another machine?",
+            f"image {different[0]} differs from its first drawing; was that on another machine?",
             stacklevel=2,
         )
 
@@ -386,9 +388,12 @@ def _report(options: argparse.Namespace, done: Mapping[str, Any]) -> None:
     if options.json:
         print(json.dumps(done))
     elif done["missing"]:
-        print(f"{done['folder']}: {done['pictures']} pictures, {done['missing']} missing; the same command goes on")
+        print(
+            f"{done['folder']}: {done['pictures']} images, {done['missing']} missing; "
+            "run the same command again to continue"
+        )
     else:
-        print(f"{done['folder']}: {done['pictures']} pictures, {done['drawn']} drawn now, {done['seconds']:.1f} s")
+        print(f"{done['folder']}: {done['pictures']} images, {done['drawn']} drawn now, {done['seconds']:.1f} s")
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ class SampleFolder:
             return {index: sha256(content) for index, content in read_shard(self.shard(number))}
         except (tarfile.TarError, OSError, ValueError) as error:
             raise UserError(
-                f"{self.shard(number)} is damaged: {error}; delete it to draw its pictures again"
+                f"{self.shard(number)} is damaged: {error}; delete it and its images are drawn again"
             ) from error
 
     def hash_of(self, index: int) -> str | None:
@@ -205,7 +205,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         dict(content["settings"])
         return content
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{file} is no manifest of a set of pictures: {error}") from error
+        raise UserError(f"{file} is not a manifest of a set of images: {error}") from error
 
 
 def check_settings(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -218,8 +218,8 @@ def check_settings(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> 
     for name in [*now, *before]:
         if before.get(name) != now.get(name):
             raise UserError(
-                f"the folder's pictures were drawn with {name} = {before.get(name)!r}, not {now.get(name)!r}; "
-                "give the same again, or another --out"
+                f"the folder's images were drawn with {name} = {before.get(name)!r}, not {now.get(name)!r}; "
+                "use the same value, or another --out"
             )
 
 

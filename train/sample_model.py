@@ -70,7 +70,7 @@ class Sampler:
         config: Mapping[str, Any] = getattr(network, "config", {})
         found = len(self.id2label) or config.get("num_classes") or config.get("num_embeds_ada_norm")
         if not found:
-            raise cli.UserError(f"{self.name} does not tell its classes; give labels by a file")
+            raise cli.UserError(f"{self.name} has no number of classes; give labels by a file")
         return int(found)
 
     def find_label(self, text: str) -> int:
@@ -86,7 +86,7 @@ class Sampler:
             return int(text)
         known = ", ".join(name.split(",")[0] for name in list(self.id2label.values())[:20])
         raise cli.UserError(
-            f"{text!r} is no class of {self.name}; expected 0 to {self.num_classes - 1}"
+            f"{text!r} is not a class of {self.name}; expected 0 to {self.num_classes - 1}"
             + (f" or a name ({known}{' …' if len(self.id2label) > 20 else ''})" if known else "")
         )
 
@@ -117,7 +117,7 @@ class Sampler:
         images = np.asarray(called.images)
         finite = np.isfinite(images).reshape(len(images), -1).all(axis=1)
         if not finite.all():
-            raise FloatingPointError("a picture is not finite", int(np.flatnonzero(~finite)[0]))
+            raise FloatingPointError("an image is not finite", int(np.flatnonzero(~finite)[0]))
         levels = (images * 255).round().clip(0, 255).astype(np.uint8)
         return np.repeat(levels, 3, axis=3) if levels.shape[3] == 1 else levels
 
@@ -163,7 +163,7 @@ def call_arguments(pipe: Any, options: argparse.Namespace, draws_classes: bool) 
     Raises:
         UserError: for something that the pipeline does not take.
     """
-    from pipelines.mediators import check_mediators
+    from pipelines.methods.counts import check_mediators
 
     steps, scale = (25, 1.0) if draws_classes else (None, None)
     given = {
@@ -191,7 +191,7 @@ def make_mediators(text: str | None) -> Any:
         UserError: if it is none of these.
     """
     from attngen.schedule import ChangeSchedule
-    from pipelines.mediators import make_mediators as make_schedule
+    from pipelines.methods.counts import make_mediators as make_schedule
 
     if text is None:
         return None

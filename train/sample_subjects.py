@@ -68,7 +68,7 @@ def choose_labels(
     if Path(wanted).is_file():
         lines = read_lines(Path(wanted))
         if len(lines) != count:
-            raise UserError(f"{wanted} has {len(lines)} labels for {count} pictures; expected one a picture")
+            raise UserError(f"{wanted} has {len(lines)} labels for {count} images; expected one per image")
         return [find(line) for line in lines]
     return [find(wanted)] * count
 
@@ -123,11 +123,11 @@ def _parsed(path: Path, number: int, line: str) -> Subject:
         found: Any = json.loads(line)
         subject = Subject(found.get("label"), found["prompt"], found.get("negative_prompt"))
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise UserError(f'line {number} of {path} is no JSON object with a "prompt"') from None
+        raise UserError(f'line {number} of {path} is not a JSON object with a "prompt"') from None
     texts = [subject.prompt, subject.negative_prompt or ""]
     is_number = subject.label is None or (isinstance(subject.label, int) and not isinstance(subject.label, bool))
     if not all(isinstance(text, str) for text in texts) or not is_number:
-        raise UserError(f"line {number} of {path}: prompts are texts and a label is a whole number")
+        raise UserError(f"line {number} of {path}: prompts must be texts and a label a whole number")
     return subject
 
 

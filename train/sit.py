@@ -4,8 +4,8 @@
     python -m train.sit --preset sit-s2-256-mediators --data latents/ --out runs/s2 --mixed-precision bf16 --compile
     accelerate launch --num_processes 8 -m train.sit --preset dit-xl2-256 --data latents/ --out runs/xl2
 
-Every random draw is a function of the seed and the step, so a run that was stopped and resumed equals one that was not,
-on any number of processes. SIGTERM, Ctrl+C and --max-minutes save and end it with exit status 0.
+Every random draw is a function of the seed and the step: a run that was stopped and resumed equals one that was not,
+and any number of processes sees the same batches. SIGTERM, Ctrl+C and --max-minutes save and end it with exit status 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.broken import parse_max_broken
-from train.config import TrainingConfig, describe_fields
+from train.config import CHOICES, GROUPS, TrainingConfig, describe_fields
 from train.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -34,30 +34,39 @@ if TYPE_CHECKING:
     from train.run import Run
 
 _FLOATS = ("mediator_starts", "ema_stds")
+_METAVARS: dict[type, str] = {int: "N", float: "X", str: "NAME"}
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, TrainingConfig]:
     """Command line -> options of the program, and the configuration of the run."""
     parser = argparse.ArgumentParser(
-        prog="python -m train.sit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m train.sit",
+        description=__doc__,
+        epilog="The grouped options override the preset; the defaults shown are those of the preset emoji.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--preset", default="emoji", metavar="NAME", help="recipe to start from; see --list-presets")
-    parser.add_argument("--list-presets", action="store_true", help="name all recipes, and stop")
+    parser.add_argument("--list-presets", action="store_true", help="print the names of all recipes and exit")
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"), help="folder of the run")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be trained and what it costs, and stop")
-    parser.add_argument("--max-minutes", type=float, help="save and stop after this time; --resume goes on")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
-    parser.add_argument("--allow-pickle", action="store_true", help="--init-from may be a pickled .pt file")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
+    parser.add_argument("--dry-run", action="store_true", help="print the model, the data and the cost, and exit")
     parser.add_argument(
-        "--trackers", nargs="*", metavar="NAME", help="of accelerate: wandb, … ; default tensorboard where installed"
+        "--max-minutes", type=float, metavar="X", help="save and stop after this time; --resume continues"
     )
-    recipe = parser.add_argument_group(
-        "the recipe", "every field of a preset can be overridden; the defaults are of emoji"
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    parser.add_argument("--allow-pickle", action="store_true", help="allow a pickled .pt file in --init-from")
+    parser.add_argument(
+        "--trackers",
+        nargs="*",
+        metavar="NAME",
+        help="accelerate trackers: wandb, … (default: tensorboard if installed)",
     )
+    group: Any = parser
     for field in dataclasses.fields(TrainingConfig):
-        _add_field(recipe, field)
+        if field.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[field.name])
+        _add_field(group, field)
     options = parser.parse_args(argv)
     if options.list_presets:
         print("\n".join(PRESETS))
@@ -77,7 +86,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     except ValueError as error:
         parser.error(str(error))
     if not config.data:
-        parser.error(f"the preset {options.preset!r} needs --data: pictures, or latents made by train.encode")
+        parser.error(f"the preset {options.preset!r} needs --data: images, or latents made by train.encode")
     if options.threads is not None and options.threads < 1:
         parser.error(f"--threads must be at least 1, got {options.threads}")
     if options.max_minutes is not None and not (math.isfinite(options.max_minutes) and options.max_minutes >= 0):
@@ -87,17 +96,22 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
 
 def _add_field(group: Any, field: dataclasses.Field[Any]) -> None:
     flag = "--" + field.name.replace("_", "-")
+    values = field.default if isinstance(field.default, tuple) else (field.default,)
+    default = " ".join(str(value) for value in values) or "none"
     # argparse formats help texts with %.
-    help_text = f"{describe_fields()[field.name]} (default {field.default!r})".replace("%", "%%")
+    help_text = f"{describe_fields()[field.name]} (default: {default})".replace("%", "%%")
     if isinstance(field.default, tuple):
         kind = str if field.name == "classes" else float if field.name in _FLOATS else int
-        group.add_argument(flag, nargs="*", type=kind, default=None, help=help_text)
+        group.add_argument(flag, nargs="*", type=kind, default=None, metavar=_METAVARS[kind], help=help_text)
     elif isinstance(field.default, bool):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help_text)
     elif field.name == "max_broken":
-        group.add_argument(flag, type=_count_or_share, default=None, help=help_text)
+        group.add_argument(flag, type=_count_or_share, default=None, metavar="N", help=help_text)
     else:
-        group.add_argument(flag, type=type(field.default), default=None, help=help_text)
+        kind = type(field.default)
+        known = [choice for choice in CHOICES.get(field.name, ()) if choice]
+        metavar = "{" + ",".join(known) + "}" if known else _METAVARS[kind]
+        group.add_argument(flag, type=kind, default=None, metavar=metavar, help=help_text)
 
 
 def _count_or_share(text: str) -> int | float:
@@ -110,7 +124,7 @@ def _count_or_share(text: str) -> int | float:
 def main(argv: Sequence[str] | None = None) -> int:
     options, config = parse_arguments(argv)
     if importlib.util.find_spec("accelerate") is None:
-        print("train.sit: accelerate is not installed; pip install 'attngen[train]' brings it", file=sys.stderr)
+        print("train.sit: accelerate is not installed; pip install 'attngen[train]' installs it", file=sys.stderr)
         return 2
     try:
         return train(options, config)
@@ -134,7 +148,7 @@ def train(options: argparse.Namespace, config: TrainingConfig) -> int:
         torch.set_num_threads(options.threads)
     found = list_checkpoints(options.out / "checkpoints")
     if found and not (options.resume or options.dry_run):
-        raise ValueError(f"{options.out} holds a run already; pass --resume to go on, or another --out")
+        raise ValueError(f"{options.out} already holds a run; pass --resume to continue it, or another --out")
     if found and int(found[-1].name.removeprefix("step-")) > config.steps and not options.dry_run:
         raise ValueError(f"{found[-1]} is beyond --steps {config.steps}; pass more steps, or another --out")
     data = open_data(
@@ -202,7 +216,7 @@ def _loop(options: argparse.Namespace, run: Run, step: int, stop: StopOnSignal) 
         if config.fd_every >= 0:
             run.evaluate(step, lambda: stop.requested)
     elif accelerator.is_main_process:
-        print(f"stopped after step {step} of {config.steps}; --resume goes on", file=sys.stderr)
+        print(f"stopped after step {step} of {config.steps}; --resume continues", file=sys.stderr)
     run.end_trackers()
     return 1 if run.lost else 0
 
@@ -245,7 +259,7 @@ def dry_run(config: TrainingConfig, data: Data, objective: Objective) -> int:
     lines = {
         "data": f"{held}, {config.data}",
         "network": f"{weights / 1e6:.2f} million weights, {tokens} tokens, {config.attention}",
-        "training step": f"{cost} a picture, {config.batch_size} pictures",
+        "training step": f"{cost} per image, batch size {config.batch_size}",
         "whole run": f"{config.steps:,} steps, {passes:.1f} times the data",
     }
     print("\n".join(f"{name}: {value}" for name, value in lines.items()))

@@ -27,7 +27,7 @@ from train.run import Run
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# What may change when a run goes on: nothing that decides what its weights are made of.
+# Options that may change on resume: those that do not change the architecture or the objective.
 FREE = (
     *("data", "steps", "sample_every", "save_every", "log_every", "keep", "sample_steps", "guidance_scale", "cooldown"),
     *("balance", "augment", "flip", "max_broken", "workers", "accumulate", "mixed_precision", "tf32", "compile"),
@@ -85,8 +85,8 @@ def start(
         write_json(options.out / "config.json", {**config.to_dict(), "id2label": data.id2label})
         trim_log(options.out / "log.jsonl", step)
         if options.resume:
-            where = f"goes on from {found[-1]}" if found else f"begins anew: {options.out} holds no checkpoint"
-            print(f"train.sit: the run {where}", file=sys.stderr)
+            where = f"resuming from {found[-1]}" if found else f"no checkpoint in {options.out}, starting from scratch"
+            print(f"train.sit: {where}", file=sys.stderr)
     if accelerator.log_with:
         accelerator.init_trackers("attngen", config={k: str(v) for k, v in config.to_dict().items()})
     return run, step
@@ -110,9 +110,11 @@ def _accelerator(options: argparse.Namespace, config: TrainingConfig) -> Acceler
             f"{config.accumulate} parts each; batch_size must be a multiple of {parts}"
         )
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") and accelerator.device.type == "cpu":
-        raise ValueError("ACCELERATE_USE_FSDP is set, and accelerate shards on GPUs only, this runs on CPUs; unset it")
+        raise ValueError(
+            "ACCELERATE_USE_FSDP is set, and accelerate shards on GPUs only, but this run is on CPUs; unset it"
+        )
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("mixed_precision is 'fp16', which needs a GPU, and this runs on the CPU; use 'bf16' or 'no'")
+        raise ValueError("mixed_precision is 'fp16', which needs a GPU, but this run is on the CPU; use 'bf16' or 'no'")
     set_matmul_precision(accelerator.device, config)
     return accelerator
 
@@ -190,7 +192,7 @@ def _read(path: Path, config: TrainingConfig, data: Data) -> tuple[dict[str, dic
             )
     if state.get("fingerprint", data.fingerprint) != data.fingerprint:
         raise ValueError(
-            f"{path} was trained on other data than {config.data!r} is now; to train on these, start a new run from it "
+            f"{path} was trained on other data than {config.data!r}; to train on this data, start a new run from it "
             f"with --init-from {path} and another --out"
         )
     return tensors, state

@@ -23,11 +23,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m train.train_features", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", type=Path, default=WEIGHTS_FILE, help="file of weights; the card lies beside it (default %(default)s)")
+    add(
+        "--out",
+        type=Path,
+        default=WEIGHTS_FILE,
+        help="file of weights; the card is written next to it (default %(default)s)",
+    )
     add("--steps", type=int, default=STEPS, help="optimiser steps (default %(default)s)")
-    add("--batch-size", type=int, default=BATCH_SIZE, help="pictures a step (default %(default)s)")
-    add("--seed", type=int, default=0, help="of weights, order and augmentation (default %(default)s)")
-    add("--threads", type=int, default=1, help="of the CPU; another number may round differently (default %(default)s)")
+    add("--batch-size", type=int, default=BATCH_SIZE, help="batch size (default %(default)s)")
+    add("--seed", type=int, default=0, help="seed of weights, order and augmentation (default %(default)s)")
+    add(
+        "--threads", type=int, default=1, help="CPU threads; another number may round differently (default %(default)s)"
+    )
     options = parser.parse_args(argv)
     for name, least in (("steps", 1), ("batch_size", 2), ("threads", 1)):
         if getattr(options, name) < least:
@@ -55,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = card["accuracy"]
     print(
         f"{options.out}: {card['weights']:,} weights, {card['bytes'] / 2**20:.2f} MiB, "
-        f"class found for {found['train']:.1%} of training pictures, {found['held_out']:.1%} of held-out ones"
+        f"class found for {found['train']:.1%} of training images, {found['held_out']:.1%} of held-out ones"
     )
     return 0
 

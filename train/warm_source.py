@@ -81,7 +81,7 @@ def read_source(
             found = read()
             return dataclasses.replace(found, settings={**found.settings, **settings})
     raise ValueError(
-        f"{path} is no folder to start from: it has none of {', '.join(marker for marker, _ in readers)}"
+        f"{path} is not a folder to start from: it has none of {', '.join(marker for marker, _ in readers)}"
         " (a diffusers pipeline, a training checkpoint, a training run, a diffusers model)"
     )
 
@@ -107,7 +107,7 @@ def _read_file(path: Path, allow_pickle: bool, default_heads: int | None, settin
 def _read_pipeline(path: Path) -> Source:
     index = _read_json(path / "model_index.json")
     if not (path / "transformer").is_dir():
-        raise ValueError(f"{path} is a {index.get('_class_name')} without a transformer, so it holds no SiT or DiT")
+        raise ValueError(f"{path} is a {index.get('_class_name')} without a transformer, so it is not a SiT or DiT")
     names = index.get("id2label")
     found = _read_transformer(path / "transformer")
     return dataclasses.replace(found, id2label=None if names is None else {int(k): v for k, v in names.items()})
@@ -138,7 +138,7 @@ def _read_run(path: Path, weights: str) -> Source:
 
     found = list_checkpoints(path / "checkpoints")
     if not found:
-        raise ValueError(f"the run {path} has no whole checkpoint yet")
+        raise ValueError(f"the run {path} has no complete checkpoint yet")
     return _read_training_checkpoint(found[-1], path, weights)
 
 

@@ -261,8 +261,8 @@ def test_damaged_shards_are_named(tmp_path):
     "samples,message",
     [
         ([("a.png", b"x")], "'a' has no label"),
-        ([("a.cls", b"1")], "'a' has 0 pictures"),
-        ([("a.png", b"x"), ("a.jpg", b"x"), ("a.cls", b"1")], "'a' has 2 pictures"),
+        ([("a.cls", b"1")], "'a' has 0 images"),
+        ([("a.png", b"x"), ("a.jpg", b"x"), ("a.cls", b"1")], "'a' has 2 images"),
         ([("a.png", b"x"), ("a.cls", b"cat")], "not a number: b'cat'"),
         ([("a.png", b"x"), ("a.cls", b"-1")], "label -1"),
         ([("a.png", b"x"), ("a.json", b'{"label": "cat"}')], "label 'cat'"),
@@ -400,7 +400,7 @@ def test_bombs_are_not_decoded():
 
 @pytest.mark.parametrize("content", [b"", b"text", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
 def test_other_files_are_no_pictures(content):
-    with pytest.raises(ValueError, match="not a picture of a known format") as caught:
+    with pytest.raises(ValueError, match="not an image of a known format") as caught:
         read(content)
     assert "0x" not in str(caught.value)
 
@@ -460,7 +460,7 @@ def test_missing_files_and_data_without_a_good_picture(tmp_path):
     data = open_data(str(made), image_size=SIZE, max_broken=1.0)
     (made / "b" / "00.png").unlink()
     first, second = (pytest.warns(UserWarning, match=text) for text in ("truncated", "No such file"))
-    with first, second, pytest.raises(ValueError, match="none of the 2 pictures"):
+    with first, second, pytest.raises(ValueError, match="none of the 2 images"):
         data.batch(torch.tensor([0]), generator_for(0))
 
 
@@ -493,17 +493,17 @@ def test_specs_that_name_no_data(tmp_path, folder):
         return str(caught.value)
 
     (tmp_path / "empty").mkdir()
-    assert "empty of pictures and class folders; expected" in message(tmp_path / "empty")
-    assert "holds 3 pictures but no class folders" in message(folder / "cat")
+    assert "empty of images and class folders; expected" in message(tmp_path / "empty")
+    assert "holds 3 images but no class folders" in message(folder / "cat")
     (folder / "dog").mkdir()
-    assert f"{folder / 'dog'} holds no pictures" in message(folder)
+    assert f"{folder / 'dog'} holds no images" in message(folder)
     (folder / "dog").rmdir()
     assert "'no/such'" in message("no/such") and "expected 'emoji'" in message("emojis")
     assert "matches no file" in message(tmp_path / "*.tar")
     (tmp_path / "a.tar.gz").write_bytes(b"")
-    assert "unpack" in message(tmp_path / "a.tar.gz")
+    assert "decompress" in message(tmp_path / "a.tar.gz")
     assert "no class 'dog'; it has ant, bee, cat" in message(folder, classes=("dog",))
-    assert "none twice" in message(folder, classes=("cat", "cat"))
+    assert "each name once" in message(folder, classes=("cat", "cat"))
     for options in ({"augment": 2.0}, {"image_size": 0}, {"max_broken": -1}, {"max_broken": 2.0}):
         with pytest.raises(ValueError, match=str(next(iter(options)))):
             open_data(str(folder), **{"image_size": SIZE, **options})
@@ -589,7 +589,7 @@ def test_faults_of_the_program_name_step_and_pictures_too(folder, workers, monke
         with pytest.raises(RuntimeError, match=r"step 8: [^ ]*ant/01\.png: TypeError: a fault"):
             next(batches)
     with Prefetcher(data, lambda step: (torch.tensor([99]), generator_for(step)), workers) as batches:
-        with pytest.raises(RuntimeError, match="step 1, pictures 99: IndexError"):
+        with pytest.raises(RuntimeError, match="step 1, images 99: IndexError"):
             next(batches)
 
 

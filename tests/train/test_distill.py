@@ -366,7 +366,7 @@ def test_sigterm_saves_and_exits_with_zero(tmp_path, folder):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0 and "--resume goes on" in errors
+    assert process.returncode == 0 and "--resume continues" in errors
     assert len(list_checkpoints(out.with_suffix(".run") / "checkpoints")) == 1 and not out.exists()
 
 

@@ -189,7 +189,7 @@ def test_loading_is_deterministic_and_leaves_the_global_rng_alone():
         ({"split": "validation"}, "'validation'.*train, test, all"),
         ({"classes": ["face", "dragon"]}, "'dragon'.*face, heart"),
         ({"classes": []}, "at least one"),
-        ({"classes": ["face", "face"]}, "none twice"),
+        ({"classes": ["face", "face"]}, "each once"),
         ({"image_size": 65}, "65.*8 to 64"),
         ({"image_size": 0}, "8 to 64"),
         ({"image_size": 32.0}, "8 to 64"),

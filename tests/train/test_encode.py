@@ -143,7 +143,7 @@ def test_chosen_classes_and_no_mirroring(encoded, pictures, vae, tmp_path, capsy
     assert [Path(name).parent.name for name in data.names(range(8))] == ["ant"] * 5 + ["cat"] * 3
     assert data.fingerprint != open_data(str(encoded), image_size=SIZE).fingerprint
     assert run(pictures, vae, tmp_path / "half", "--no-flip") == 0
-    with pytest.raises(ValueError, match="has no mirrored pictures"):
+    with pytest.raises(ValueError, match="has no mirrored images"):
         open_data(str(tmp_path / "half"), image_size=SIZE)
     half = open_data(str(tmp_path / "half"), image_size=SIZE, flip=False)
     unflipped = open_data(str(encoded), image_size=SIZE, flip=False)
@@ -267,7 +267,7 @@ def test_processes_share_the_shards(pictures, vae, encoded, tmp_path, monkeypatc
     assert "1 of 3 shards" in capsys.readouterr().out
     monkeypatch.setenv("RANK", "0")
     assert run(pictures, vae, out) == 0
-    assert "11 pictures in 3 shards, 0 left out" in capsys.readouterr().out
+    assert "11 images in 3 shards, 0 left out" in capsys.readouterr().out
     assert contents(out) == contents(encoded)
 
 
@@ -295,7 +295,7 @@ def test_unreadable_pictures_are_left_out_and_counted(vae, tmp_path, capsys):
     out = tmp_path / "out"
     with pytest.warns(UserWarning, match="cannot be read"):
         assert run(made, vae, out, "--max-broken", "5") == 2
-    assert "6 of 9 pictures cannot be read, more than max_broken = 5" in capsys.readouterr().err
+    assert "6 of 9 images cannot be read, more than max_broken = 5" in capsys.readouterr().err
     assert not (out / INDEX_NAME).exists()
     for _ in range(2):  # the second time from the shards alone
         with pytest.warns(UserWarning, match="cannot be read"):
@@ -325,7 +325,7 @@ def test_the_check_sheet_shows_pictures_and_decoded_latents(pictures, vae, tmp_p
     out = tmp_path / "out"
     assert run(pictures, vae, out, "--check") == 0
     line = capsys.readouterr().out
-    assert "check.png: 11 pictures" in line
+    assert "check.png: 11 images" in line
     with Image.open(out / "check.png") as sheet:
         assert sheet.height >= 11 * SIZE and sheet.width >= 3 * SIZE
     data = LatentData(out, SIZE)
@@ -377,7 +377,7 @@ def test_a_swapped_index_is_noticed(encoded, tmp_path):
     index = read_index(out)
     index["shards"][0]["count"] = 5
     (out / INDEX_NAME).write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="latents-00000-of-00003.safetensors holds 4 pictures, and index.json says 5"):
+    with pytest.raises(ValueError, match="latents-00000-of-00003.safetensors holds 4 images, and index.json says 5"):
         open_data(str(out), image_size=SIZE)
     for content, message in (("{", "is damaged"), ("[]", "is damaged"), ('{"format": "x", "version": 1}', "'x' 1")):
         (out / INDEX_NAME).write_text(content)
@@ -390,7 +390,7 @@ def test_a_swapped_index_is_noticed(encoded, tmp_path):
     [
         (("--data", "no/such"), "no/such"),
         (("--vae", "no/such"), "no autoencoder can be loaded from 'no/such'"),
-        (("--image-size", "15"), "15 is no multiple of 2"),
+        (("--image-size", "15"), "15 is not a multiple of 2"),
         (("--image-size", "0"), "--image-size must be at least 1"),
         (("--max-broken", "many"), "'many'"),
         (("--classes", "dog"), "no class 'dog'"),
@@ -407,8 +407,8 @@ def test_wrong_options_end_before_work(pictures, vae, tmp_path, capsys, options,
 
 def test_other_misuse_is_named(pictures, vae, encoded, tmp_path, capsys):
     assert run(encoded, vae, tmp_path / "out") == 2
-    assert "encoded already" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="from 16-pixel pictures, not 32"):
+    assert "already encoded" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="from 16-pixel images, not 32"):
         open_data(str(encoded), image_size=32)
 
 

@@ -45,17 +45,17 @@ def log_of(out) -> list[dict]:
         (("--sample-every", "-1"), "sample_every must be at least 0, got -1"),
         (("--workers", "-1"), "workers must be at least 0, got -1"),
         (("--guidance-scale", "nan"), "guidance_scale must be a number of at least 0, got nan"),
-        (("--ema-decay", "1"), "ema_decay must be at least 0 and below 1"),
+        (("--ema-decay", "1"), "ema_decay must be in [0, 1)"),
         (("--ema-stds", "0.1", "0.1"), "ema_stds must differ"),
         (("--seed", "-1"), "seed must be from 0 to 2^63 - 1, got -1"),
         (("--num-mediators", "9999"), "num_mediators must be 1 to 16 (the tokens), got 9999"),
         (("--mixed-precision", "fp16"), "'fp16', which needs a GPU"),
         (("--mixed-precision", "fp8"), "known: no, bf16, fp16"),
-        (("--fd-every", "-2"), "fd_every must be steps, 0 for the end alone or -1 for none, got -2"),
+        (("--fd-every", "-2"), "fd_every must be a number of steps, 0 (at the end only) or -1 (never), got -2"),
         (("--fd-every", "1", "--fd-pictures", "1"), "fd_pictures must be at least 2, got 1"),
-        (("--max-broken", "1.5"), "expected a count (0, 1, 2, …) or a share (0.0 to 1.0)"),
-        (("--max-broken", "few"), "expected a count (3) or a share (0.01)"),
-        (("--image-size", "17"), "patches of 4 do not divide pictures of 17 pixels"),
+        (("--max-broken", "1.5"), "expected a count (0, 1, 2, …) or a fraction (0.0 to 1.0)"),
+        (("--max-broken", "few"), "expected a count (3) or a fraction (0.01)"),
+        (("--image-size", "17"), "patches of 4 do not divide images of 17 pixels"),
         (("--init-from", "attngen/assets/emoji_unet"), "is a UNetClassPipeline without a transformer"),
         (("--trackers", "papyrus"), "unknown tracker 'papyrus'; known: none, all, aim"),
         (("--trackers", "aim"), "the tracker 'aim' is not installed; install it, or choose from: none"),
@@ -88,9 +88,9 @@ def test_a_folder_that_cannot_be_made(tmp_path, capsys):
 
 def test_resuming_says_from_where(tmp_path, capsys):
     assert run(tmp_path, "--steps", "2", "--max-minutes", "0", "--resume") == 0
-    assert f"begins anew: {tmp_path} holds no checkpoint" in capsys.readouterr().err
+    assert f"no checkpoint in {tmp_path}, starting from scratch" in capsys.readouterr().err
     assert run(tmp_path, "--steps", "2", "--resume") == 0
-    assert "goes on from" in (said := capsys.readouterr().err) and "step-00000001" in said
+    assert "resuming from" in (said := capsys.readouterr().err) and "step-00000001" in said
     assert run(tmp_path, "--steps", "1", "--resume") == 2
     assert "step-00000002 is beyond --steps 1" in capsys.readouterr().err
     assert run(tmp_path, "--steps", "3", "--resume", "--learning-rate", "0.5") == 2
@@ -108,7 +108,7 @@ def test_unreadable_pictures_are_counted_in_the_log(tmp_path, capsys):
         assert run(tmp_path / "one", *options, "--max-broken", "1") == 0
     assert [line["unreadable"] for line in log_of(tmp_path / "one")][-1] == 1
     assert run(tmp_path / "none", *options, "--max-broken", "0") == 2
-    assert "step 1: 1 of 8 pictures cannot be read" in capsys.readouterr().err
+    assert "step 1: 1 of 8 images cannot be read" in capsys.readouterr().err
 
 
 def test_sharding_on_cpus_is_refused(tmp_path, capsys, monkeypatch):

@@ -168,7 +168,7 @@ def test_the_gpu_computes_the_same(extractor):
         (torch.zeros(2, 3, 32, 32, dtype=torch.int64), "int64"),
         (torch.full((2, 3, 32, 32), 255.0), "run from 255 to 255"),
         (torch.full((2, 3, 32, 32), -1.2), "run from -1.2"),
-        (torch.tensor([0.0, float("nan"), float("inf")])[:, None, None, None].expand(3, 3, 32, 32), "2 of 3 pictures"),
+        (torch.tensor([0.0, float("nan"), float("inf")])[:, None, None, None].expand(3, 3, 32, 32), "2 of 3 images"),
     ],
 )
 def test_wrong_pictures_are_refused(extractor, pictures, message):

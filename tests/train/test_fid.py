@@ -145,7 +145,7 @@ def test_the_whole_path_equals_the_nuclear_norm_form(tmp_path):
         given = fid_inputs.open_input(str(write_folder(tmp_path / str(number), pictures)))
         given.pictures.check()
         found.append(fid_measure.measure_input(given, extractor, None))
-    with pytest.warns(UserWarning, match="60 generated pictures are fewer than 2048"):
+    with pytest.warns(UserWarning, match="60 generated images are fewer than 2048"):
         value = fid_metrics.compare(found[0], found[1], extractor, ("fid",))["values"]["FD-pixels"]
     x, y = (pictures.flatten(1).double() for pictures in sets)
     a, b = (x - x.mean(0)) / math.sqrt(59), (y - y.mean(0)) / math.sqrt(59)
@@ -268,7 +268,7 @@ def test_a_broken_picture_is_named_before_anything_is_computed(tmp_path, folders
     broken.write_bytes(broken.read_bytes()[:-40] if content is None else content)
     monkeypatch.setattr(fid_extractors, "make_extractor", lambda *_: pytest.fail("made the extractor first"))
     for pair in ((folder, folders[1]), (folders[0], folder)):
-        with pytest.raises(ValueError, match=r"000003\.png cannot be read as a picture"):
+        with pytest.raises(ValueError, match=r"000003\.png cannot be read as an image"):
             measure(*pair)
 
 
@@ -292,7 +292,7 @@ def test_an_npz_cut_short_is_refused(tmp_path, folders, emoji):
 def test_sizes_must_be_equal_or_made_equal(tmp_path, folders, emoji):
     mixed = write_folder(tmp_path / "mixed", emoji[:3])
     Image.new("RGB", (40, 36)).save(mixed / "000001.png")
-    with pytest.raises(ValueError, match=r"000001\.png has 40 x 36 pixels and the first picture 32 x 32"):
+    with pytest.raises(ValueError, match=r"000001\.png has 40 x 36 pixels and the first image 32 x 32"):
         measure(mixed, folders[1])
     large = write_folder(tmp_path / "large", emoji[:3].repeat_interleave(2, 2).repeat_interleave(2, 3))
     with pytest.raises(ValueError, match="32 x 32.*64 x 64|64 x 64.*32 x 32"):
@@ -302,12 +302,12 @@ def test_sizes_must_be_equal_or_made_equal(tmp_path, folders, emoji):
 
 
 def test_too_few_pictures_are_refused_and_few_are_warned_of(tmp_path, folders, emoji):
-    with pytest.raises(ValueError, match="has 1 pictures; a distance needs at least 2"):
+    with pytest.raises(ValueError, match="has 1 images; a distance needs at least 2"):
         measure(write_folder(tmp_path / "one", emoji[:1]), folders[1])
     with pytest.raises(ValueError, match="no pictures"):
         measure(write_folder(tmp_path / "none", emoji[:0]), folders[1])
     options = fid.parse_arguments([*map(str, folders), "--extractor", "emoji", "--no-cache", "--metrics", "fid"])
-    with pytest.warns(UserWarning, match="150 generated pictures are fewer than 2048"):
+    with pytest.warns(UserWarning, match="150 generated images are fewer than 2048"):
         result = fid.fid(options)
     assert "its floor" in fid.table(result) and result["floor"]["pictures"] == 136
 
@@ -315,13 +315,13 @@ def test_too_few_pictures_are_refused_and_few_are_warned_of(tmp_path, folders, e
 def test_metrics_that_cannot_be_are_skipped_with_the_reason(tmp_path, folders, emoji):
     result = measure(write_folder(tmp_path / "three", emoji[:3]), folders[1])
     assert {name.split("[")[0] for name in result["skipped"]} == {"sFID", "IS-emoji", "precision, recall"}
-    assert "not computed: it needs 10 pictures" in fid.table(result)
+    assert "not computed: it needs 10 images" in fid.table(result)
 
 
 def test_copies_are_warned_of(tmp_path, folders, emoji):
     copies = write_folder(tmp_path / "copies", torch.cat([emoji[:10], emoji[:10]]))
     options = fid.parse_arguments([str(folders[0]), str(copies), "--extractor", "emoji", "--no-cache"])
-    with pytest.warns(UserWarning, match="10 pictures of .* are copies of others"):
+    with pytest.warns(UserWarning, match="10 images of .* are copies of others"):
         assert fid.fid(options)["reference"]["duplicates"] == 10
 
 

@@ -28,7 +28,7 @@ def reference(tmp_path):
     return folder
 
 
-@pytest.mark.filterwarnings("ignore:.*pictures are fewer than")
+@pytest.mark.filterwarnings("ignore:.*images are fewer than")
 def test_the_value_is_that_of_train_fid(tmp_path, reference, inception_file, small_groups, monkeypatch):  # noqa: F811
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     drawn = []
@@ -74,7 +74,7 @@ def test_latents_need_their_autoencoder(reference, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--fd-every", "1"), "needs an fd_reference: pictures, or their mu and sigma"),
+        (("--fd-every", "1"), "needs an fd_reference: images, or their mu and sigma"),
         (("--fd-reference", "x.npz"), "fd_reference is 'x.npz' and fd_every -1, so it is not used"),
         (("--fd-every", "1", "--fd-reference", "nowhere.npz"), "there is no file or folder 'nowhere.npz'"),
     ],

@@ -197,19 +197,19 @@ def test_order_and_batches_do_not_matter_to_the_distances(data, reference):
 
 
 def test_too_few_pictures_are_refused(data):
-    with pytest.raises(ValueError, match="at least 2 pictures, got 1"):
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
         statistics_of(data.pixel_values[:1])
     with pytest.raises(ValueError, match="got 0"):
         statistics_of([])
     one = plain(torch.zeros(3).double(), torch.eye(3).double(), num_pictures=1)
-    with pytest.raises(ValueError, match="at least 2 pictures, got 1"):
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
         frechet_distance(one, one)
 
 
 def test_features_that_are_not_finite_are_refused():
     features = random(10, 4)
     features[3, 1], features[7, 0] = math.nan, math.inf
-    with pytest.raises(ValueError, match="2 of 10 pictures are not finite"):
+    with pytest.raises(ValueError, match="2 of 10 images are not finite"):
         of_features(features)
     broken = plain(torch.tensor([math.nan]).double(), torch.eye(1).double())
     with pytest.raises(ValueError, match="not finite"):
@@ -226,7 +226,7 @@ def test_features_of_another_width_are_refused():
 
 
 def test_few_pictures_for_the_features_are_warned_of():
-    with pytest.warns(UserWarning, match="15 pictures are fewer than twice the 8 features"):
+    with pytest.warns(UserWarning, match="15 images are fewer than twice the 8 features"):
         frechet_distance(of_features(random(15, 8)), of_features(random(16, 8)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -330,7 +330,7 @@ def test_wrong_labels_requests_are_refused():
 
 
 def test_of_the_reference_itself_is_0(data):
-    with pytest.warns(UserWarning, match="273 pictures are fewer than 2048"):
+    with pytest.warns(UserWarning, match="273 images are fewer than 2048"):
         result = fd_emoji(data.pixel_values, CLASSES, data.labels)
     label = default_extractor().label
     assert result["name"] == f"FD-emoji[{label}]" and result["extractor"] == label
@@ -376,7 +376,7 @@ def test_the_floor_is_that_of_two_halves_without_common_pictures():
     assert size == 200 and 0.005 < value < 0.1
     shared = of_features(torch.cat([random(1, 4)] * 8))
     assert frechet.floor_distance(shared, 8)[0] == pytest.approx(0.0, abs=1e-9)
-    with pytest.raises(ValueError, match="at least 4 pictures, got 3"):
+    with pytest.raises(ValueError, match="at least 4 images, got 3"):
         frechet.floor_distance(of_features(random(3, 4)), 3)
 
 
@@ -404,7 +404,7 @@ def test_labels_in_other_frequencies_are_warned_of(data):
         warnings.simplefilter("always")
         fd_emoji(pictures, CLASSES, reference_labels(80, CLASSES))
     assert not any("another class" in str(warning.message) for warning in caught)
-    with pytest.raises(ValueError, match="one a picture"):
+    with pytest.raises(ValueError, match="one per image"):
         fd_emoji(pictures, CLASSES, balanced[:5])
     with pytest.raises(ValueError, match="expected 0 to 3"):
         fd_emoji(pictures, CLASSES, balanced + 1)

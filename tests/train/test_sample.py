@@ -110,7 +110,7 @@ def test_two_real_processes_draw_the_same_set(model, whole, tmp_path):
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [*map(str, command), "--num-pictures", "40", "--npz"]
     done = subprocess.run(command, check=True, env=environment, timeout=600, stdout=subprocess.PIPE, text=True)
-    assert "40 pictures, 40 drawn now" in done.stdout
+    assert "40 images, 40 drawn now" in done.stdout
     assert files(tmp_path / "set") == files(whole)
 
 
@@ -253,7 +253,7 @@ def test_signals_end_cleanly(model, tmp_path, monkeypatch, number, code, capsys)
     before = signal.getsignal(number)
     assert program.main(arguments) == code
     assert signal.getsignal(number) is before
-    assert "16 pictures, 24 missing" in capsys.readouterr().out
+    assert "16 images, 24 missing" in capsys.readouterr().out
 
 
 def test_a_picture_that_is_not_finite_is_named_and_not_written(model, tmp_path, monkeypatch):
@@ -265,7 +265,7 @@ def test_a_picture_that_is_not_finite_is_named_and_not_written(model, tmp_path, 
     )
     calls = iter([False, True])
     hits = lambda: next(calls)
-    with pytest.raises(FloatingPointError, match="picture 16 is not finite"):
+    with pytest.raises(FloatingPointError, match="image 16 is not finite"):
         draw(model, tmp_path / "set", "--num", 40)
     assert len(list((tmp_path / "set" / "pictures").iterdir())) == 16
 
@@ -332,7 +332,7 @@ def test_labels(tmp_path):
     assert data[2] > data[3] > 0 and data.sum() == 300
     (tmp_path / "l.txt").write_text("fruit\nface\n")
     assert choose_labels(str(tmp_path / "l.txt"), 2, 0, names, 5, find) == [4, 0]
-    with pytest.raises(UserError, match="2 labels for 3 pictures"):
+    with pytest.raises(UserError, match="2 labels for 3 images"):
         choose_labels(str(tmp_path / "l.txt"), 3, 0, names, 5, find)
     with pytest.raises(UserError, match="unknown class 'cow'"):
         choose_labels("data", 3, 0, {0: "cow"}, 1, find)
@@ -377,7 +377,7 @@ def test_a_change_driven_schedule_looks_at_one_picture_at_a_time(model, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--labels", "cow"], "'cow' is no class"),
+        (["--labels", "cow"], "'cow' is not a class"),
         (["--prompts", "p.txt"], "draws classes, not texts"),
         (["--scheduler", "NoScheduler"], "diffusers has no scheduler"),
         (["--method", "none-such"], "none-such"),

@@ -103,7 +103,7 @@ def test_sigterm_saves_and_exits_with_zero(tmp_path):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and "--resume goes on" in errors
+    assert process.returncode == 0 and "--resume continues" in errors
     assert len(list_checkpoints(tmp_path / "checkpoints")) == 1
 
 
@@ -237,7 +237,7 @@ def test_presets_are_listed_and_near_ones_named(tmp_path, capsys):
 def test_a_dry_run_tells_and_writes_nothing(tmp_path, capsys):
     assert run(tmp_path / "run", "--dry-run") == 0
     said = capsys.readouterr().out
-    assert "16 tokens" in said and "GFLOP a picture" in said and "20 steps" in said
+    assert "16 tokens" in said and "GFLOP per image" in said and "20 steps" in said
     assert not (tmp_path / "run").exists()
 
 

@@ -116,5 +116,5 @@ def test_averages_of_a_unet_are_exported(tmp_path):
 def test_settings_that_do_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
         small_config(**changes)
-    with pytest.raises(ValueError, match="18 is no multiple of 4"):
+    with pytest.raises(ValueError, match="18 is not a multiple of 4"):
         small_config(block_channels=(16, 16, 16)).check_tokens(18)

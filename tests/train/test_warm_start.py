@@ -430,7 +430,7 @@ def test_what_is_no_source_is_refused(tmp_path):
     model = build()
     with pytest.raises(ValueError, match="there is no checkpoint .*absent"):
         warm_start(model, tmp_path / "absent")
-    with pytest.raises(ValueError, match="is no folder to start from: it has none of model_index.json, state.json"):
+    with pytest.raises(ValueError, match="is not a folder to start from: it has none of model_index.json, state.json"):
         warm_start(model, tmp_path)
     save_file({"unet.weight": torch.ones(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="other.safetensors holds no SiT or DiT: its tensors begin with unet.weight"):
