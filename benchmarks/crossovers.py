@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from attngen.kernels.dispatch import Kernel
+
 TABLE = Path(__file__).parents[1] / "attngen" / "kernels" / "crossovers.json"
 
 
@@ -162,7 +164,7 @@ def _agent_rows(
     inputs = tuple(draw(batch, tokens, heads * head_dim) for _ in range(3))
     tables = {count: [draw(1, heads, count, tokens) for _ in range(2 if bias else 0)] for count in counts}
 
-    def through_agents(count: int, kernel: str) -> Callable[..., Tensor]:
+    def through_agents(count: int, kernel: Kernel) -> Callable[..., Tensor]:
         def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             pooled = pool_tokens(query, grid, agent_grid(count, grid))
             biases = {}
@@ -201,7 +203,7 @@ def _linear_row(
     draw = _Draw(dtype, options.device, training)
     inputs = tuple(draw(batch, side * side, sizes.heads * head_dim) for _ in range(3))
 
-    def linear(kernel: str) -> Callable[..., Tensor]:
+    def linear(kernel: Kernel) -> Callable[..., Tensor]:
         def run(*tokens: Tensor) -> Tensor:
             query, key, value = (_heads(x, sizes.heads) for x in tokens)
             return linear_attention(query, key, value, kernel=kernel).transpose(1, 2).flatten(2)
@@ -293,8 +295,9 @@ def _layer_times(
     import torch.nn.functional as F
 
     from attngen.functional import agent_attention, agent_grid, pool_tokens
-    from attngen.kernels.absorbed import LayerSize, Projection, absorbed_agent_attention
+    from attngen.kernels.absorbed import Projection, absorbed_agent_attention
     from attngen.kernels.reference import Convolution
+    from attngen.layers.route import AbsorbedSize
     from benchmarks.timing import compare
 
     (channels, heads), side = shape
@@ -352,7 +355,7 @@ def _layer_times(
                 min_seconds=options.min_seconds,
                 progress=False,
             )
-            size = LayerSize(count, channels // heads, heads, channels, tokens, kept)
+            size = AbsorbedSize(count, channels // heads, heads, channels, tokens, kept)
             found.append(LayerTime(size, timing.median("direct"), timing.median("absorbed")))
     return found
 
@@ -410,7 +413,7 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _kernels(names: Sequence[str], device: str) -> list[str]:
+def _kernels(names: Sequence[Kernel], device: str) -> list[Kernel]:
     return [name for name in names if name != "triton" or device != "cpu"]
 
 

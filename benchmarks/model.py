@@ -30,11 +30,11 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import options as cli
 from benchmarks.models import MODELS, build_random, random_inputs, structural_copy
 from pipelines.cli.provenance import machine
+from pipelines.methods.options import preset_names
 
 if TYPE_CHECKING:
     from torch import nn
 
-DEFAULT_METHODS = ("softmax", "agent", "agentsd", "tome", "todo", "focal", "linear")
 DEFAULT_METHODS_OF_SIT = ("softmax", "values:4", "input:4")
 CONVOLUTIONS = ("values", "input")
 
@@ -79,7 +79,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error(f"--size must be a multiple of {described.unit} for {options.model}, got {options.size}")
     if options.block and described.kind != "sit":
         parser.error(f"--block measures a block of SiT; {options.model} is none, take sit-s, sit-b or sit-xl")
-    defaults = DEFAULT_METHODS_OF_SIT if described.kind == "sit" else DEFAULT_METHODS
+    defaults = DEFAULT_METHODS_OF_SIT if described.kind == "sit" else ["softmax", *preset_names()]
     options.methods = list(dict.fromkeys(options.methods or defaults))
 
 
@@ -97,16 +97,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     leaves: dict[str, list[Any]] = {}
     reference = None
     for name in options.methods:
-        kernel = split_kernel(name)[1] or options.kernel
-        model, patch, comparable = _with_method(options, name, exact, dtype)
-        training, given_inputs = options.passes == "training", inputs
-        if kernel is not None and patch is None and not comparable:
-            given_inputs = {**inputs, "attention_kwargs": {"kernel": kernel}}
+        model, patch, extra = _with_method(options, name, exact, dtype)
+        given_inputs, training = {**inputs, **extra}, options.passes == "training"
         run, given = _block(model, given_inputs, training) if options.block else (_whole(model, given_inputs), [])
         with torch.no_grad():
             output, flops = _count(run)
         reference = output if reference is None else reference
-        error = ((output - reference).norm() / reference.norm()).item() if comparable else None
+        # Other weights give another output, which says nothing.
+        error = None if extra else ((output - reference).norm() / reference.norm()).item()
         rows[name] = {"method": name, "flops": flops, "error": error, **_layers(patch, model)}
         if options.compile:
             (model.transformer_blocks[0] if options.block else model).compile()
@@ -147,25 +145,27 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _with_method(options: argparse.Namespace, name: str, exact: Any, dtype: Any) -> tuple[Any, Any, bool]:
-    """The model with a method, its patch if it has one, and whether the output can be compared."""
+def _with_method(options: argparse.Namespace, name: str, exact: Any, dtype: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """The model with a method, its patch or None, and further inputs, which a model with weights of its own has."""
     import attngen
+    from attngen.kernels.dispatch import AUTO, check_kernel
 
     method, kernel = split_kernel(name)
+    kernel = kernel or options.kernel or AUTO
     kind, _, count = method.partition(":")
-    if kind in CONVOLUTIONS:
-        return _mediators(options, kind, count, dtype), None, False
-    if kind == "tomesd":
-        return _tomesd(options, exact), None, True
-    model: Any = structural_copy(exact)
     try:
-        patch = attngen.apply(model, plan_of(method), kernel=kernel or options.kernel or "auto")
+        check_kernel(kernel)
+        if kind in CONVOLUTIONS:
+            return _mediators(options, kind, count, dtype), None, {"attention_kwargs": {"kernel": kernel}}
+        if kind == "tomesd":
+            return _tomesd(options, exact), None, {}
+        model: Any = structural_copy(exact)
+        return model, attngen.apply(model, plan_of(method), kernel=kernel), {}
     except ValueError as error:
         raise MethodError(f"{name}: {error}") from None
-    return model, patch, True
 
 
-def split_kernel(name: str) -> tuple[str, str | None]:
+def split_kernel(name: str) -> tuple[str, Any]:
     """The method and the kernel of `agent:64@triton`; None where there is no kernel."""
     method, at, kernel = name.rpartition("@")
     return (method, kernel) if at else (name, None)
