@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 Grid = tuple[int, int]
@@ -66,10 +68,12 @@ def check_flag(name: str, value: object) -> None:
         raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
-def check_count(name: str, value: int, at_least: int = 1) -> None:
-    """Raise ValueError unless `value` is a whole number not below `at_least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ValueError(f"{name} must be a whole number >= {at_least}, got {value!r}")
+def check_count(name: str, value: int, at_least: int = 1, at_most: int | None = None) -> None:
+    """Raise ValueError unless `value` is a whole number from `at_least` to `at_most`."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < at_least or (at_most is not None and value > at_most):
+        limits = f">= {at_least}" if at_most is None else f"from {at_least} to {at_most}"
+        raise ValueError(f"{name} must be a whole number {limits}, got {value!r}")
 
 
 def check_fraction(name: str, value: float, below_one: bool = True) -> None:
@@ -83,8 +87,13 @@ def check_fraction(name: str, value: float, below_one: bool = True) -> None:
         raise ValueError(f"{name} must be in [0, 1{')' if below_one else ']'}, got {value!r}")
 
 
-def check_choice(name: str, value: object, known: Sequence[str | None]) -> None:
+def check_choice(name: str, value: object, known: Collection[str | None]) -> None:
     """Raise ValueError unless `value` is one of the `known`, listing them."""
     # By type first: what compares strangely, like a tensor, is not among them either.
     if not (value is None or isinstance(value, str)) or value not in known:
         raise ValueError(f"unknown {name} {value!r}; known: {', '.join(map(str, known))}")
+
+
+def plain_number(value: Any) -> Any:
+    """A NumPy number as Python's, for arguments that may be either; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value

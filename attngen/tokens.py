@@ -39,16 +39,16 @@ def pool_tokens(x: Tensor, grid: Grid, size: Grid) -> Tensor:
     Args:
         x: (B, N, C), tokens in row-major order.
         grid: (height, width) of the tokens, height times width = N.
-        size: (rows, columns) of the result.
+        size: (rows, columns) of the result; where there are more than tokens, tokens are repeated.
 
     Returns:
         (B, rows · columns, C), row-major, in the dtype of `x`.
 
     Raises:
-        ValueError: if the tokens do not fill the grid, or `size` is not within it.
+        ValueError: if the tokens do not fill the grid, or for a side of `size` below 1.
     """
     check_tokens(x, grid)
-    if min(size) < 1 or size[0] > grid[0] or size[1] > grid[1]:
+    if min(size) < 1:
         raise ValueError(f"cannot pool a grid of {grid[0]} x {grid[1]} to {size[0]} x {size[1]}")
     # (B, N, C) seen as an image is already in channels-last memory order: no copy.
     image = x.unflatten(1, grid).permute(0, 3, 1, 2)

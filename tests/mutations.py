@@ -554,11 +554,11 @@ FAULTS = {
         _GUIDANCE,
     ),
     "the noise of the SDE is too small": Fault(
-        "attngen.sit.scheduler:torch", with_function("sqrt", lambda original: lambda x: original(x / 2)), _SAMPLING
+        "attngen.sit.calls:torch", with_function("sqrt", lambda original: lambda x: original(x / 2)), _SAMPLING
     ),
     "the last step keeps the drift": Fault(
-        "attngen.sit.scheduler:InterpolantScheduler._last_call",
-        lambda original: lambda self, t, drift, data, velocity: original(self, t, drift, data, drift),
+        "attngen.sit.calls:_last_call",
+        lambda original: lambda config, t, drift, data, velocity: original(config, t, drift, data, drift),
         _SAMPLING,
     ),
     "the path ends before the data": Fault(
@@ -567,7 +567,7 @@ FAULTS = {
         ("tests/sit/test_scheduler.py::test_path_goes_from_noise_to_data",),
     ),
     "a black picture is written": Fault(
-        "attngen.sit.pipeline:SiTPipeline._decode",
+        "attngen.sit.classes:ClassPipeline._decode",
         lambda original: lambda self, latents, output_type: original(self, latents.nan_to_num(), output_type),
         ("tests/sit/test_pipeline.py::test_nan_is_no_picture",),
     ),

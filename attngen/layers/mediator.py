@@ -79,7 +79,8 @@ class MediatorMixer(nn.Module):
     Args:
         num_heads: attention heads.
         head_dim: size of a head.
-        num_mediators: mediators it is trained with.
+        num_mediators: mediators it is trained with: a count, which is brought down to what the grid holds, or (rows,
+            columns), also more than there are tokens (the pooled tokens then repeat, as in the published code).
         grid: (height, width) of the tokens it is trained on.
         map_size: see `PositionBias`.
         convolution: what is convolved: the layer's "values", as published, or its "input", whose convolution then
@@ -93,7 +94,7 @@ class MediatorMixer(nn.Module):
         self,
         num_heads: int,
         head_dim: int,
-        num_mediators: int,
+        num_mediators: int | Grid,
         grid: Grid,
         map_size: int = 7,
         convolution: str = "values",
@@ -102,8 +103,12 @@ class MediatorMixer(nn.Module):
         if convolution not in CONVOLUTIONS:
             raise ValueError(f"unknown convolution {convolution!r}; known: {', '.join(CONVOLUTIONS)}")
         self.convolution = convolution
-        mediators = agent_grid(num_mediators, grid)
-        self.num_heads, self.num_mediators, self.mediators, self.grid = num_heads, num_mediators, mediators, grid
+        if isinstance(num_mediators, int):
+            mediators, count = agent_grid(num_mediators, grid), num_mediators
+        else:
+            mediators = num_mediators[0], num_mediators[1]
+            count = math.prod(mediators)
+        self.num_heads, self.num_mediators, self.mediators, self.grid = num_heads, count, mediators, grid
         self.aggregation_bias = PositionBias(num_heads, mediators, grid, map_size)
         self.broadcast_bias = PositionBias(num_heads, mediators, grid, map_size)
         self.dwc = depthwise_convolution(num_heads * head_dim)
@@ -119,14 +124,15 @@ class MediatorMixer(nn.Module):
         """Rows and columns for a wanted count (or those given) on `grid`; the trained ones for None where they fit.
 
         Raises:
-            ValueError: if there would be more mediators than tokens along an axis.
+            ValueError: if there would be more mediators than tokens along an axis, unless it is trained so.
         """
         if isinstance(num_mediators, int):
             return agent_grid(num_mediators, grid)
         if num_mediators is None:
             return self.mediators if tuple(grid) == tuple(self.grid) else agent_grid(self.num_mediators, grid)
         rows, columns = num_mediators
-        if not (1 <= rows <= grid[0] and 1 <= columns <= grid[1]):
+        fits = 1 <= rows <= grid[0] and 1 <= columns <= grid[1]
+        if not fits and (rows, columns) != self.mediators:
             raise ValueError(f"{rows} x {columns} mediators do not fit a grid of {grid[0]} x {grid[1]} tokens")
         return rows, columns
 

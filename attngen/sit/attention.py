@@ -85,7 +85,7 @@ class SiTAttention(nn.Module, AttentionModuleMixin):
         num_heads: attention heads.
         head_dim: size of a head; heads times head size is the width C.
         kind: one of `ATTENTION_KINDS`.
-        num_mediators: mediators trained with, for "mediator".
+        num_mediators: mediators trained with, for "mediator": a count or (rows, columns).
         grid: (height, width) of the tokens trained on, for "mediator".
         feature_map: for "linear", see `attngen.functional.linear_attention`.
         convolution: for "mediator", see `attngen.layers.mediator.MediatorMixer`.
@@ -99,7 +99,7 @@ class SiTAttention(nn.Module, AttentionModuleMixin):
         num_heads: int,
         head_dim: int,
         kind: str,
-        num_mediators: int,
+        num_mediators: int | Grid,
         grid: Grid,
         feature_map: str,
         convolution: str = "values",

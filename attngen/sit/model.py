@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -22,11 +22,13 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
-from attngen.checks import Grid
+from attngen.checks import Grid, check_choice
 from attngen.layers.mediator import CONVOLUTIONS, MediatorMixer
-from attngen.methods.linear import FEATURE_MAPS
-from attngen.sit.attention import ATTENTION_KINDS, SiTAttention
-from attngen.sit.checkpoints import PATCH_SIZES, SIZES
+from attngen.methods.linear import FEATURE_MAPS, FeatureMapName
+from attngen.sit.attention import ATTENTION_KINDS, AttentionKind, SiTAttention
+from attngen.sit.checkpoints import PATCH_SIZES, SIZES, convert_original, read_checkpoint
+
+ConvolutionKind = Literal["values", "input"]
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -39,9 +41,8 @@ class SiTTransformerBlock(nn.Module):
     def __init__(self, attn: SiTAttention, mlp_ratio: float) -> None:
         super().__init__()
         width = attn.inner_dim
-        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-6, elementwise_affine=False) for _ in range(2))
         self.attn = attn
-        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.ff = FeedForward(width, inner_dim=int(width * mlp_ratio), activation_fn="gelu-approximate")
         self.modulation = nn.Linear(width, 6 * width)
 
@@ -56,12 +57,8 @@ class SiTTransformerBlock(nn.Module):
         """(B, N, C) tokens and (B, C) condition -> (B, N, C)."""
         chunks = self.modulation(nn.functional.silu(condition)).chunk(6, dim=1)
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = chunks
-        attended = self.attn(
-            _modulate(self.norm1(hidden_states), shift_attn, scale_attn),
-            grid=grid,
-            num_mediators=num_mediators,
-            **(attention_kwargs or {}),
-        )
+        attention_kwargs = {"grid": grid, "num_mediators": num_mediators, **(attention_kwargs or {})}
+        attended = self.attn(_modulate(self.norm1(hidden_states), shift_attn, scale_attn), **attention_kwargs)
         hidden_states = hidden_states + gate_attn.unsqueeze(1) * attended
         fed = self.ff(_modulate(self.norm2(hidden_states), shift_ff, scale_ff))
         return hidden_states + gate_ff.unsqueeze(1) * fed
@@ -78,18 +75,19 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         num_attention_heads: heads of each block.
         attention_head_dim: size of a head; heads times head size is the width.
         mlp_ratio: feed-forward width over width.
-        num_classes: classes; class `num_classes` is the null class that guidance needs.
-        class_dropout_prob: share of labels replaced by the null class while training.
+        num_classes: classes; label `num_classes` is the null class that guidance needs.
+        class_dropout_prob: label dropout, the share of labels replaced by the null class in training; 0 for a model
+            without a trained null class.
         learn_sigma: predict twice the channels, as the published checkpoints do; SiT drops the second half.
-        attention: "softmax", "mediator" or "linear".
-        num_mediators: mediators trained with; any other count can be asked for in `forward`.
-        feature_map: for linear attention: "elu", "relu" or "focused".
+        attention: kind of self-attention.
+        num_mediators: mediators trained with: a count, brought down to what the token grid holds, or (rows, columns),
+            also more than there are tokens. `forward` takes any other count.
+        feature_map: for linear attention.
         convolution: for mediators: "values", as published, or "input", which is faster with few mediators; weights
             trained with one do not fit the other.
-        predicts_variance: a DiT: time is the step, 0 to 999 (999 is noise), and the output keeps all 2 · C channels:
-            the noise, and the place of the log variance between its bounds (-1 and 1; "learned_range" in diffusers).
-        out_channels: channels of the output. It follows from the others; it is here because diffusers' code reads it
-            from the configuration.
+        predicts_variance: a DiT: the timestep is 0 to 999 (999 is noise), and the output keeps all 2 · C channels: the
+            noise, and the log variance as a position between its bounds (-1 to 1; "learned_range" in diffusers).
+        out_channels: channels of the output. It follows from the others; diffusers reads it from the configuration.
 
     Raises:
         ValueError: for an unknown `attention`, `feature_map` or `convolution`, a patch size that does not divide the
@@ -114,41 +112,33 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         num_classes: int = 1000,
         class_dropout_prob: float = 0.1,
         learn_sigma: bool = True,
-        attention: str = "softmax",
-        num_mediators: int = 64,
-        feature_map: str = "elu",
-        convolution: str = "values",
+        attention: AttentionKind = "softmax",
+        num_mediators: int | tuple[int, int] = 64,
+        feature_map: FeatureMapName = "elu",
+        convolution: ConvolutionKind = "values",
         predicts_variance: bool = False,
         out_channels: int | None = None,
     ) -> None:
         super().__init__()
-        if convolution not in CONVOLUTIONS:
-            raise ValueError(f"unknown convolution {convolution!r}; known: {', '.join(CONVOLUTIONS)}")
-        if attention not in ATTENTION_KINDS:
-            raise ValueError(f"unknown attention {attention!r}; known: {', '.join(ATTENTION_KINDS)}")
-        if feature_map not in FEATURE_MAPS:
-            raise ValueError(f"unknown feature_map {feature_map!r}; known: {', '.join(FEATURE_MAPS)}")
+        check_choice("convolution", convolution, CONVOLUTIONS)
+        check_choice("attention", attention, ATTENTION_KINDS)
+        check_choice("feature_map", feature_map, FEATURE_MAPS)
         self.register_to_config(
             out_channels=_output_channels(in_channels, learn_sigma, predicts_variance, out_channels)
         )
-        width = num_attention_heads * attention_head_dim
-        height_width = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
-        grid = _token_grid(height_width[0], height_width[1], patch_size)
+        heads, head_dim, grid = num_attention_heads, attention_head_dim, self.token_grid
+        width = heads * head_dim
         self._projected_channels = in_channels * 2 if learn_sigma else in_channels
+
+        def attention_layer() -> SiTAttention:
+            return SiTAttention(heads, head_dim, attention, num_mediators, grid, feature_map, convolution)
 
         self.patch_embed = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedder = TimestepEmbedding(256, width)
         self.class_embedder = nn.Embedding(num_classes + 1, width)
-        self.transformer_blocks = nn.ModuleList(
-            SiTTransformerBlock(
-                SiTAttention(
-                    num_attention_heads, attention_head_dim, attention, num_mediators, grid, feature_map, convolution
-                ),
-                mlp_ratio,
-            )
-            for _ in range(num_layers)
-        )
+        blocks = (SiTTransformerBlock(attention_layer(), mlp_ratio) for _ in range(num_layers))
+        self.transformer_blocks = nn.ModuleList(blocks)
         self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.modulation_out = nn.Linear(width, 2 * width)
         self.proj_out = nn.Linear(width, patch_size * patch_size * self._projected_channels)
@@ -163,14 +153,11 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
                 nn.init.zeros_(module.bias)
             elif isinstance(module, MediatorMixer):
                 module.reset_parameters()
-        nn.init.xavier_uniform_(self.patch_embed.weight.view(self.patch_embed.out_channels, -1))
+        nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
         assert self.patch_embed.bias is not None
         nn.init.zeros_(self.patch_embed.bias)
-        for weight in (
-            self.class_embedder.weight,
-            self.time_embedder.linear_1.weight,
-            self.time_embedder.linear_2.weight,
-        ):
+        times = self.time_embedder
+        for weight in (self.class_embedder.weight, times.linear_1.weight, times.linear_2.weight):
             nn.init.normal_(weight, std=0.02)
         gates: list[Any] = [block.modulation for block in self.transformer_blocks]
         for linear in (*gates, self.modulation_out, self.proj_out):
@@ -179,8 +166,8 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
 
     @classmethod
     def from_preset(cls, name: str, **config: Any) -> SiTTransformer2DModel:
-        """A published size with fresh weights: "SiT-S/2", …, "SiT-XL/8", or "DiT-S/2", …, "DiT-XL/8", the same sizes
-        with noise and variance as their output. `config` overrides any argument.
+        """A published size with new weights: "SiT-S/2", …, "SiT-XL/8", or "DiT-S/2", …, "DiT-XL/8", the same sizes with
+        noise and variance as their output. `config` overrides any argument.
 
         Raises:
             ValueError: for an unknown name, listing the known ones.
@@ -191,8 +178,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             for size in SIZES
             for patch in PATCH_SIZES
         }
-        if name not in known:
-            raise ValueError(f"unknown preset {name!r}; known: {', '.join(known)}")
+        check_choice("preset", name, known)
         return cls(**{**known[name], **config})
 
     @classmethod
@@ -203,22 +189,25 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         allow_pickle: bool = False,
         **config: Any,
     ) -> SiTTransformer2DModel:
-        """Load a checkpoint of the official SiT, DiT or Attention-Mediators code; sizes are read off its tensors.
+        """Load a checkpoint of the official SiT, DiT or Attention-Mediators code; sizes are inferred from its tensors.
 
-        The tensors of a DiT and a SiT have the same names and shapes: say `predicts_variance=True` for a DiT.
+        The tensors of a DiT and a SiT have the same names and shapes: pass `predicts_variance=True` for a DiT.
+
+        The official code has a row for the null class only if it trained with label dropout, which the tensors do not
+        show. The last row is taken for the null class, except in a table of 1000 rows, the classes of ImageNet. For
+        another model trained without label dropout pass its `num_classes`, or `class_dropout_prob=0`; else its last
+        class is missing. Such a model has no use for guidance; `SiTPipeline` warns of it.
 
         Args:
             checkpoint: a state dict, a training checkpoint that holds one under "ema" or "model", or a file with
                 either (.safetensors, or .pt with `allow_pickle`).
             allow_pickle: read a pickled file, with `weights_only=True`.
-            config: arguments of the model that override what was read, such as `predicts_variance`;
+            config: arguments of the model that override the inferred ones, such as `predicts_variance`;
                 `num_attention_heads` is needed where the width is not a published one.
 
         Raises:
             ValueError: if the file cannot be read, or a tensor is missing, left over or of the wrong shape.
         """
-        from attngen.sit.checkpoints import convert_original, read_checkpoint
-
         state_dict = read_checkpoint(checkpoint, allow_pickle=allow_pickle)
         try:
             settings, weights = convert_original(state_dict, config)
@@ -259,7 +248,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
                 0 (nearly data) to 999 (noise).
             class_labels: (B,) class numbers; `num_classes` is the null class, and None means it for all.
             num_mediators: a count, or (rows, columns), of mediators for this call; None for the trained count.
-            drop_labels: (B,) bool, labels to replace by the null class; drawn in training mode if None.
+            drop_labels: (B,) bool, labels to replace by the null class; random in training mode if None.
             attention_kwargs: passed to the attention processors; "scale" is LoRA's, "kernel" the path that computes
                 mediator and linear attention, see `attngen.functional`.
             return_dict: return an object with `.sample`, else a tuple.
@@ -331,8 +320,8 @@ def _token_grid(height: int, width: int, patch_size: int) -> Grid:
 def position_embedding(grid: Grid, width: int, device: torch.device | None = None) -> Tensor:
     """Fixed sine-cosine embedding of rows and columns, (1, N, width), float32 (section 3.2 of arXiv 2212.09748).
 
-    The first half of the channels holds the column, the second the row, in whole tokens from 0, as DiT and SiT have
-    it. It is computed for the grid at hand, so any height and width works.
+    The first half of the channels holds the column, the second the row, in whole tokens from 0, as in DiT and SiT.
+    diffusers' own function rescales positions, and computes in float64, which changes samples by 2e-6.
 
     Raises:
         ValueError: if the width is not a multiple of 4.

@@ -1,14 +1,18 @@
-"""Interpolant paths between noise and data, and what a prediction on them says of data, noise and velocity."""
+"""Interpolant paths between noise and data, and how data, noise and velocity follow from a prediction on them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+PathName = Literal["linear", "gvp", "vp"]
+PredictionType = Literal["velocity", "epsilon", "score"]
+DiffusionForm = Literal["sigma", "sbdm", "linear", "constant", "decreasing", "increasing-decreasing"]
 
 # Where a quantity is infinite at t = 0 or t = 1, its conversions hold t this far inside.
 EDGE = 1e-5
@@ -73,6 +77,36 @@ def _vp_levels(log_alpha: Tensor) -> tuple[Tensor, Tensor]:
 PATHS: dict[str, Callable[[Tensor], PathPoint]] = {"linear": linear_path, "gvp": gvp_path, "vp": vp_path}
 
 
+def point_at(path: str, timesteps: float | Tensor, sample: Tensor, inside: bool = False) -> PathPoint:
+    """The path at times t in [0, 1], a number, a scalar tensor or (B,), shaped to broadcast with a sample (B, ...).
+
+    Args:
+        path: its name, a key of `PATHS`.
+        timesteps: t; on an accelerator its values are not checked, because reading them would make the host wait.
+        sample: gives batch size, rank, device and dtype.
+        inside: hold t in [1e-5, 1 − 1e-5].
+
+    Raises:
+        ValueError: for integers, times outside [0, 1], and another number of times than samples.
+    """
+    t = timesteps if isinstance(timesteps, Tensor) else torch.tensor(timesteps, dtype=torch.float64)
+    if not t.is_floating_point():
+        raise ValueError(f"timesteps are times in [0, 1] (0 is noise, 1 is data), not indices of {t.dtype}")
+    if t.ndim > 1 or t.numel() not in (1, len(sample)):
+        raise ValueError(
+            f"timesteps must be one time or one for each of the {len(sample)} samples, got {tuple(t.shape)}"
+        )
+    if t.device.type == "cpu" and not ((t >= 0) & (t <= 1)).all():
+        raise ValueError(f"timesteps must be in [0, 1], where 0 is noise and 1 is data, got {t.tolist()}")
+    t = t.to(sample.device, working_dtype(sample)).reshape(-1, *[1] * (sample.ndim - 1))
+    return PATHS[path](t.clamp(EDGE, 1 - EDGE) if inside else t)
+
+
+def working_dtype(sample: Tensor) -> torch.dtype:
+    """float32, or float64 for float64 samples."""
+    return torch.promote_types(sample.dtype, torch.float32)
+
+
 # w(t), to be multiplied by diffusion_norm (arXiv 2401.08740).
 DIFFUSION_FORMS: dict[str, Callable[[PathPoint], Tensor]] = {
     "sigma": lambda point: point.sigma,
@@ -87,15 +121,15 @@ DIFFUSION_FORMS: dict[str, Callable[[PathPoint], Tensor]] = {
 class Affine(NamedTuple):
     """The coefficients of x_t and of the model's output m in a quantity that is linear in both; numbers or tensors."""
 
-    of_sample: Tensor
-    of_output: Tensor
+    of_sample: Any
+    of_output: Any
 
     def __call__(self, sample: Tensor, output: Tensor) -> Tensor:
         return self.of_sample * sample + self.of_output * output
 
 
 class Estimates(NamedTuple):
-    """What a prediction says of the data x₁, the noise x₀ and the velocity v."""
+    """The data x₁, the noise x₀ and the velocity v that follow from a prediction."""
 
     data: Affine
     noise: Affine

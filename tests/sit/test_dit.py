@@ -160,7 +160,7 @@ def test_diffusers_dit_of_unequal_embedders_is_refused():
 
 
 def test_diffusers_dit_without_a_variance_is_refused():
-    with pytest.raises(ValueError, match="this DiT gives 4 channels for 4; known are those that predict noise and var"):
+    with pytest.raises(ValueError, match="predicts noise and variance, 8 channels for 4, and this one has 4"):
         from_diffusers(diffusers_dit(out_channels=4))
 
 

@@ -17,10 +17,11 @@ from diffusers.hooks import (
 )
 from peft import LoraConfig
 from safetensors.torch import save_file
+from torch.nn import functional as F
 
 from attngen import SiTTransformer2DModel
 from attngen.kernels.absorbed import absorbed_agent_attention
-from attngen.sit import attention as sit
+from attngen.layers import route
 from attngen.sit.checkpoints import PATCH_SIZES, SIZES
 from attngen.sit.model import position_embedding
 from tests import oracles
@@ -112,6 +113,139 @@ def test_broken_checkpoints_are_named(tmp_path):
         SiTTransformer2DModel.from_original(weights, num_attention_heads=4)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_names_of_compiled_and_distributed_models(prefix):
+    _, tensors, meta = next(iter(golden_cases("sit_mediator_model_*")))
+    named = {prefix + name: tensor for name, tensor in state(tensors).items()}
+    named = {name.replace("blocks.1.", "blocks.1._orig_mod."): tensor for name, tensor in named.items()}
+    model = SiTTransformer2DModel.from_original({"ema": named}, num_attention_heads=meta["config"]["num_heads"])
+    output = model.eval()(tensors["x"], tensors["t"], tensors["y"]).sample
+    torch.testing.assert_close(output, tensors["out"], atol=1e-5, rtol=0)
+
+
+TABLE = "y_embedder.embedding_table.weight"
+
+
+@pytest.mark.parametrize(
+    "known", [{"num_classes": 10}, {"class_dropout_prob": 0.0}, {"num_classes": 10, "class_dropout_prob": 0.2}]
+)
+def test_checkpoints_trained_without_label_dropout_have_all_their_classes(known, tmp_path):
+    """The reference's table has a row for the null class only with label dropout: labels 0 to 9 give the same."""
+    _, tensors, _ = next(iter(golden_cases("sit_model_*")))
+    weights = state(tensors)
+    whole = SiTTransformer2DModel.from_original(weights, num_attention_heads=4).eval()
+    assert len(weights[TABLE]) == 11 and whole.config.num_classes == 10 and whole.config.class_dropout_prob == 0.1
+    model = SiTTransformer2DModel.from_original({**weights, TABLE: weights[TABLE][:10]}, num_attention_heads=4, **known)
+    model.eval().save_pretrained(tmp_path)
+    for loaded in (model, SiTTransformer2DModel.from_pretrained(tmp_path).eval()):
+        assert loaded.config.num_classes == 10
+        assert loaded.config.class_dropout_prob == known.get("class_dropout_prob", 0.0)
+        labels, x, t = torch.arange(10), tensors["x"][:1].expand(10, -1, -1, -1), tensors["t"][:1].expand(10)
+        torch.testing.assert_close(loaded(x, t, labels).sample, whole(x, t, labels).sample, atol=1e-6, rtol=0)
+        # The null class is there for fine-tuning with label dropout, and starts without a direction.
+        assert loaded.class_embedder.weight.shape[0] == 11 and not loaded.class_embedder.weight[10].any()
+
+
+def test_which_row_is_the_null_class():
+    _, tensors, _ = next(iter(golden_cases("sit_model_*")))
+
+    def classes(rows, **config):
+        weights = {**state(tensors), TABLE: torch.randn(rows, 48)}
+        model = SiTTransformer2DModel.from_original(weights, num_attention_heads=4, **config)
+        assert torch.equal(model.class_embedder.weight[: len(weights[TABLE])], weights[TABLE])
+        return model.config.num_classes, model.config.class_dropout_prob
+
+    assert classes(11) == (10, 0.1)  # as published, and as ever where nothing is known
+    assert classes(1001) == (1000, 0.1)
+    assert classes(1000) == (1000, 0.0)  # ImageNet's classes, and no row more
+    assert classes(1000, num_classes=999) == (999, 0.1)
+    assert classes(1001, num_classes=1000, class_dropout_prob=0.0) == (1000, 0.0)  # fine-tuned without label dropout
+    assert classes(11, class_dropout_prob=0.2) == (10, 0.2)
+    for wrong in (9, 12):
+        with pytest.raises(ValueError, match=f"num_classes={wrong} does not fit a table of 11 classes; pass 10 if"):
+            classes(11, num_classes=wrong)
+
+
+def reference_mediators(x, weights, prefix, heads, side):
+    """Mediator attention as published (eq. 4 to 6, arXiv 2408.05710): pooled queries, biases in two parts."""
+    batch, tokens, width = x.shape
+    q, k, v = F.linear(x, weights[f"{prefix}qkv.weight"], weights[f"{prefix}qkv.bias"]).chunk(3, dim=-1)
+    count = weights[f"{prefix}an_bias"].shape[1]
+    image = q.transpose(1, 2).reshape(batch, width, side, side)
+    agents = F.adaptive_avg_pool2d(image, math.isqrt(count)).flatten(2).transpose(1, 2)
+    by_head = lambda z: z.unflatten(-1, (heads, -1)).transpose(1, 2)
+    resized = lambda name: F.interpolate(weights[prefix + name], size=(side, side), mode="bilinear").flatten(2)[None]
+    inward = resized("an_bias") + (weights[f"{prefix}ah_bias"] + weights[f"{prefix}aw_bias"]).flatten(3)
+    outward = weights[f"{prefix}ha_bias"] + weights[f"{prefix}wa_bias"]
+    outward = resized("na_bias").transpose(-1, -2) + outward.reshape(1, heads, tokens, count)
+    scale = (width // heads) ** -0.5
+    gathered = (by_head(agents) * scale @ by_head(k).transpose(-1, -2) + inward).softmax(-1) @ by_head(v)
+    mixed = (by_head(q) * scale @ by_head(agents).transpose(-1, -2) + outward).softmax(-1) @ gathered
+    values = v.transpose(1, 2).reshape(batch, width, side, side)
+    local = F.conv2d(values, weights[f"{prefix}dwc.weight"], weights[f"{prefix}dwc.bias"], padding=1, groups=width)
+    mixed = mixed.transpose(1, 2).flatten(2) + local.flatten(2).transpose(1, 2)
+    return F.linear(mixed, weights[f"{prefix}proj.weight"], weights[f"{prefix}proj.bias"])
+
+
+def original_mediator_weights(side, count, width=16, heads=2):
+    """Official names and shapes of a model of two blocks on side x side tokens of 2 x 2 pixels."""
+    shapes = {
+        "pos_embed": (1, side * side, width),
+        "x_embedder.proj.weight": (width, 4, 2, 2),
+        "x_embedder.proj.bias": (width,),
+        TABLE: (6, width),
+        "final_layer.linear.weight": (32, width),
+        "final_layer.linear.bias": (32,),
+        "final_layer.adaLN_modulation.1.weight": (2 * width, width),
+        "final_layer.adaLN_modulation.1.bias": (2 * width,),
+    }
+    for name, size in (("0", 256), ("2", width)):
+        shapes |= {f"t_embedder.mlp.{name}.weight": (width, size), f"t_embedder.mlp.{name}.bias": (width,)}
+    layers = {
+        "attn.qkv": (3, 1),
+        "attn.proj": (1, 1),
+        "mlp.fc1": (4, 1),
+        "mlp.fc2": (1, 4),
+        "adaLN_modulation.1": (6, 1),
+    }
+    tables = {
+        "an_bias": (heads, count, 7, 7),
+        "na_bias": (heads, count, 7, 7),
+        "ah_bias": (1, heads, count, side, 1),
+        "aw_bias": (1, heads, count, 1, side),
+        "ha_bias": (1, heads, side, 1, count),
+        "wa_bias": (1, heads, 1, side, count),
+        "dwc.weight": (width, 1, 3, 3),
+        "dwc.bias": (width,),
+    }
+    for block in ("blocks.0.", "blocks.1."):
+        for name, (out, into) in layers.items():
+            shapes |= {f"{block}{name}.weight": (out * width, into * width), f"{block}{name}.bias": (out * width,)}
+        shapes |= {f"{block}attn.{name}": shape for name, shape in tables.items()}
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(("side", "count"), [(2, 16), (2, 9), (1, 4), (3, 16), (4, 16), (4, 4), (8, 4)])
+def test_mediators_of_a_checkpoint_equal_the_reference(side, count, tmp_path):
+    """Also with more mediators than tokens, where the reference's pooling repeats tokens."""
+    weights = original_mediator_weights(side, count)
+    model = SiTTransformer2DModel.from_original(weights).eval()
+    model.save_pretrained(tmp_path)
+    x = torch.randn(2, side * side, 16, generator=torch.Generator().manual_seed(1))
+    for loaded in (model, SiTTransformer2DModel.from_pretrained(tmp_path).eval()):
+        for number, block in enumerate(loaded.transformer_blocks):
+            want = reference_mediators(x, weights, f"blocks.{number}.attn.", 2, side)
+            torch.testing.assert_close(block.attn(x, grid=(side, side)), want, atol=1e-5, rtol=1e-5)
+        trained = loaded(**inputs(2 * side, 2 * side)).sample
+        assert trained.isfinite().all()
+        root = math.isqrt(count)
+        assert torch.equal(loaded(**inputs(2 * side, 2 * side), num_mediators=(root, root)).sample, trained)
+        # Other counts and sizes are the model's as ever.
+        assert loaded(**inputs(2 * side, 2 * side), num_mediators=1).sample.isfinite().all()
+        assert loaded(**inputs(12, 8)).sample.isfinite().all()
+
+
 @pytest.mark.parametrize("patch_size", PATCH_SIZES)
 @pytest.mark.parametrize("size", SIZES)
 def test_presets_have_the_published_sizes(size, patch_size):
@@ -182,7 +316,7 @@ def test_absorbed_projections_give_the_same_numbers_and_gradients(size, convolut
         return output, [parameter.grad for parameter in model.parameters()]
 
     monkeypatch.setattr(
-        sit, "absorbed_agent_attention", lambda *a, **k: taken.append(1) or absorbed_agent_attention(*a, **k)
+        route, "absorbed_agent_attention", lambda *a, **k: taken.append(1) or absorbed_agent_attention(*a, **k)
     )
     short, short_gradients = run()
     assert len(taken) == SMALL["num_layers"]

@@ -152,7 +152,14 @@ def test_guidance_without_a_null_class_is_warned_of(monkeypatch):
     latents_of(pipe)
     assert not said
     latents_of(pipe, guidance_scale=2.0)
-    assert len(said) == 1 and "trained without one (class_dropout_prob=0)" in said[0]
+    assert len(said) == 1 and "trained without it (class_dropout_prob=0); pass guidance_scale=1" in said[0]
+
+
+def test_numpy_numbers_are_numbers(pipe):
+    options = {"num_inference_steps": 2, "guidance_scale": 2.0, "height": 8, "guidance_channels": 2}
+    numbers = {"num_inference_steps": np.int64(2), "guidance_scale": np.float32(2), "height": np.int32(8)}
+    numbers |= {"guidance_channels": np.int8(2), "guidance_interval": np.array([0, 1.0], np.float32).tolist()}
+    assert torch.equal(latents_of(pipe, **options), latents_of(pipe, **numbers))
 
 
 def test_a_full_interval_changes_nothing(pipe):
@@ -178,6 +185,7 @@ def test_a_full_interval_changes_nothing(pipe):
         (torch.tensor(4), [4]),
         (np.array([0, 1]), [0, 1]),
         ((np.int64(2),), [2]),
+        ([torch.tensor(3), [np.array(1)]], [3, 1]),
     ],
 )
 def test_labels(pipe, labels, numbers):
@@ -191,11 +199,11 @@ def test_labels(pipe, labels, numbers):
         ("crane", r"'crane' names several classes: 2 \(crane\), 3 \(crane\); give the number"),
         (5, "class label 5 is out of range; the model's 5 classes are 0 to 4"),
         (-1, "class label -1 is out of range"),
-        (1.5, "class_labels must be a whole number, got 1.5"),
-        (True, "class_labels must be a whole number, got True"),
-        (torch.tensor([0.5]), "class_labels must be a whole number"),
+        (1.5, "class_labels must be whole numbers or names, got 1.5"),
+        (True, "class_labels must be whole numbers or names, got True"),
+        (torch.tensor([0.5]), "class_labels must be whole numbers or names"),
         ([], "class_labels is empty"),
-        (None, "class_labels must be a whole number, got None"),
+        (None, "class_labels must be whole numbers or names, got None"),
     ],
 )
 def test_labels_that_cannot_be(pipe, calls, labels, sentence):
@@ -230,29 +238,35 @@ def test_many_names_are_not_all_printed():
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
-        ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number, got 2.5"),
-        ({"guidance_scale": math.nan}, "guidance_scale must be a finite number of at least 0"),
-        ({"guidance_scale": -1.0}, "guidance_scale must be a finite number of at least 0"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be a whole number >= 1, got 0"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number >= 1, got 2.5"),
+        ({"guidance_scale": math.nan}, "guidance_scale must be a finite number >= 0"),
+        ({"guidance_scale": -1.0}, "guidance_scale must be a finite number >= 0"),
         ({"guidance_scale": None}, "guidance_scale must be a finite number"),
-        ({"guidance_channels": 4}, "guidance_channels must be 1 to 3, or None for all, got 4"),
-        ({"guidance_interval": (0.7, 0.2)}, "guidance_interval must be .low, high. with 0 <= low <= high <= 1"),
+        ({"guidance_channels": 4}, "guidance_channels must be a whole number from 1 to 3, got 4"),
+        ({"guidance_interval": (0.7, 0.2)}, "guidance_interval must have 0 <= low <= high <= 1"),
+        ({"guidance_interval": (0.2, 1.2)}, "guidance_interval must have 0 <= low <= high <= 1"),
         ({"guidance_interval": (0.0, math.nan)}, "guidance_interval must be"),
-        ({"guidance_interval": 0.5}, "guidance_interval must be"),
+        ({"guidance_interval": (-0.1, 1.0)}, "guidance_interval must be"),
+        ({"guidance_interval": 0.5}, "guidance_interval must be .low, high., got 0.5"),
+        ({"height": 16.0}, "height must be a whole number >= 1, got 16.0"),
         ({"height": 15}, "height must be a positive multiple of 2 for this model, got 15; try 14 or 16"),
         ({"height": 0}, "height must be a positive multiple of 2 for this model, got 0; try 2"),
         ({"width": -64}, "width must be a positive multiple of 2"),
         ({"latents": torch.zeros(1, 3, 8, 8)}, r"latents must have shape \(2, 3, 8, 8\), got \(1, 3, 8, 8\)"),
-        ({"latents": torch.zeros(2, 3, 8, 7)}, "latents of 8 x 7 cannot be cut into patches of 2 x 2"),
+        (
+            {"latents": torch.zeros(2, 3, 8, 7)},
+            r"width \(of the latents, in pixels\) must be a positive multiple of 2 .* got 7; try 6 or 8",
+        ),
         ({"latents": torch.zeros(2, 3, 8, 8), "height": 16}, r"latents must have shape \(2, 3, 16, 8\)"),
         ({"latents": torch.zeros(3, 8, 8)}, r"latents must have 4 axes \(B, C, h, w\), got shape \(3, 8, 8\)"),
-        ({"generator": generators(1)}, "2 pictures need 2 generators, got a list of 1"),
+        ({"generator": generators(1)}, "2 images need 2 generators, got a list of 1"),
         ({"generator": 3}, "generator must be a torch.Generator or a list of them, got int"),
         ({"output_type": "jpeg"}, "unknown output_type 'jpeg'; known: pil, np, pt, latent"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback_on_step_end_tensor_inputs may name"),
-        ({"num_mediators": 17}, "num_mediators must be 1 to 16, the 4 x 4 tokens of this picture, got 17"),
+        ({"num_mediators": 17}, "num_mediators must be 1 to 16, the 4 x 4 tokens of this image, got 17"),
         ({"num_mediators": 0}, "num_mediators must be 1 to 16"),
-        ({"num_mediators": (5, 1)}, r"\(rows, columns\) must fit the 4 x 4 tokens of this picture, got \(5, 1\)"),
+        ({"num_mediators": (5, 1)}, r"\(rows, columns\) must fit the 4 x 4 tokens of this image, got \(5, 1\)"),
         ({"num_mediators": "many"}, "num_mediators must be 1 to 16"),
         ({"num_mediators": Schedule((1.0, 0.5), (4, 99))}, "num_mediators must be 1 to 16, .* got 99"),
         ({"num_mediators": ChangeSchedule(values=(4, 9, 99))}, "num_mediators must be 1 to 16, .* got 99"),
@@ -285,7 +299,7 @@ def test_a_scheduler_of_another_kind_is_refused(pipe):
 
 def test_channels_that_are_no_picture():
     pipe = make_pipe(in_channels=5)
-    with pytest.raises(ValueError, match="5 channels are no picture; give the pipeline a vae"):
+    with pytest.raises(ValueError, match="cannot make an image from 5 channels; give the pipeline a vae"):
         pipe(0, num_inference_steps=1)
     assert pipe(0, num_inference_steps=1, output_type="np").images.shape == (1, 8, 8, 5)
 
@@ -403,7 +417,7 @@ def test_nan_is_no_picture(pipe):
 def test_nan_from_the_vae_is_no_picture():
     pipe = make_pipe(vae=make_vae(), in_channels=4)
     torch.nn.init.constant_(pipe.vae.decoder.conv_out.bias, math.inf)
-    with pytest.raises(FloatingPointError, match="run it in float32"):
+    with pytest.raises(FloatingPointError, match="the VAE produced NaN or inf; run it in float32"):
         pipe(0, num_inference_steps=1)
 
 

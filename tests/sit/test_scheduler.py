@@ -573,12 +573,12 @@ def test_the_ode_from_the_middle_is_the_rest_of_the_whole(solver):
 @pytest.mark.parametrize(
     ("option", "value", "accepted"),
     [
-        ("path", "cosine", "'linear', 'gvp', 'vp'"),
-        ("prediction_type", "v_prediction", "'velocity', 'epsilon', 'score'"),
-        ("sampler", "ddim", "'sde', 'ode'"),
-        ("solver", "dopri5", "'euler', 'heun'"),
-        ("diffusion_form", "inccreasing-decreasing", "'increasing-decreasing'"),
-        ("last_step", "Mean", "'mean', 'tweedie', 'euler', None"),
+        ("path", "cosine", "linear, gvp, vp"),
+        ("prediction_type", "v_prediction", "velocity, epsilon, score"),
+        ("sampler", "ddim", "sde, ode"),
+        ("solver", "dopri5", "euler, heun"),
+        ("diffusion_form", "inccreasing-decreasing", "decreasing, increasing-decreasing"),
+        ("last_step", "Mean", "mean, tweedie, euler, None"),
     ],
 )
 def test_an_unknown_name_is_refused_with_those_accepted(option, value, accepted):
@@ -681,7 +681,7 @@ def test_shapes_that_do_not_fit_are_refused():
 
 def test_an_unknown_weighting_is_refused():
     x = torch.ones(BATCH)
-    with pytest.raises(ValueError, match="weighting must be one of None, 'velocity', 'likelihood', got 'snr'"):
+    with pytest.raises(ValueError, match="unknown weighting 'snr'; known: None, velocity, likelihood"):
         InterpolantScheduler().loss(x, x, x, 0.5, weighting="snr")
 
 

@@ -173,9 +173,9 @@ def test_patches_and_back(method):
     else:
         plan = method if method == "softmax" else dataclasses.replace(attngen.PRESETS[method], min_tokens=16)
     handle = attngen.apply(pipe, plan)
-    report = str(handle.report())
+    names = {layer.name for layer in handle.report().layers}
     patched = draw(pipe, [0, 1])
-    assert "down_blocks.0.attentions.0.transformer_blocks.0.attn1" in report
+    assert "down_blocks.0.attentions.0.transformer_blocks.0.attn1" in names
     assert patched.isfinite().all() and torch.equal(patched, before) == (method == "softmax")
     handle.remove()
     assert torch.equal(draw(pipe, [0, 1]), before)
@@ -213,13 +213,14 @@ def test_a_plan_by_time_follows_the_noise_level():
         ({"class_labels": "cta"}, "nearest: cat"),
         ({"class_labels": 4}, "the model's 4 classes are 0 to 3"),
         ({"class_labels": []}, "class_labels is empty"),
-        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be a whole number >= 1, got 0"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"height": 7}, "height must be a positive multiple of 2 for this model, got 7; try 6 or 8"),
         ({"width": 0}, "try 2"),
         ({"output_type": "jpg"}, "known: pil, np, pt, latent"),
-        ({"generator": [torch.Generator()] * 2}, "1 pictures need 1 generators, got a list of 2"),
+        ({"generator": [torch.Generator()] * 2}, "1 images need 1 generators, got a list of 2"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, r"\(1, 3, 8, 8\), got \(1, 4, 8, 8\)"),
+        ({"latents": torch.zeros(1, 3, 8, 7)}, "must be a positive multiple of 2 for this model, got 7; try 6 or 8"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "may name"),
     ],
 )
