@@ -1,4 +1,4 @@
-"""Files that are whole: a reader, a crash or a full disk finds the old one or the new one, never half of either."""
+"""Atomic writing: readers, a crash and a full disk leave the old file or the new one, never half of either."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let `write` fill a file that takes its name, `path`, when it is whole; for what is too large for memory.
+    """Let `write` fill a temporary file that becomes `path` when it is complete; for content too large for memory.
 
     Raises:
-        OSError: see `write_file`; and whatever `write` raises.
+        OSError: see `write_file`; exceptions of `write` pass through.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
@@ -41,7 +41,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on disk, too, where the system can; a crash would forget a rename otherwise."""
+    """Flush a folder's entries to disk, where the system can; otherwise a crash could undo a rename."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -1,5 +1,5 @@
-"""The pure functions, for people who build their own layers. Tensors are (batch, heads, tokens, head size), as in
-`torch.nn.functional.scaled_dot_product_attention`, unless a docstring says otherwise."""
+"""The formulas as pure functions, for layers of your own. Tensors are (batch, heads, tokens, head size), as in
+`torch.nn.functional.scaled_dot_product_attention`, where the docstring has no other shape."""
 
 from attngen.methods.agent import agent_attention
 from attngen.methods.focal import focal_attention

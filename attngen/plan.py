@@ -1,4 +1,4 @@
-"""A plan says which attention method each layer uses at each time; it is data: printable, comparable, saved as JSON."""
+"""A plan assigns an attention method to each layer at each time; it is data: printable, comparable, saved as JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORMAT, VERSION = "attngen-plan", 1
 
 @dataclass(frozen=True, eq=True)
 class Stage:
-    """What holds from a time on, until the next stage starts.
+    """The methods that hold from a time on, until the next stage starts.
 
     Attributes:
         start: time in [0, 1], 1 is noise.
@@ -46,7 +46,7 @@ class Stage:
         return hash((self.start, tuple(self.layers.items())))
 
     def __eq__(self, other: object) -> bool:
-        # The order of the patterns decides, so it is part of what a stage is.
+        # The order of the patterns decides, so it counts.
         if not isinstance(other, Stage):
             return NotImplemented
         return self.start == other.start and list(self.layers.items()) == list(other.layers.items())
@@ -61,7 +61,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages by time, layer patterns in each: the same thing for presets, recipes of papers and hand-written plans.
+    """Stages by time, layer patterns in each: the same form for presets, recipes of papers and hand-written plans.
 
     Attributes:
         stages: by falling start; the first starts at 1.
@@ -69,8 +69,8 @@ class Plan:
         max_levels: only layers at the model's finest attention resolutions take part, this many of them; None for all.
             1 is what token-merging tools call a maximal downsampling of 1, but counted from the finest level that has
             attention, so it also means something for SDXL.
-        measurements: what `attngen.calibrate` found the plan by, an `attngen.calibration.Measurements`; None for a plan
-            that was written or read. No part of what the plan is.
+        measurements: of `attngen.calibrate`, an `attngen.calibration.Measurements`; None for a plan written by hand or
+            read from a file. Plans are compared without them.
 
     Raises:
         ValueError: for stages that do not fall from 1, or sizes below 0 and 1.
@@ -146,7 +146,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan that `to_json` wrote; ValueError says what is wrong with any other text."""
+        """The plan that `to_json` wrote; raises ValueError with the reason for any other text."""
         try:
             data = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
@@ -154,7 +154,7 @@ class Plan:
         return cls.from_dict(data)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON; an older file of that name stays whole until the new one is.
+        """Write the plan as JSON; an older file of that name stays intact until the new one is complete.
 
         Measurements go into a second file, "plan.measurements.json" for "plan.json".
         """

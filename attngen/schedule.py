@@ -1,6 +1,6 @@
 """Time to value, and the change-driven schedule.
 
-Every schedule reads one clock: t in [0, 1], 1 is pure noise, 0 is data.
+Every schedule uses one clock: t in [0, 1], 1 is pure noise, 0 is data.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def stage_at(starts: Sequence[float], time: float) -> int:
 
     Args:
         starts: falling times, the first is 1.
-        time: in [0, 1], 1 is noise; values outside are taken to the nearest end.
+        time: in [0, 1], 1 is noise; values outside count as the nearest end.
 
     Raises:
         ValueError: if `time` is not a number.
@@ -79,7 +79,7 @@ class ChangeSchedule:
 
     The mean distance between successive latents over the first `warmup` pairs is the base; later, when a distance
     falls below `ratios[i]` times the base, level i becomes level i + 1, never back. Several levels may pass in one
-    step. The distance is taken over the whole batch, so all pictures of a batch share the level.
+    step. The distance is taken over the whole batch, so all samples of a batch share the level.
 
     Use the object as `callback_on_step_end` of a diffusers pipeline, or call `observe` after every step.
 
@@ -87,7 +87,7 @@ class ChangeSchedule:
         warmup: pairs of latents that make the base.
         ratios: one threshold a level to leave, usually falling.
         distance: "mae", mean absolute, or "mse", mean square.
-        values: what `value` gives at each level (mediator counts, say); one more than `ratios`.
+        values: of `value` at each level, such as mediator counts; one more than `ratios`.
 
     Raises:
         ValueError: for an argument out of range.
@@ -133,7 +133,7 @@ class ChangeSchedule:
     __hash__ = None  # type: ignore[assignment]  # it changes while it runs
 
     def reset(self) -> None:
-        """Forget everything: the next latents begin a new picture."""
+        """Start over: the next latents are the first of a generation."""
         self.level = 0
         self._base = 0.0
         self._pairs = 0
@@ -147,17 +147,17 @@ class ChangeSchedule:
         return self.level if self.values is None else self.values[self.level]
 
     def at(self, time: float) -> int:
-        """The level at `time` (1 is noise); where time has run back towards noise a new picture begins."""
+        """The level at `time` (1 is noise); starts over where time has moved back towards noise."""
         if self._time is not None and time > self._time:
             self.reset()
         self._time = float(time)
         return self.level
 
     def observe(self, latents: Tensor, time: float | None = None) -> int:
-        """Take the latents after a step; returns the level for the next step.
+        """Compare the latents after a step with those before; returns the level for the next step.
 
         Args:
-            latents: any shape; another shape than before begins a new picture.
+            latents: any shape; another shape than before starts over.
             time: of the step, as for `at`.
         """
         if time is not None:

@@ -10,7 +10,7 @@ from attngen.checks import Grid, check_count, check_tokens
 
 
 def depthwise_convolution(channels: int) -> nn.Conv2d:
-    """A 3 x 3 convolution with one filter a channel, at zero: a branch that trains from nothing."""
+    """A 3 x 3 convolution with one filter a channel, initialised with zeros: before training it adds nothing."""
     conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels)
     nn.init.zeros_(conv.weight)
     assert conv.bias is not None
@@ -62,7 +62,7 @@ def agent_grid(num_agents: int, grid: Grid) -> Grid:
     equals the squarest cells. A square count on a square grid gives the square root, so 64 on 32 x 32 is 8 x 8.
 
     Args:
-        num_agents: most cells wanted, at least 1.
+        num_agents: largest number of cells, at least 1.
         grid: (height, width) of the tokens.
     """
     check_count("num_agents", num_agents)

@@ -1,1 +1,1 @@
-"""The formulas of `attngen.methods` as code that runs: one file a path."""
+"""Implementations of the formulas of `attngen.methods`: one file each."""

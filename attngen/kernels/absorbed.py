@@ -1,13 +1,13 @@
 """Agent attention with its four projections absorbed: from hidden states to hidden states, no N × C projection between.
 
-With few agents the projections of all tokens cost more than the attention. They can be moved to the agents, because no
-nonlinearity stands between a projection and the product that follows it, so X is read by two products of 2·H·M and H·M
-columns, and the result is written by one:
+With few agents the projections of all tokens cost more than the attention. They can be moved to the agents, because
+there is no nonlinearity between a projection and the product that follows it, so X is read by two products of 2·H·M and
+H·M columns, and the result is written by one:
 
     P Kᵀ = (P W_k) Xᵀ        Q Pᵀ = X (P W_q)ᵀ        W₁ V = (W₁ X) W_vᵀ        (W₂ A) W_oᵀ = W₂ (A W_oᵀ)
 
-It is the same function as projections and `attngen.functional.agent_attention` wherever nothing stands there: not with
-rotary embeddings or normalised queries and keys.
+It is the same function as projections and `attngen.functional.agent_attention` wherever nothing is applied in between:
+not with rotary embeddings or normalised queries and keys.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def absorbed_agent_attention(
         result = O W_oᵀ + b_o + input_branch(X) (W_o W_v)ᵀ
 
     Equations 3 to 6 of arXiv 2312.08874 and 4 to 6 of arXiv 2408.05710 (whose agents are pooled queries: pooled `x` has
-    them as its projection). About 4·H·M·C multiply-adds a token and 5·M·C² a picture, for 4·C² + 4·M·C a token of the
-    layer written out; a `shortcut` or `input_branch` adds C² a token, a `value_branch` 2·C².
+    them as its projection). About 4·H·M·C multiply-adds a token and 5·M·C² a sample, where the layer written out has
+    4·C² + 4·M·C a token; a `shortcut` or `input_branch` adds C² a token, a `value_branch` 2·C².
 
     Training keeps `x` and two numbers a token, head and agent, and no projection; it has first derivatives only. Where
     `x` is in half precision, the logits and all that has the size of the agents are float32.
@@ -188,7 +188,7 @@ def _mix(
     constant_share: float,
     gain: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Tokens' weights W₂ᵀ (B, H · M, N), the rows A W_oᵀ (B, H · M, C') they weigh, and what every token gets.
+    """Tokens' weights W₂ᵀ (B, H · M, N), the rows A W_oᵀ (B, H · M, C') they weigh, and a constant for every token.
 
     Both position biases broadcast to (B, H, M, N). The last, (C',) or None, is b_o and `constant_share` of b_v W_oᵀ.
     """
@@ -227,7 +227,7 @@ class _AgentSoftmaxes(torch.autograd.Function):
     """Both softmaxes of all heads over one product X · coefficientsᵀ, and the first one applied: W₁ X and W₂ᵀ.
 
     Written by hand to keep `x` and the softmaxes in the dtype of `x` and nothing else, and to make the gradient of `x`
-    in one product. The logits lie as (B, 2, H, M, N), so that both softmaxes run over or along contiguous tokens.
+    in one product. The logits are stored as (B, 2, H, M, N), so that both softmaxes run over or along contiguous tokens.
     """
 
     @staticmethod
@@ -291,8 +291,8 @@ class _WeighRows(torch.autograd.Function):
     """Rows (B, H · M, C') summed with softmaxes W₂ᵀ (B, H · M, N) as weights, plus a constant (C',): (B, N, C').
 
     The constant is added to the rows, which is free, because the weights of each head sum to one. The gradient of the
-    weights leaves out what all rows of a head share: a softmax has no use for it, and in half precision it would drown
-    the rest.
+    weights leaves out what all rows of a head share: a softmax ignores it, and in half precision it would swamp the
+    rest.
     """
 
     @staticmethod
@@ -362,7 +362,7 @@ def _multiplies_wide(x: Tensor) -> bool:
 
 
 def _small(projection: Projection, dtype: torch.dtype, x: Tensor) -> Projection:
-    """The projection as the products of agents want it: widened once, where they cannot widen it as they read it."""
+    """The projection in a dtype for the products of agents: converted once, where they cannot convert it themselves."""
     if projection.weight.dtype == dtype and _multiplies_wide(x):
         return projection
     wide = torch.promote_types(dtype, torch.float32)

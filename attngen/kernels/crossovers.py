@@ -1,4 +1,4 @@
-"""Measurements of the paths that compute the same formula, by device, kind of call and sizes."""
+"""Measurements of the kernels that compute the same formula, by device, kind of call and sizes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 import torch
 
 TOLERANCE = 0.98
-"""A path with less than this share of softmax attention's speed is called slower than it."""
+"""A kernel with less than this share of softmax attention's speed counts as slower than it."""
 
 
 class Choice(NamedTuple):
-    """A path and what is known about it.
+    """A kernel and its measured speed.
 
     Attributes:
         kernel: its name.
         speedup: how many times faster than the best softmax attention, or None where that was not measured.
-        reason: why the path that was asked for does not run, or None.
+        reason: why the kernel that was asked for does not run, or None.
     """
 
     kernel: str
@@ -33,7 +33,7 @@ class Choice(NamedTuple):
 
 
 class AbsorbedCost(NamedTuple):
-    """Multiply-adds of the absorbed path, in units of those of full projections; see `attngen.kernels.absorbed`.
+    """Cost of multiply-adds of the absorbed kernel, in units of those of full projections; see `attngen.kernels.absorbed`.
 
     Attributes:
         narrow: of the products with as many columns as all agents together.
@@ -47,9 +47,9 @@ class AbsorbedCost(NamedTuple):
 
 
 class Crossovers:
-    """Measurements of one device: for each kind of call, the fastest path on a grid of sizes.
+    """Measurements of one device: for each kind of call, the fastest kernel on a grid of sizes.
 
-    Sizes between those measured take the nearest one on a logarithmic scale, axis by axis.
+    Between the measured sizes the nearest one counts, on a logarithmic scale, axis by axis.
 
     Args:
         content: the device's part of the file.
@@ -76,22 +76,22 @@ class Crossovers:
         return self._axes.get(kind, ())
 
     def cell(self, kind: str, sizes: tuple[int, ...]) -> Choice | None:
-        """What was measured to be fastest at a point of the grid, or None where nothing was measured there."""
+        """The fastest kernel at a point of the grid, or None where nothing was measured there."""
         return self._cells[kind].get(sizes)
 
 
 def call_kind(method: str, dtype: str, training: bool, bias: bool = False) -> str:
-    """What measurements of calls are filed under: "agent float32 forward plain"."""
+    """Key of the measurements of calls, such as "agent float32 forward plain"."""
     return f"{method} {layer_kind(dtype, training)} {'bias' if bias else 'plain'}"
 
 
 def layer_kind(dtype: str, training: bool) -> str:
-    """What measurements of whole layers are filed under: "float32 forward"."""
+    """Key of the measurements of whole layers, such as "float32 forward"."""
     return f"{dtype} {'training' if training else 'forward'}"
 
 
 def device_key(device: torch.device) -> str:
-    """What measurements of a device are filed under: "cpu", or the capability of a CUDA device."""
+    """Key of the measurements of a device: "cpu", or the capability of a CUDA device, such as "cuda-9.0"."""
     if device.type != "cuda" or torch.version.hip is not None:
         return device.type
     return _capability(device.index)
@@ -105,14 +105,14 @@ def _capability(index: int | None) -> str:
 
 @torch.compiler.assume_constant_result
 def axes(device: str, kind: str) -> tuple[tuple[int, ...], ...]:
-    """The sizes measured on a device for a kind of call. This and what follows are constants for torch.compile."""
+    """The sizes measured on a device for a kind of call. This function and the next two are constants for torch.compile."""
     table = _tables().get(device)
     return () if table is None else table.axes(kind)
 
 
 @torch.compiler.assume_constant_result
 def cell(device: str, kind: str, *sizes: int) -> tuple[str, float | None] | None:
-    """The fastest path at a measured point and its speedup, or None."""
+    """The fastest kernel at a measured point and its speedup, or None."""
     choice = _tables()[device].cell(kind, sizes)
     return None if choice is None else (choice.kernel, choice.speedup)
 
@@ -144,7 +144,7 @@ _in_force: dict[str, dict[str, Crossovers]] = {}
 
 
 def use_crossovers(path: Path | None) -> None:
-    """Choose kernels by the measurements in a file, in this process, instead of the ones that ship; None undoes it.
+    """Choose kernels by the measurements in a file, in this process, instead of the ones that ship; None restores those.
 
     Raises:
         ValueError: if the file cannot be read, naming it.

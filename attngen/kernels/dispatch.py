@@ -1,7 +1,7 @@
-"""Which of the paths that compute the same formula runs: chosen by shape, dtype, device, gradient and bias.
+"""The choice between kernels that compute the same formula, by shape, dtype, device, gradient and bias.
 
 The choice is looked up in `crossovers.json`, measured by `python -m benchmarks.crossovers`. On a device that is not in
-it, two fused attention calls run, and nothing is claimed about speed. The argument `kernel` of the functions and of
+it two fused attention calls run, and no speed is claimed. The argument `kernel` of the functions and of
 `attngen.apply` overrides it.
 """
 
@@ -28,12 +28,12 @@ AUTO: Kernel = "auto"
 AGENT_KERNELS = ("reference", "sdpa", "matmul", "triton")
 LINEAR_KERNELS = ("reference", "triton")
 LAYER_KERNELS = ("absorbed",)
-"""Paths of a whole layer, projections and all; see `attngen.kernels.absorbed`."""
+"""Kernels of a whole layer, projections included; see `attngen.kernels.absorbed`."""
 KERNELS = (AUTO, *AGENT_KERNELS, *LAYER_KERNELS)
 
 
 class Problem(NamedTuple):
-    """What decides between the paths of one attention call.
+    """The sizes that decide between the kernels of one attention call.
 
     Attributes:
         device: "cpu" or a CUDA device's capability, such as "cuda-9.0"; see `device_key`.
@@ -81,7 +81,7 @@ def choose_agent_kernel(
     kernel: str = AUTO,
     correction: str | None = None,
 ) -> Choice:
-    """The path for these tensors, or for tensors like these."""
+    """The kernel for these tensors, or for tensors like these."""
     tensors = [query, key, value, agents, *(bias for bias in biases if bias is not None)]
     problem = Problem(
         device_key(query.device),
@@ -94,19 +94,19 @@ def choose_agent_kernel(
         len(tensors) > 4,
     )
     choice = choose_for_agents(problem, kernel, lambda: triton_agent.why_not(query, key, value, agents, correction))
-    # What was measured had no correction between its softmaxes.
+    # The kernels were measured without a correction between their softmaxes.
     return choice if correction is None else choice._replace(speedup=None)
 
 
 def choose_for_agents(
     problem: Problem, kernel: str = AUTO, why_not_triton: Callable[[], str | None] = lambda: None
 ) -> Choice:
-    """The path for agent attention of given sizes.
+    """The kernel for agent attention of given sizes.
 
     Args:
         problem: the sizes.
-        kernel: the path wanted, from `KERNELS`.
-        why_not_triton: asked where the Triton kernels come into question; the reason they cannot run, or None.
+        kernel: the one asked for, from `KERNELS`.
+        why_not_triton: called where the Triton kernels are an option; returns the reason why they cannot run, or None.
     """
     found = _look_up("agent", problem) or Choice("sdpa")
     return _settle(found, kernel, AGENT_KERNELS, "sdpa", why_not_triton)
@@ -127,10 +127,10 @@ def linear_attention(
         query: (B, H, N, D).
         key: (B, H, L, D).
         value: (B, H, L, E).
-        feature_map: name of `features`; "" for one that only it knows.
+        feature_map: name of `features`; "" for a function without a name.
         features: the feature map.
         eps: see `attngen.functional.linear_attention`.
-        kernel: the path.
+        kernel: the kernel.
     """
     if kernel == AUTO:
         kernel = choose_linear_kernel(query, key, value, feature_map).kernel
@@ -143,7 +143,7 @@ def linear_attention(
 def choose_linear_kernel(
     query: Tensor | Like, key: Tensor | Like, value: Tensor | Like, feature_map: str, kernel: str = AUTO
 ) -> Choice:
-    """The path for these tensors, or for tensors like these."""
+    """The kernel for these tensors, or for tensors like these."""
     problem = Problem(
         device_key(query.device),
         _computing_dtype(query),
@@ -159,13 +159,13 @@ def choose_linear_kernel(
 def choose_for_linear(
     problem: Problem, kernel: str = AUTO, why_not_triton: Callable[[], str | None] = lambda: None
 ) -> Choice:
-    """The path for linear attention of given sizes. Arguments as for `choose_for_agents`."""
+    """The kernel for linear attention of given sizes. Arguments as for `choose_for_agents`."""
     found = _look_up("linear", problem) or Choice("reference")
     return _settle(found, kernel, LINEAR_KERNELS, "reference", why_not_triton)
 
 
 def absorbed_cost(like: Tensor | Like) -> AbsorbedCost | None:
-    """What the absorbed path of a layer with such an input costs, or None where it was not measured."""
+    """The measured cost of the absorbed kernel for a layer with such an input, or None where there is none."""
     cost = crossovers.absorbed_cost(device_key(like.device), layer_kind(_computing_dtype(like), _records((like,))))
     return None if cost is None else AbsorbedCost(*cost)
 
@@ -178,7 +178,7 @@ def check_kernel(kernel: str, known: Sequence[str] = KERNELS) -> None:
 def _settle(
     found: Choice, wanted: str, known: Sequence[str], default: str, why_not_triton: Callable[[], str | None]
 ) -> Choice:
-    """What runs, given what is fastest, what is wanted, and whether the Triton kernels can run at all."""
+    """The kernel that runs, given the fastest one, the one asked for, and whether the Triton kernels can run."""
     named = wanted in known
     kernel = wanted if named else found.kernel
     reason = why_not_triton() if kernel == "triton" else None
@@ -213,7 +213,7 @@ def _nearest(size: int, axis: Iterable[int]) -> int:
 
 
 def _computing_dtype(x: Tensor | Like) -> str:
-    """The dtype that attention over `x` runs in, or the one of those measured whose paths rank alike."""
+    """The dtype that attention over `x` runs in, or the measured dtype in which kernels rank alike."""
     wanted = None if x.dtype == torch.float64 else autocast_dtype(x.device.type)
     dtype = wanted or x.dtype
     if dtype == torch.float16:

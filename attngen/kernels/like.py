@@ -1,4 +1,4 @@
-"""A tensor without its numbers: what decides which kernel runs, so that a report can ask without computing."""
+"""A description of a tensor: all that the choice of a kernel depends on, so that a report computes nothing."""
 
 from __future__ import annotations
 

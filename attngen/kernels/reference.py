@@ -13,7 +13,7 @@ RIDGE = 0.03
 
 
 class AgentScales(NamedTuple):
-    """The numbers of agent attention, see `attngen.functional.agent_attention`.
+    """Scalars of agent attention, see `attngen.functional.agent_attention`.
 
     Attributes:
         scale: of the aggregation's scores.
@@ -102,10 +102,10 @@ def nystrom_correction(aggregated: Tensor, agents: Tensor, broadcast_scale: floa
     """(1 + r) (S + r I)⁻¹ · aggregated with S = softmax(agents agentsᵀ · broadcast_scale) and r = `RIDGE`.
 
     The pseudo-inverse between the two softmaxes of Nyströmformer (arXiv 2102.03902, equation 13), for queries and keys
-    that share their landmarks. With it a query that equals an agent gets what that agent read, instead of a mixture.
-    S is a positive semi-definite matrix with scaled rows, so its eigenvalues lie in [0, 1] and S + r I has an inverse
-    even where agents are equal; one linear system is solved in float32, not a chain of products. The factor keeps
-    constant values what they are.
+    that share their landmarks. With it a query that equals an agent receives that agent's value, instead of a mixture.
+    S is a positive semi-definite matrix with scaled rows, so its eigenvalues are in [0, 1] and S + r I has an inverse
+    even where agents are equal; one linear system is solved in float32, not a chain of products. The factor leaves
+    constant values unchanged.
 
     Args:
         aggregated: (B, H, M, E).
