@@ -381,7 +381,7 @@ def test_a_change_driven_schedule_looks_at_one_picture_at_a_time(model, tmp_path
         (["--prompts", "p.txt"], "draws classes, not texts"),
         (["--scheduler", "NoScheduler"], "diffusers has no scheduler"),
         (["--method", "none-such"], "none-such"),
-        (["--guidance-channels", "9"], "guidance_channels must be 1 to 3"),
+        (["--guidance-channels", "9"], "guidance_channels must be a whole number from 1 to 3"),
         (["--height", "9", "--width", "8"], "height must be a positive multiple"),
         (["--mediators", "1:1,0.001:999"], "999 is more than"),
         (["--mediators", "change:1,999:0.1"], "999 is more than"),
