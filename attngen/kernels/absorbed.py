@@ -227,7 +227,7 @@ class _AgentSoftmaxes(torch.autograd.Function):
     """Both softmaxes of all heads over one product X · coefficientsᵀ, and the first one applied: W₁ X and W₂ᵀ.
 
     Written by hand to keep `x` and the softmaxes in the dtype of `x` and nothing else, and to make the gradient of `x`
-    in one product. The logits are stored as (B, 2, H, M, N), so that both softmaxes run over or along contiguous tokens.
+    in one product. The logits are (B, 2, H, M, N), so that both softmaxes run over or along contiguous tokens.
     """
 
     @staticmethod

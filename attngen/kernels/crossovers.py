@@ -33,7 +33,7 @@ class Choice(NamedTuple):
 
 
 class AbsorbedCost(NamedTuple):
-    """Cost of multiply-adds of the absorbed kernel, in units of those of full projections; see `attngen.kernels.absorbed`.
+    """Cost of the absorbed kernel's multiply-adds, in units of full projections'; see `attngen.kernels.absorbed`.
 
     Attributes:
         narrow: of the products with as many columns as all agents together.
@@ -105,7 +105,7 @@ def _capability(index: int | None) -> str:
 
 @torch.compiler.assume_constant_result
 def axes(device: str, kind: str) -> tuple[tuple[int, ...], ...]:
-    """The sizes measured on a device for a kind of call. This function and the next two are constants for torch.compile."""
+    """The sizes measured on a device for a kind of call. This and the next two are constants for torch.compile."""
     table = _tables().get(device)
     return () if table is None else table.axes(kind)
 
@@ -144,7 +144,7 @@ _in_force: dict[str, dict[str, Crossovers]] = {}
 
 
 def use_crossovers(path: Path | None) -> None:
-    """Choose kernels by the measurements in a file, in this process, instead of the ones that ship; None restores those.
+    """Choose kernels in this process by the measurements in a file, not those that ship; None restores the latter.
 
     Raises:
         ValueError: if the file cannot be read, naming it.
