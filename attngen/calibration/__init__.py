@@ -1,4 +1,4 @@
-"""Finding plans by measurement: `calibrate`, and what it measured."""
+"""Finding plans by measurement: `calibrate`, and its measurements."""
 
 from attngen.calibration.candidates import DEFAULT_CANDIDATES
 from attngen.calibration.measurements import Cell, LayerMeasurements, Measurements, Trial

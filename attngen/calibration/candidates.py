@@ -1,4 +1,4 @@
-"""Which methods are tried, and as what: each agent method in several sharpnesses, to be fitted; all others as given."""
+"""The methods that are tried: agent methods at several sharpnesses, to be fitted; all others as given."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from attngen.methods import METHOD_CLASSES, AgentAttention, AttentionMethod, Sof
 DEFAULT_CANDIDATES: tuple[AttentionMethod, ...] = tuple(
     cls(**options) for cls in METHOD_CLASSES.values() for options in cls.candidates
 )
-"""Those that were the best somewhere in a trained UNet or SiT, and the same with more agents; docs/calibration.md."""
+"""Those that were best in some layer of a trained UNet or SiT, and the same with more agents; docs/calibration.md."""
 
 EXPONENTS = (0.0, 0.3, 0.5, 0.75, 1.0, 1.3)
 """Sharpnesses of the broadcast that are tried; 1 is the usual scale, and was the best most often."""
@@ -23,9 +23,9 @@ class Probe:
     """One computation of a layer to compare with the exact one.
 
     Attributes:
-        method: what is run.
+        method: that is run.
         candidate: index of the candidate it belongs to, or -1.
-        fitted: whether the output with gain 1 and no shortcut is wanted, from which any other follows.
+        fitted: whether it has gain 1 and no shortcut; the output for any other values follows from its output.
     """
 
     method: AttentionMethod
@@ -34,14 +34,14 @@ class Probe:
 
 
 WITHOUT = AgentAttention(num_agents=1, gain=0.0, shortcut=0.0)
-"""What a layer gives with nothing through its agents: bias and residual."""
+"""A layer without the output of its agents: bias and residual."""
 
 VALUES = replace(WITHOUT, shortcut=1.0)
-"""The same and the values, projected."""
+"""The same plus the projected values."""
 
 
 def probes_of(candidates: Sequence[AttentionMethod]) -> list[Probe]:
-    """What has to be computed to judge the candidates; the first two are `WITHOUT` and `VALUES`."""
+    """The computations that the candidates need; the first two are `WITHOUT` and `VALUES`."""
     probes = [Probe(WITHOUT, -1), Probe(VALUES, -1)]
     for i, candidate in enumerate(candidates):
         if not isinstance(candidate, AgentAttention):
@@ -59,7 +59,7 @@ def check_candidates(candidates: Any) -> tuple[AttentionMethod, ...]:
     """The candidates as a tuple without repeats; None gives the default ones.
 
     Raises:
-        ValueError: for none at all, or one that is no method, is exact, needs weights, or draws at random.
+        ValueError: for no candidate, or one that is not a method, is exact, needs weights, or is random.
     """
     if candidates is None:
         return DEFAULT_CANDIDATES

@@ -1,6 +1,6 @@
 """Which method in which layer and stage: the cheapest total under an error, or the smallest error under a cost.
 
-Errors of different layers and stages are taken to be independent, so their squares add up, and costs add up anyway.
+Errors of different layers and stages are taken as independent, so their squares add up, as costs do.
 That makes a multiple-choice knapsack. Its solutions along the lower convex hull of each place's choices are exact:
 nothing cheaper has as small an error. Between two of them single places are changed as long as it pays.
 """
@@ -27,7 +27,7 @@ class Choice(NamedTuple):
 
 
 Place = Any
-"""Whatever names a place; it can be a key."""
+"""A hashable name of a place."""
 Picks = dict[Place, int]
 """The index of the choice taken at each place."""
 
@@ -43,7 +43,7 @@ class Step(NamedTuple):
 def hull(choices: Sequence[Choice]) -> list[int]:
     """Indices of the choices on the lower convex hull of error over cost, from the most exact to the cheapest.
 
-    Ties take the first in order, so the result does not depend on chance.
+    Among equals the first in order is taken, so the result is deterministic.
     """
     order = sorted(range(len(choices)), key=lambda i: (choices[i].square, choices[i].cost, i))
     kept: list[int] = []

@@ -1,8 +1,8 @@
 """The continuous options of agent attention, fitted in closed form to a layer's exact output.
 
-A layer's output is affine in the gain and the shortcut: y = c + gain · P + shortcut · S, where P is what came through
-the agents and S the values, both projected, and c what is there without either. So the best of both are two numbers of
-a least-squares problem, of which only six inner products are kept, however many tokens and calls there were.
+A layer's output is affine in the gain and the shortcut: y = c + gain · P + shortcut · S, where P is the output of the
+agents and S the values, both projected, and c the output without either. So the best of both solve a least-squares
+problem with two unknowns, of which only six inner products are kept, for any number of tokens and calls.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 
 
 class Fit(NamedTuple):
-    """Options and the squared error that is left with them.
+    """Options and the squared error that remains with them.
 
     Attributes:
-        gain: factor of what comes through the agents.
+        gain: factor of the output of the agents.
         shortcut: share of the values added.
         square: sum of the squared errors.
     """
@@ -40,7 +40,7 @@ class Products:
     tt: float = 0.0
 
     def add(self, through: Tensor, values: Tensor, target: Tensor) -> None:
-        """Take in one call; all three of one shape."""
+        """Add one call; all three tensors have one shape."""
         rows = torch.stack([x.flatten().double() for x in (through, values, target)])
         (pp, ps, pt), (_, ss, st), (_, _, tt) = (rows @ rows.T).tolist()
         self.pp, self.ps, self.ss = self.pp + pp, self.ps + ps, self.ss + ss
@@ -52,7 +52,7 @@ class Products:
         return max(0.0, self.tt - 2 * (gain * self.pt + shortcut * self.st) + bent)
 
     def fit(self, with_shortcut: bool) -> Fit:
-        """The best gain, and shortcut where asked for; neither is below 0."""
+        """The best gain, and the best shortcut if `with_shortcut`; neither is below 0."""
         gain = max(0.0, self.pt / self.pp) if self.pp > 0 else 0.0
         best = Fit(gain, 0.0, self.square(gain, 0.0))
         determinant = self.pp * self.ss - self.ps * self.ps

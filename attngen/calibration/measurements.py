@@ -1,4 +1,4 @@
-"""What a calibration measured, as data: JSON, a table, and a heat map of layers over time."""
+"""The measurements of a calibration, as data: JSON, a table, and a heat map of layers over time."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class LayerMeasurements:
 
     Attributes:
         name: module name.
-        tokens: of the picture.
+        tokens: of the image.
         cells: one a stage.
     """
 
@@ -80,7 +80,7 @@ class Measurements:
         error: relative error of the pipeline's final latents with the plan, measured by running it.
         predicted_error: the same, as it was predicted from the layers.
         speedup: cost of all attention layers over all calls, exact by planned.
-        bound: what was asked for: {"max_error": ...} or {"speedup": ...}.
+        bound: the one that was given: {"max_error": ...} or {"speedup": ...}.
         checks: every plan that was run: {"predicted": ..., "error": ..., "speedup": ...}.
         settings: seed, device, dtype, number of runs.
     """
@@ -107,7 +107,7 @@ class Measurements:
 
     @classmethod
     def from_dict(cls, data: Any) -> Measurements:
-        """What `to_dict` wrote.
+        """The measurements that `to_dict` wrote.
 
         Raises:
             ValueError: if it is something else.
@@ -129,17 +129,17 @@ class Measurements:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Measurements:
-        """Read what `save` wrote; ValueError names a file that is missing or something else."""
+        """Read a file that `save` wrote; raises ValueError, naming the file, if it is missing or something else."""
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot read the measurements {os.fspath(path)}: {error}") from error
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Write the heat map, a PNG: layers over time, how hard each is to approximate, and what the plan does there.
+        """Write the heat map, a PNG: layers over time, how hard each is to approximate, and the plan's method there.
 
         Raises:
-            ImportError: without matplotlib, saying how to get it.
+            ImportError: without matplotlib, with the command that installs it.
             ValueError: for a file name that does not end in .png.
         """
         plot.draw(self, Path(path))

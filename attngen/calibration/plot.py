@@ -13,7 +13,7 @@ CHEAP = 0.5
 
 
 def draw(measurements: Measurements, path: Path) -> None:
-    """Write the picture. See `Measurements.plot`."""
+    """Write the heat map. See `Measurements.plot`."""
     if path.suffix.lower() != ".png":
         raise ValueError(f"the heat map is a PNG file, so its name must end in .png, not {path.name!r}")
     try:

@@ -1,7 +1,7 @@
-"""Listening to a pipeline's run: what each layer gets and gives, and what every candidate would give in its place.
+"""Measurements during a run of a pipeline: each layer's exact output, and the output of every candidate in its place.
 
-A candidate is computed inside the layer's own call, from the very tensors that are there, and only sums are kept. What
-the layer passes on is its own exact output, bit for bit.
+A candidate is computed inside the layer's own call, from the same inputs, and only sums are kept. The layer returns its
+own exact output, bit for bit.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SMALLEST_PROBE = 1e-3
 
 @dataclass
 class Sums:
-    """What is kept of one layer in one stage.
+    """Sums over the measured calls of one layer in one stage.
 
     Attributes:
         exact: sum of the squares of its exact output.
@@ -115,7 +115,7 @@ class Recorder:
         self._counts = dict.fromkeys(models, 0)
         self._stage: int | None = None  # of the call that is measured, or None
         self._errors: dict[str, dict[int, float]] = {}  # of the call, by layer and probe
-        self._replaced: tuple[nn.Module, int] | None = None  # a layer that gives what a probe gives
+        self._replaced: tuple[nn.Module, int] | None = None  # a layer whose output is a probe's
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -167,7 +167,7 @@ class Recorder:
         return listen
 
     def _measure(self, layer: str, replay: Replay, output: Any) -> None:
-        """Take in one call of a layer."""
+        """Measure one call of a layer."""
         routes = {i: replay.route(probe.method) for i, probe in enumerate(self.probes)}
         active = [i for i, route in routes.items() if route.kernel != EXACT]
         self.active.setdefault(layer, set()).update(active)
@@ -221,7 +221,7 @@ class Recorder:
         return self._timed_shapes[key]
 
     def _measure_influence(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Call the model again for each layer, with that layer's output replaced, and see what becomes of its own."""
+        """Call the model again for each layer with that layer's output replaced, and measure the change of its prediction."""
         assert self._stage is not None
         exact = _prediction(output)
         length = float(exact.norm())
@@ -255,12 +255,12 @@ class Replay:
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """What its time depends on."""
+        """The sizes that its time depends on."""
         sizes = tuple(self.hidden_states.shape), self.text_tokens, self.attn.heads, self.attn.inner_dim
         return (*sizes, None if self.call is None else self.call.grid)
 
     def route(self, method: AttentionMethod) -> Route:
-        """What the layer would run by a method."""
+        """The layer's route with a method."""
         layer = self.attn.processor.layer(self.attn, self.text_tokens)
         like = layer.like(self.hidden_states)
         like = like.sized(like.shape[0], self.tokens, *like.shape[2:])
@@ -276,17 +276,17 @@ class Replay:
         return found
 
     def output(self, method: AttentionMethod) -> Any:
-        """What the layer gives by a method. Its own hooks are not called."""
+        """The layer's output with a method. Its own hooks are not called."""
         assert self.call is not None
         call = self.call._replace(method=method, trace=None)
         return self.attn.forward(*self.args, **{**self.kwargs, CHANNEL_KEY: call})
 
     def image(self, method: AttentionMethod) -> Tensor:
-        """The image part of that."""
+        """The image tokens of that output."""
         return _image(self.output(method))
 
     def seconds(self, method: AttentionMethod) -> float:
-        """What computing that takes."""
+        """The time that computing it takes."""
         _wait(self.hidden_states.device)
         start = time.perf_counter()
         self.output(method)

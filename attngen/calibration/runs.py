@@ -1,4 +1,4 @@
-"""Running a pipeline again and again with the same draws, and leaving it as it was."""
+"""Repeated runs of a pipeline with the same random numbers, which leave it unchanged."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from attngen.hosts.install import patchable_layers, refused_layers
 
 
 def check_pipeline(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, nn.Module]:
-    """The models of a pipeline that draw.
+    """The denoisers of a pipeline, checked.
 
     Raises:
-        ValueError: for a bare model, something that is no pipeline, an argument it does not take, a patched pipeline,
+        ValueError: for a bare model, something that is not a pipeline, an unknown argument, a patched pipeline,
             one with a cache, whose layers are not computed at every call, or one without a layer that can be patched.
     """
     if isinstance(pipe, nn.Module) or not callable(pipe):
@@ -54,7 +54,7 @@ class Runner:
 
     Args:
         pipe: the pipeline.
-        arguments: of its call. A generator is set back before every run; without one there is one made of `seed`.
+        arguments: of its call. A generator is reset before every run; without one it is made from `seed`.
         seed: of the generator.
     """
 
@@ -67,7 +67,7 @@ class Runner:
         self.taken = inspect.signature(pipe.__call__).parameters
 
     def __call__(self) -> Tensor:
-        """The final latents (or pictures, where a pipeline gives none) of all pictures, flat, in float32 on the CPU."""
+        """The final latents of all samples (images, where a pipeline returns no latents), flat, in float32 on the CPU."""
         arguments = dict(self.arguments)
         self.rewind()
         if not self.generators and "generator" in self.taken:
@@ -80,7 +80,7 @@ class Runner:
         return output
 
     def rewind(self) -> None:
-        """Set the caller's generators back to where they were."""
+        """Restore the state of the caller's generators."""
         for generator, state in zip(self.generators, self.states, strict=True):
             generator.set_state(state)
 
@@ -92,7 +92,7 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
 
 @contextmanager
 def untouched(pipe: Any) -> Iterator[None]:
-    """A pipeline's attributes, its scheduler's state and the global random state are what they were at the end."""
+    """At its end a pipeline's attributes, its scheduler's state and the global random state are restored."""
     before = dict(vars(pipe))
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):

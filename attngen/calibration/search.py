@@ -52,27 +52,27 @@ def calibrate(
 ) -> Plan:
     """Find which attention method each layer should use at each time, by measuring on your own inputs.
 
-    It runs the pipeline about `num_stages` + 4 times. In one run every layer's exact output is compared with what each
-    candidate would give; the gain, the shortcut and the sharpness of agents are fitted to it, layer by layer and stage
+    It runs the pipeline about `num_stages` + 4 times. In one run every layer's exact output is compared with that
+    of each candidate; the gain, the shortcut and the sharpness of agents are fitted to it, layer by layer and stage
     by stage, without training. How much an error of a layer changes the network's prediction, and how much an error of
-    a stage changes the final latents, is measured too. Then the best plan is chosen, run, and chosen again until what
-    was asked for holds. The pipeline and all random states are what they were afterwards.
+    a stage changes the final latents, is measured too. Then the best plan is chosen, run, and chosen again until the
+    bound holds. Afterwards the pipeline and all random states are as before.
 
     Args:
         pipe: a diffusers pipeline without a patch.
-        candidates: methods to try in every layer; None tries the usual ones. Those of agents are fitted.
+        candidates: methods to try in every layer; None tries the default ones. Agent methods are fitted.
         max_error: find the cheapest plan whose relative error ‖latents - exact latents‖ / ‖exact latents‖, after the
             last step and with the same random numbers, is at most this. One of this and `speedup`.
         speedup: find the most exact plan whose attention layers, projections included, cost this many times less.
         num_stages: number of stages the denoising schedule is split into.
         seed: of the pipeline's generator, where `call_kwargs` have none.
-        cost: what is to be low: "time", measured here and now, or "flops", counted, which is the same everywhere.
+        cost: to minimise: "time", measured on this machine, or "flops", counted, the same on every machine.
         call_kwargs: of the pipeline's call: prompts or labels, steps, guidance. Several prompts measure better.
             `output_type` is not used.
 
     Returns:
         The plan, for `attngen.apply`. Its `measurements` are an `attngen.calibration.Measurements`: errors, costs,
-        and a heat map by `.plot(path)`. `plan.save(path)` writes them beside the plan.
+        and a heat map by `.plot(path)`. `plan.save(path)` writes them next to the plan.
 
     Raises:
         ValueError: before any work for arguments that cannot be used; after measuring for a `speedup` that no plan
@@ -194,7 +194,7 @@ class _Search:
             self.bar.set_description(f"stage {stage + 1} of {len(self.starts)}")
             places = {place: chooser.places[place] for place in self.trials if place[1] == stage}
             picks = Chooser(places).cheapest(size * size)
-            if chooser.square(picks) == 0:  # nothing is so exact: take what is most exact of what is not exact
+            if chooser.square(picks) == 0:  # nothing is that exact: take the most exact of the inexact
                 picks = {place: _least_square(choices) for place, choices in places.items()}
             predicted = math.sqrt(chooser.square(picks))
             gains.append(max(self._error(self._plan(picks)) / predicted, 1e-6) if predicted > 0 else 1.0)
@@ -347,7 +347,7 @@ def _next_budget(budget: float, low: float, high: float, error: float, max_error
 
 @contextmanager
 def _bar() -> Iterator[Any]:
-    """A progress bar over network calls, where someone is watching."""
+    """A progress bar over network calls, on a terminal."""
     from tqdm.auto import tqdm
 
     with tqdm(desc="calibrating", unit="call", disable=None, leave=False) as bar:

@@ -22,13 +22,13 @@ Place = tuple[str, int]
 
 @dataclass
 class Layers:
-    """All that was recorded, by layer.
+    """All recorded numbers, by layer.
 
     Attributes:
         tokens: of each layer that is patchable, in the order of the model.
-        probes: what was run.
+        probes: that were run.
         active: probes that are not exact in a layer.
-        operations: of each layer by probe, -1 is exact; of one picture and call.
+        operations: of each layer by probe, -1 is exact; of one sample and call.
         times: seconds of each layer by probe, where they were measured.
         sums: by layer and stage.
         calls: of each layer in each stage.
@@ -50,7 +50,7 @@ class Layers:
         moments: Mapping[str, Sequence[float]],
         starts: Sequence[float],
     ) -> Layers:
-        """Collect what a recorder found; models that share names of layers share their methods, as in a plan."""
+        """Collect the results of a recorder; models that share names of layers share their methods, as in a plan."""
         tokens, operations = recorder.tokens, recorder.operations
         layers = cls(tokens, recorder.probes, recorder.active, operations, recorder.times, recorder.sums, {})
         for name, model in models.items():
@@ -66,7 +66,7 @@ class Layers:
         return 0.0 if sums is None or math.isnan(sums.influence) else sums.influence
 
     def choice(self, place: Place, trial: Trial, gain: float) -> Choice:
-        """A trial as the choice of methods sees it, over all calls of its stage."""
+        """Cost and squared error of a trial over all calls of its stage."""
         return Choice(trial.cost * self.calls[place], (gain * self.influence(place) * trial.error) ** 2)
 
     def costs(self, layer: str, kind: str) -> dict[int, float]:
@@ -104,7 +104,7 @@ def _trials_at(layers: Layers, place: Place, candidates: Sequence[AttentionMetho
 def _agent_trials(
     layers: Layers, sums: Sums, candidate: AgentAttention, numbers: Sequence[int], costs: Mapping[int, float]
 ) -> list[Trial]:
-    """The candidate at its best sharpness, with and without a shortcut, which costs something of its own."""
+    """The candidate at its best sharpness, with and without a shortcut, which has a cost of its own."""
     fitted = {n: sums.products[n] for n in numbers if n in sums.products}
     if not fitted:
         return []
