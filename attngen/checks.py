@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
@@ -85,6 +85,11 @@ def check_fraction(name: str, value: float, below_one: bool = True) -> None:
         or (below_one and value == 1)
     ):
         raise ValueError(f"{name} must be in [0, 1{')' if below_one else ']'}, got {value!r}")
+
+
+def as_mapping(data: object) -> Mapping[str, Any] | None:
+    """`data` as the object of a JSON file, or None if it is something else."""
+    return cast("Mapping[str, Any]", data) if isinstance(data, Mapping) else None
 
 
 def check_choice(name: str, value: object, known: Collection[str | None]) -> None:

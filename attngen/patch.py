@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
 from attngen.checks import Grid, check_count
@@ -96,7 +96,7 @@ def apply(
     cores = {} if learned is None else _cores(learned, models)
     patch = AttentionPatch(target, models, plan, seed, switch, kernel, cores)
     _warn_of_others(target, models)
-    patch._install()
+    patch._install()  # pyright: ignore[reportPrivateUsage]
     return patch
 
 
@@ -165,7 +165,7 @@ class AttentionPatch:
         self._install()
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> Generator[None]:
         """Within it every layer is exact, bit for bit; the patch, its learned weights and its settings stay."""
         found = [hook for model in self._models.values() if self._is_on(model) and (hook := hooks.root_hook(model))]
         before = [hook.paused for hook in found]
@@ -275,9 +275,15 @@ def _learned(method: Any) -> LearnedLayers | None:
     """Learned layers, read from their file if need be; None for any other method."""
     if isinstance(method, LearnedLayers):
         return method
-    if isinstance(method, (str, os.PathLike)) and os.fspath(method).endswith(SUFFIX):
-        return LearnedLayers.load(method)
-    return None
+    path = _path(method)
+    return LearnedLayers.load(path) if path is not None and path.endswith(SUFFIX) else None
+
+
+def _path(method: object) -> str | None:
+    """A method given as text or path, or None."""
+    if isinstance(method, str):
+        return method
+    return str(cast("os.PathLike[str]", method)) if isinstance(method, os.PathLike) else None
 
 
 def _cores(learned: LearnedLayers, models: Mapping[str, nn.Module]) -> dict[str, dict[str, HiddenModule]]:
@@ -297,9 +303,8 @@ def _resolve(method: Any, options: Mapping[str, Any]) -> Plan:
             f"options such as {next(iter(options))!r} are for presets, such as apply(pipe, 'agent', num_agents=64); set"
             " them in the method itself"
         )
-    plan = Plan.of(method) if isinstance(method, AttentionMethod) else method
-    if isinstance(plan, (str, os.PathLike)):
-        plan = Plan.load(plan)
+    path = _path(method)
+    plan = Plan.of(method) if isinstance(method, AttentionMethod) else method if path is None else Plan.load(path)
     if not isinstance(plan, Plan):
         raise ValueError(f"a method is a preset's name, an attention method, a Plan or the path of one, got {method!r}")
     for stage in plan.stages:
@@ -330,9 +335,10 @@ def _check_patterns(plan: Plan, models: Iterable[nn.Module]) -> None:
 
 
 def _check_grid(grid: Any) -> None:
-    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+    sides = cast("Sequence[int]", grid) if isinstance(grid, (tuple, list)) else ()
+    if len(sides) != 2:
         raise ValueError(f"grid must be (height, width), got {grid!r}")
-    for name, side in zip(("grid height", "grid width"), grid, strict=True):
+    for name, side in zip(("grid height", "grid width"), sides, strict=True):
         check_count(name, side)
 
 

@@ -1,5 +1,8 @@
 """A plan assigns an attention method to each layer at each time; it is data: printable, comparable, saved as JSON."""
 
+# pyright: reportUnnecessaryIsInstance=false
+# Arguments are checked at run time, for callers without types.
+
 from __future__ import annotations
 
 import json
@@ -10,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from attngen.checks import check_count
+from attngen.checks import as_mapping, check_count
 from attngen.files import write_file
 from attngen.methods import AttentionMethod, SoftmaxAttention, method_from_dict
 from attngen.schedule import check_starts
@@ -29,7 +32,7 @@ class Stage:
     """
 
     start: float = 1.0
-    layers: Mapping[str, AttentionMethod] = field(default_factory=dict)
+    layers: Mapping[str, AttentionMethod] = field(default_factory=dict[str, AttentionMethod])
 
     def __post_init__(self) -> None:
         if isinstance(self.start, bool) or not isinstance(self.start, (int, float)) or not 0 <= self.start <= 1:
@@ -126,19 +129,20 @@ class Plan:
         Raises:
             ValueError: if it is something else, or of a newer version, or names an unknown method or option.
         """
-        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+        content = as_mapping(data)
+        if content is None or content.get("format") != FORMAT:
             raise ValueError(f'this is not a plan: it has no "format": "{FORMAT}"')
-        if data.get("version") != VERSION or isinstance(data["version"], bool):
-            raise ValueError(f"plan version {data.get('version')!r} is not supported; this attngen reads {VERSION}")
-        unknown = set(data) - {"format", "version", "stages", "min_tokens", "max_levels"}
+        if content.get("version") != VERSION or isinstance(content["version"], bool):
+            raise ValueError(f"plan version {content.get('version')!r} is not supported; this attngen reads {VERSION}")
+        unknown = set(content) - {"format", "version", "stages", "min_tokens", "max_levels"}
         if unknown:
             raise ValueError(f"a plan has no entry {sorted(map(str, unknown))[0]!r}")
-        if not isinstance(data.get("stages"), list):
+        if not isinstance(content.get("stages"), list):
             raise ValueError('a plan needs a list of "stages"')
         return cls(
-            tuple(_stage_from_dict(stage) for stage in data["stages"]),
-            min_tokens=data.get("min_tokens", 0),
-            max_levels=data.get("max_levels"),
+            tuple(_stage_from_dict(stage) for stage in content["stages"]),
+            min_tokens=content.get("min_tokens", 0),
+            max_levels=content.get("max_levels"),
         )
 
     def to_json(self) -> str:
@@ -178,6 +182,8 @@ class Plan:
 
 
 def _stage_from_dict(data: Any) -> Stage:
-    if not isinstance(data, Mapping) or set(data) != {"start", "layers"} or not isinstance(data["layers"], Mapping):
+    content = as_mapping(data)
+    layers = None if content is None else as_mapping(content.get("layers"))
+    if content is None or layers is None or set(content) != {"start", "layers"}:
         raise ValueError(f'a stage has a "start" and "layers", got {data!r}')
-    return Stage(data["start"], {pattern: method_from_dict(m) for pattern, m in data["layers"].items()})
+    return Stage(content["start"], {pattern: method_from_dict(method) for pattern, method in layers.items()})

@@ -6,7 +6,7 @@ The rows are made of the routes that the processors run.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
@@ -293,7 +293,7 @@ def rows_of(
     """
     family = family_of(model)
     on_one_grid = family is not None and family.spatial_block is None
-    rows = []
+    rows: list[LayerReport] = []
     with _as_in(seen):
         for name, attn in hooks.patched_layers(model).items():
             if isinstance(attn.processor, hooks.PROCESSORS):
@@ -310,7 +310,7 @@ def _grid_of(model: nn.Module, name: str, latents: Grid, grids: Mapping[str, Gri
 
 
 @contextmanager
-def _as_in(seen: hooks.Seen) -> Iterator[None]:
+def _as_in(seen: hooks.Seen) -> Generator[None]:
     """Gradients and autocast as they were in a call: routes depend on them."""
     kind = seen.device.type
     with torch.set_grad_enabled(seen.records):

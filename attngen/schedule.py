@@ -3,6 +3,9 @@
 Every schedule uses one clock: t in [0, 1], 1 is pure noise, 0 is data.
 """
 
+# pyright: reportUnnecessaryIsInstance=false
+# Arguments are checked at run time, for callers without types.
+
 from __future__ import annotations
 
 import math

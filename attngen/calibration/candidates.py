@@ -78,5 +78,5 @@ def _check_candidate(candidate: Any) -> AttentionMethod:
     if isinstance(candidate, LearnedMethod):
         raise ValueError(f"{candidate.kind} needs weights and cannot be a candidate")
     if candidate.needs_draws:
-        raise ValueError(f"{candidate!r} draws at random; give random=False")
+        raise ValueError(f"{candidate!r} is random; set random=False")
     return candidate

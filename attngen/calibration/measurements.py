@@ -113,7 +113,7 @@ class Measurements:
             ValueError: if it is something else.
         """
         if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
-            raise ValueError(f'these are no measurements: they begin with "format": "{FORMAT}", "version": {VERSION}')
+            raise ValueError(f'not a measurements file: expected "format": "{FORMAT}", "version": {VERSION}')
         try:
             content = {name: value for name, value in data.items() if name not in ("format", "version")}
             content["layers"] = tuple(_layer_from_dict(layer) for layer in content["layers"])

@@ -50,7 +50,7 @@ def _panel(
     mesh = axes.pcolormesh(edges, range(len(values) + 1), values, cmap="viridis", edgecolors="white", lw=0.5, **limits)
     figure.colorbar(mesh, ax=axes, label=unit)
     axes.set_xlim(1, 0)
-    axes.set_xlabel("time (1 is noise, 0 is the picture)")
+    axes.set_xlabel("time (1 is noise, 0 is the image)")
     for i, row in enumerate(texts or []):
         for j, text in enumerate(row):
             middle = (edges[j] + edges[j + 1]) / 2

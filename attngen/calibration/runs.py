@@ -67,7 +67,7 @@ class Runner:
         self.taken = inspect.signature(pipe.__call__).parameters
 
     def __call__(self) -> Tensor:
-        """The final latents of all samples (images, where a pipeline returns no latents), flat, in float32 on the CPU."""
+        """The final latents of all samples (images, where a pipeline has no latents), flat, in float32 on the CPU."""
         arguments = dict(self.arguments)
         self.rewind()
         if not self.generators and "generator" in self.taken:

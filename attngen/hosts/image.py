@@ -56,7 +56,7 @@ class AttnGenProcessor:
             original = self.default() if spec is None else spec.original
             given = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask, "temb": temb}
             return original(attn, hidden_states, **{k: v for k, v in given.items() if v is not None})
-        output = run(layer, _normalised(attn, hidden_states, temb), attngen)
+        output = run(layer, _normalised(attn, hidden_states, temb), attngen)  # type: ignore[arg-type]
         if getattr(attn, "residual_connection", False):
             output = output + hidden_states
         return output / getattr(attn, "rescale_output_factor", 1.0)

@@ -5,6 +5,9 @@ tables live on the grid they were trained on and are interpolated, so one set of
 and any picture shape.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# Results of some of torch's methods have no types.
+
 from __future__ import annotations
 
 import math

@@ -1,5 +1,9 @@
 """Projections as matrices: what a module multiplies by, or None where it may do anything else."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportPrivateUsage=false
+# Results of some of torch's methods have no types, and whether a module has hooks is private.
+
 from __future__ import annotations
 
 from typing import Any

@@ -196,7 +196,11 @@ def _absorbed(layer: Layer, hidden_states: Tensor, call: Call, *, agents: Agents
         options["aggregation_bias"] = mixer.aggregation_bias(cells, grid)
         options["broadcast_bias"] = mixer.broadcast_bias(cells, grid).transpose(-1, -2)
         branch = "value_branch" if mixer.convolution == "values" else "input_branch"
-        options[branch] = lambda tokens: convolve_tokens(dwc, tokens, grid)
+
+        def convolve(tokens: Tensor) -> Tensor:
+            return convolve_tokens(dwc, tokens, grid)
+
+        options[branch] = convolve
     output = absorbed_agent_attention(
         hidden_states,
         pool_tokens(hidden_states, grid, cells),

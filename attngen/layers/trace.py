@@ -4,6 +4,9 @@ In compiled code a layer notes its route while it is traced, without a graph bre
 such a note belongs to a group of layers, and the calls are those of the model.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# Results of some of torch's methods have no types.
+
 from __future__ import annotations
 
 import threading

@@ -31,7 +31,7 @@ from attngen.layers.layer import CORE, FusedAttention, Layer
 from attngen.learned import linfusion
 from attngen.learned.methods import LEARNED_METHODS, LearnedMethod
 from attngen.learned.modules import HiddenModule, LayerSizes, LearnedCore
-from attngen.methods import method_from_dict
+from attngen.methods import one_of
 from attngen.plan import Plan, Stage
 from attngen.version import __version__
 
@@ -238,7 +238,7 @@ def config_hash(model: nn.Module) -> str:
 def _read(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> LearnedLayers:
     """Content of a file -> layers; ValueError says what is wrong with it."""
     content = _content(metadata)
-    method = method_from_dict(content.get("method"), LEARNED_METHODS)
+    method = one_of(LEARNED_METHODS, content.get("method"))
     sizes = {name: _sizes_from_dict(name, value) for name, value in content["layers"].items()}
     by_layer: dict[str, dict[str, Tensor]] = {name: {} for name in sizes}
     for key, tensor in tensors.items():

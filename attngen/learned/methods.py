@@ -113,6 +113,7 @@ class LearnedMediators(LearnedMethod):
         core: MediatorCore = layer.core
         agents = Agents(self.cells(call.grid), mixer=core.mixer, fold=partial(_fold, core))
         route = mediator_route(layer, like, agents, core.mapped)
+        assert route.run is not None
         return route._replace(run=partial(_with_core, run=route.run))
 
     def flops(self, shape: LayerShape, kernel: str = "") -> int:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from attngen.checks import as_mapping
 from attngen.methods.agent import AgentAttention
-from attngen.methods.base import AttentionMethod
+from attngen.methods.base import AttentionMethod, Method
 from attngen.methods.downsample import DownsampledKV
 from attngen.methods.focal import FocalAttention
 from attngen.methods.linear import LinearAttention
@@ -29,19 +30,21 @@ METHOD_CLASSES: Mapping[str, type[AttentionMethod]] = {
 }
 
 
-def method_from_dict(data: Any, known: Mapping[str, type[AttentionMethod]] = METHOD_CLASSES) -> AttentionMethod:
+def method_from_dict(data: Any) -> AttentionMethod:
     """The method that `AttentionMethod.to_dict` wrote.
-
-    Args:
-        data: the object.
-        known: classes by kind.
 
     Raises:
         ValueError: for an unknown method or option, naming the known ones.
     """
-    if not isinstance(data, Mapping) or "method" not in data:
+    return one_of(METHOD_CLASSES, data)
+
+
+def one_of(known: Mapping[str, type[Method]], data: Any) -> Method:
+    """The method among classes by kind that `AttentionMethod.to_dict` wrote; errors as of `method_from_dict`."""
+    content = as_mapping(data)
+    if content is None or "method" not in content:
         raise ValueError(f"a method is an object with a 'method' name, got {data!r}")
-    kind = data["method"]
+    kind = content["method"]
     if not isinstance(kind, str) or kind not in known:
         raise ValueError(f"unknown method {kind!r}; known: {', '.join(known)}")
-    return known[kind].from_options({name: value for name, value in data.items() if name != "method"})
+    return known[kind].from_options({name: value for name, value in content.items() if name != "method"})

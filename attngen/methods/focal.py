@@ -4,6 +4,9 @@ Paper: Focal Self-attention, Yang et al. 2021, arXiv 2107.00641, section 3.1. It
 here they are plain means that count as often as tokens they stand for, which needs no training.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# Results of some of torch's methods have no types.
+
 from __future__ import annotations
 
 import math

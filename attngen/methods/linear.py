@@ -5,6 +5,9 @@ arXiv 2308.00442. The normaliser uses the mean of the keys' features and both fa
 number of keys, so that half precision does not overflow at high resolution.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# Results of some of torch's methods have no types.
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping

@@ -4,6 +4,9 @@ Papers: Token Merging for Fast Stable Diffusion, Bolya and Hoffman 2023, arXiv 2
 0.1.3); with agents made by a second, stronger merge: arXiv 2312.08874, section 4.4.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# Results of some of torch's methods have no types.
+
 from __future__ import annotations
 
 import math
@@ -153,7 +156,6 @@ def match_drawn_tokens(
 ) -> TokenMatching:
     """`match_tokens` with the draws given: (cells,) whole numbers below rows · columns of a cell, or None."""
     check_fraction("ratio", ratio)
-    rows, columns = cells_of(grid, stride)
     source, destination = _split(grid, stride, draws, x.device)
     num_merged = merged_count(grid, stride, ratio)
     num_agent_merged = None

@@ -10,12 +10,12 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from attngen.checks import Grid
-from attngen.kernels.dispatch import AUTO
+from attngen.kernels.dispatch import AUTO, Kernel
 from attngen.layers.call import Call
 from attngen.layers.layer import FusedAttention, Layer
 from attngen.layers.mediator import MediatorMixer
 from attngen.layers.route import Agents, mediator_route
-from attngen.methods.linear import linear_attention
+from attngen.methods.linear import FeatureMapName, linear_attention
 from attngen.tokens import convolve_tokens, depthwise_convolution, join_heads, split_heads
 
 AttentionKind = Literal["softmax", "mediator", "linear"]
@@ -69,7 +69,7 @@ class SiTMediatorAttnProcessor:
 class SiTLinearAttnProcessor:
     """Linear attention with a depth-wise convolution of the values, which it needs to see neighbours."""
 
-    def __call__(self, attn: SiTAttention, hidden_states: Tensor, grid: Grid, kernel: str = AUTO) -> Tensor:
+    def __call__(self, attn: SiTAttention, hidden_states: Tensor, grid: Grid, kernel: Kernel = AUTO) -> Tensor:
         layer = _layer(attn, kernel)
         query, key, value = layer.project_flat(hidden_states, hidden_states)
         heads = (split_heads(x, attn.heads) for x in (query, key, value))
@@ -101,13 +101,13 @@ class SiTAttention(nn.Module, AttentionModuleMixin):
         kind: str,
         num_mediators: int | Grid,
         grid: Grid,
-        feature_map: str,
+        feature_map: FeatureMapName,
         convolution: str = "values",
     ) -> None:
         super().__init__()
         width = num_heads * head_dim
         self.heads, self.head_dim, self.inner_dim = num_heads, head_dim, width
-        self.feature_map = feature_map
+        self.feature_map: FeatureMapName = feature_map
         # Read by diffusers' fusing, caches and LoRA.
         self.use_bias, self.is_cross_attention, self.added_kv_proj_dim = True, False, None
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))

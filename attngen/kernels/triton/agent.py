@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attngen.kernels.autocast import autocast_dtype
+from attngen.kernels.like import Like
 from attngen.kernels.reference import NO_BIASES, AgentScales, Biases, Convolution
 from attngen.kernels.triton import common
 
@@ -22,7 +23,9 @@ MAX_HEAD_DIM = 256
 MAX_AGENTS = 256
 
 
-def why_not(query: Tensor, key: Tensor, value: Tensor, agents: Tensor, correction: str | None = None) -> str | None:
+def why_not(
+    query: Tensor | Like, key: Tensor | Like, value: Tensor | Like, agents: Tensor | Like, correction: str | None = None
+) -> str | None:
     """Why these tensors cannot take the kernels (device, dtype, a size), or None if they can. Shapes as below."""
     if correction is not None:
         return f"the kernels have no {correction} correction"

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attngen.kernels.like import Like
+
 # Kernels take scores to base 2, the base of the hardware's exponential.
 LOG2E = 1.4426950408889634
 
@@ -36,7 +38,7 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def why_no_kernels(tensors: Sequence[Tensor]) -> str | None:
+def why_no_kernels(tensors: Sequence[Tensor | Like]) -> str | None:
     """Why Triton cannot work on `tensors` (its absence, their device or dtype), or None if it can."""
     first = tensors[0]
     if not has_triton():

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attngen.kernels.like import Like
 from attngen.kernels.triton.common import (
     alignment,
     interpreted,
@@ -91,7 +92,12 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, feature_map: str
     return output.transpose(1, 2)
 
 
-def why_not(query: Tensor, key: Tensor, value: Tensor, feature_map: str | Callable[[Tensor], Tensor]) -> str | None:
+def why_not(
+    query: Tensor | Like,
+    key: Tensor | Like,
+    value: Tensor | Like,
+    feature_map: str | Callable[[Tensor], Tensor],
+) -> str | None:
     """Why the kernels cannot take these tensors, or None if they can.
 
     Args:
@@ -107,7 +113,7 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, feature_map: str | Callab
     return _shapes_differ(query, key, value) or why_no_kernels((query, key, value))
 
 
-def _shapes_differ(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+def _shapes_differ(query: Tensor | Like, key: Tensor | Like, value: Tensor | Like) -> str | None:
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if any(tensor.ndim != 4 for tensor in (query, key, value)):
         return f"not all tensors have 4 dimensions: {shapes}"
