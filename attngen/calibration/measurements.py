@@ -150,10 +150,10 @@ class Measurements:
             rows.append((layer.name, str(layer.tokens), *(_describe(cell) for cell in layer.cells)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        unit = "time" if self.cost == "time" else "operations"
+        saved = "as fast" if self.cost == "time" else "fewer operations"
         lines.append(
             f"relative error {self.error:.4f} (predicted {self.predicted_error:.4f}), "
-            f"{self.speedup:.2f} times less {unit} in attention layers"
+            f"{self.speedup:.2f} times {saved} in attention layers"
         )
         return "\n".join(lines)
 

@@ -31,7 +31,8 @@ def draw(measurements: Measurements, path: Path) -> None:
     left.invert_yaxis()
     shares = [[cell.taken.cost / max(cell.trials[0].cost, 1e-30) for cell in row] for row in cells]
     _panel(figure, right, measurements, shares, "share of the exact cost", [[_name(cell) for cell in r] for r in cells])
-    right.set_title(f"the plan: error {measurements.error:.3g}, {measurements.speedup:.2f} times less in attention")
+    saved = "as fast" if measurements.cost == "time" else "fewer operations"
+    right.set_title(f"the plan: error {measurements.error:.3g}, attention {measurements.speedup:.2f} times {saved}")
     _save(figure, path)
 
 

@@ -221,7 +221,7 @@ class Recorder:
         return self._timed_shapes[key]
 
     def _measure_influence(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Call the model again for each layer with that layer's output replaced; measure the change of its prediction."""
+        """Call the model again for each layer with that layer's output replaced; measure the prediction's change."""
         assert self._stage is not None
         exact = _prediction(output)
         length = float(exact.norm())
