@@ -1,1 +1,1 @@
-"""What an attention layer is, below hosts and SiT: how it is read, which code computes it, mediators."""
+"""Attention layers, below hosts and SiT: how a layer is read, which code computes it, mediators."""

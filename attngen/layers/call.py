@@ -1,4 +1,4 @@
-"""What one denoiser call is about, in the form that travels to the layers."""
+"""One call of the denoiser, in the form that is passed to its layers."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Call(NamedTuple):
 
     Attributes:
         stage: index of the plan's stage, as text: torch.compile treats text as a constant, one graph a stage.
-        grid: (height, width) of the image tokens where the payload is.
-        context: text tokens in front of the image tokens in layers that see one joint sequence.
+        grid: (height, width) of the image tokens in the module that receives it.
+        context: text tokens before the image tokens, in layers that get one joint sequence.
         metric: (B, N, C), the transformer block's input, where a method measures similarity on it.
-        draws: (K,) random whole numbers of this time step, where a method needs them.
+        draws: (K,) random whole numbers for this timestep, where a method needs them.
         method: runs in place of the plan's method, or None: calibration compares methods on one call.
         trace: key of the running trace, see `attngen.layers.trace`, or None.
     """

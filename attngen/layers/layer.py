@@ -35,7 +35,7 @@ class Attention(Protocol):
 
     Attributes:
         name: of what computes it: "sdpa", or the attention backend that the user chose.
-        kernel: which of attngen's own paths a method may take, see `attngen.kernels.dispatch`; None where the user
+        kernel: which of attngen's own kernels a method may use, see `attngen.kernels.dispatch`; None where the user
             chose an attention backend of diffusers, so that a method has to be made of calls of this.
     """
 
@@ -54,7 +54,7 @@ class FusedAttention:
     """`Attention` by torch's own scaled dot product.
 
     Attributes:
-        kernel: which of attngen's paths a method may take.
+        kernel: which of attngen's kernels a method may use.
     """
 
     kernel: str = AUTO
@@ -73,9 +73,9 @@ class Selection(NamedTuple):
     Attributes:
         queries: (B, N', C), what becomes queries.
         keys: (B, L', C), what becomes keys and values.
-        agents: (B, M, C) hidden states that become agents, or None.
+        agents: (B, M, C), what becomes agents, or None.
         restore: maps the layer's output (B, N', C) back to (B, N, C), or None where N' = N.
-        query_positions: (N',) or (B, N') which of the N tokens each query stands for, or None for row-major order.
+        query_positions: (N',) or (B, N') which of the N tokens each query represents, or None for row-major order.
             Layers with rotary positions need it.
         key_positions: the same for the keys.
         agent_positions: the same for the agents.
@@ -137,7 +137,7 @@ class Layer:
         return getattr(self.attn, "query_dim", None) or self.attn.inner_dim
 
     def like(self, hidden_states: Tensor | Like) -> Like:
-        """What decides between kernels: shape, dtype and device of (B, N, C) tokens, and whether gradients flow."""
+        """All that the choice of a kernel depends on: shape, dtype and device of (B, N, C), and whether gradients flow."""
         trains = False
         if torch.is_grad_enabled() and not hidden_states.requires_grad:
             modules: list[nn.Module] = [self.attn] if self.core is None else [self.attn, self.core]
@@ -149,7 +149,7 @@ class Layer:
             torch.is_grad_enabled() and (hidden_states.requires_grad or trains),
         )
 
-    # Projections, by modules and never by weights: LoRA and quantisation are in the modules
+    # Projections, by calling modules, never by their weights: LoRA and quantisation are in the modules
 
     def project(self, selection: Selection) -> Heads:
         """Queries (B, H, N', D), keys and values (B, H, L', D), normalised where the layer does that."""
@@ -191,7 +191,7 @@ class Layer:
         return module(tokens) - module(nothing)
 
     def pool_queries(self, query: Tensor, grid: Grid, size: Grid) -> Tensor:
-        """Agents (B, H, M, D): the mean query of each cell. As means of normalised queries they are alike."""
+        """Agents (B, H, M, D): the mean query of each cell."""
         return split_heads(pool_tokens(join_heads(query), grid, size), self.heads)
 
     def output(self, mixed: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ class Layer:
         return self.attn.to_out[1](projected)
 
     def dropout(self, projected: Tensor) -> Tensor:
-        """What follows the output projection, for a kernel that computed that itself."""
+        """The dropout after the output projection, for a kernel that computed the projection itself."""
         return self.attn.to_out[1](projected)
 
     def to_heads(self, x: Tensor, norm: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 Paper: Attention Mediators, Pu et al., ECCV 2024, arXiv 2408.05710 (the learned layer of arXiv 2312.08874). The bias
 tables live on the grid they were trained on and are interpolated, so one set of weights serves any number of mediators
-and any picture shape.
+and any image shape.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -77,7 +77,7 @@ def _resize(x: Tensor, size: Grid, antialias: bool = False) -> Tensor:
 
 
 class MediatorMixer(nn.Module):
-    """What a mediator layer learns beside its projections: two position biases and a 3 x 3 depth-wise convolution.
+    """The learned parts of a mediator layer but its projections: two position biases, a 3 x 3 depth-wise convolution.
 
     Args:
         num_heads: attention heads.
@@ -86,8 +86,8 @@ class MediatorMixer(nn.Module):
             columns), also more than there are tokens (the pooled tokens then repeat, as in the published code).
         grid: (height, width) of the tokens it is trained on.
         map_size: see `PositionBias`.
-        convolution: what is convolved: the layer's "values", as published, or its "input", whose convolution then
-            passes the projection of the values; few mediators then need no projection of all tokens.
+        convolution: of the layer's "values", as published, or of its "input", and then projected like the
+            values; few mediators then need no projection of all tokens.
 
     Raises:
         ValueError: for another `convolution`.
@@ -124,7 +124,7 @@ class MediatorMixer(nn.Module):
             nn.init.zeros_(parameter)
 
     def mediator_grid(self, num_mediators: int | Grid | None, grid: Grid) -> Grid:
-        """Rows and columns for a wanted count (or those given) on `grid`; the trained ones for None where they fit.
+        """Rows and columns for a count (or those given) on `grid`; for None the trained ones, where they fit.
 
         Raises:
             ValueError: if there would be more mediators than tokens along an axis, unless it is trained so.
@@ -158,8 +158,8 @@ class MediatorMixer(nn.Module):
             value: (B, N, H · D).
             grid: (height, width) of the tokens.
             num_mediators: a count, (rows, columns), or None for the trained count.
-            convolved: (B, N, H · D), the projected convolution of the input, where that is what is convolved.
-            kernel: which path computes it, see `attngen.kernels.dispatch`.
+            convolved: (B, N, H · D), the projected convolution of the input, for a convolution of the input.
+            kernel: see `attngen.kernels.dispatch`.
 
         Returns:
             (B, N, H · D).

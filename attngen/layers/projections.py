@@ -1,4 +1,4 @@
-"""Projections as matrices: what a module multiplies by, or None where it may do anything else."""
+"""Projections as matrices: the weight that a module multiplies by, or None where it may do anything else."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportPrivateUsage=false
@@ -46,7 +46,7 @@ def is_one_matrix(module: nn.Module) -> bool:
 
 def _adapters(module: nn.Module) -> list[str] | None:
     """Names of the adapters that peft's LoRA adds to a plain `nn.Linear`; None where it is, or does, anything else."""
-    # By name: whoever has such a layer has imported peft, and nobody else should.
+    # By name, so that peft is imported only where a model already has such a layer.
     kind = type(module)
     if (kind.__module__, kind.__qualname__) != ("peft.tuners.lora.layer", "Linear") or _is_hooked(module):
         return None

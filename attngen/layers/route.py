@@ -39,7 +39,7 @@ class Route(NamedTuple):
     Attributes:
         run: computes it, or None where the layer's own processor does.
         kernel: name of what computes it: `EXACT`, a path of `attngen.kernels.dispatch`, or an attention backend.
-        why: why it is exact, or why the kernel is not the one asked for; None where there is nothing to explain.
+        why: why it is exact, or why the kernel is not the one asked for; None otherwise.
         agents: number of agents, or None for a method without.
         speedup: how many times faster than the best softmax attention its attention was measured to be at sizes like
             these, without projections; None where that was not measured.
@@ -132,8 +132,8 @@ def agent_route(
         layer: the layer.
         like: of its input (B, N, C).
         agents: how they attend.
-        projected: (layer, hidden states, call, kernel=…) -> output, where the projections are computed; its `kernel` is
-            None where the attention backend that the user chose has to compute it.
+        projected: (layer, hidden states, call, kernel=…) -> output, with the projections computed; its `kernel` is None
+            where the attention backend that the user chose has to compute it.
         absorbs: whether the agents are pooled, so that a kernel may absorb the projections.
     """
     number = math.prod(agents.cells)
@@ -156,7 +156,7 @@ def agent_route(
 
 
 def _why_not_absorbed(layer: Layer, like: Like, agents: Agents) -> str | None:
-    """Why the layer computes its projections, in a few words; None where they are absorbed."""
+    """The reason why the layer computes its projections; None where they are absorbed."""
     if layer.context_tokens:
         return "text takes part in the layer"
     if agents.scales is not None and agents.scales.correction is not None:

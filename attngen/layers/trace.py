@@ -1,4 +1,4 @@
-"""Counts of what really ran, by layer and stage. Off, it costs a comparison with None a layer.
+"""Counts of the routes that really ran, by layer and stage. Off, it costs a comparison with None a layer.
 
 In compiled code a layer notes its route while it is traced, without a graph break; equal layers may share one graph, so
 such a note belongs to a group of layers, and the calls are those of the model.
@@ -19,7 +19,7 @@ from attngen.layers.route import Route
 
 
 class Noted(NamedTuple):
-    """What ran in a layer.
+    """A route that ran in a layer.
 
     Attributes:
         layer: module name; in compiled code the group of equal layers.
@@ -37,12 +37,12 @@ class Noted(NamedTuple):
 
 
 class Counts:
-    """What was noted on one model.
+    """The counts of one model.
 
     Attributes:
         calls: of the model, by stage.
         eager: calls of layers.
-        compiled: notes of compiled code, kept for as long as the graphs may be.
+        compiled: notes of compiled code, kept for as long as its graphs may be.
     """
 
     def __init__(self) -> None:
@@ -73,13 +73,13 @@ COUNTS: dict[str, Counts] = {}
 
 
 def note(trace: str, name: str, stage: str, route: Route) -> None:
-    """Note what a layer runs.
+    """Note the route of a layer.
 
     Args:
         trace: `Call.trace`.
         name: of the layer; in compiled code of the group of layers equal to it.
         stage: of the call.
-        route: that is taken.
+        route: that runs.
     """
     why = route.why if route.run is None and route.why is not None else ""
     agents = "" if route.agents is None else str(route.agents)
