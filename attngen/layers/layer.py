@@ -137,7 +137,7 @@ class Layer:
         return getattr(self.attn, "query_dim", None) or self.attn.inner_dim
 
     def like(self, hidden_states: Tensor | Like) -> Like:
-        """All that the choice of a kernel depends on: shape, dtype and device of (B, N, C), and whether gradients flow."""
+        """The choice of a kernel depends on this: shape, dtype and device of (B, N, C), and whether gradients flow."""
         trains = False
         if torch.is_grad_enabled() and not hidden_states.requires_grad:
             modules: list[nn.Module] = [self.attn] if self.core is None else [self.attn, self.core]
