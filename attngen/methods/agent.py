@@ -1,4 +1,4 @@
-"""Agent attention: a few pooled queries stand between the queries and the keys, so cost grows linearly with tokens.
+"""Agent attention: queries read the keys through a few pooled queries, so cost grows linearly with tokens.
 
 Paper: Agent Attention, Han et al., ECCV 2024, arXiv 2312.08874. The training-free form for Stable Diffusion scales the
 second softmax by a power of the usual scale and adds a share of the values, which replaces the learned convolution.
@@ -58,11 +58,11 @@ def agent_attention(
         aggregation_bias: B₁, broadcastable to (B, H, M, L).
         broadcast_bias: B₂, broadcastable to (B, H, N, M).
         shortcut: share of `value` added to the output; needs N = L if not zero.
-        gain: factor of what comes through the agents; costs nothing.
+        gain: factor of the output of the agents; costs nothing.
         correction: "nystrom" puts (1 + r) (softmax(A Aᵀ · s₂) + r)⁻¹ between the softmaxes, r = 0.03: the
             pseudo-inverse of Nyströmformer (arXiv 2102.03902, equation 13), regularised. A query that equals an agent
-            then gets (nearly) what that agent read. It takes no biases, and M³ / 3 multiply-adds a head.
-        kernel: "auto" takes the path measured to be fastest (see `attngen.kernels.dispatch`); "reference" sums in
+            then receives (nearly) that agent's value. It takes no biases, and costs M³ / 3 multiply-adds a head.
+        kernel: "auto" uses the one measured to be fastest (see `attngen.kernels.dispatch`); "reference" sums in
             float32 at least, "sdpa" is two fused attention calls, "matmul" rounds its scores to the dtype of the
             inputs, "triton" is one fused pair of kernels for CUDA devices.
 
@@ -95,7 +95,7 @@ def agent_attention(
 
 @dataclass(frozen=True)
 class AgentAttention(AttentionMethod):
-    """A few agents, made of the queries, stand between queries and keys: they read all keys, and queries read them.
+    """A few agents, made of the queries, read all keys, and the queries read the agents.
 
     A layer stays exact where two agent passes would not be cheaper than one exact pass (2 · agents >= tokens).
 
@@ -104,10 +104,10 @@ class AgentAttention(AttentionMethod):
         broadcast_exponent: the broadcast softmax is scaled by (D**-0.5)**broadcast_exponent; below 1 it is sharper,
             which makes up for the averaging. 0.3 for Stable Diffusion in arXiv 2312.08874.
         shortcut: share of the values added to the output, 0.075 there.
-        gain: factor of what comes through the agents, 1 there.
+        gain: factor of the output of the agents, 1 there.
         agents: how they are made: "pooled", the mean query of each cell; "merged", the query of the mean of similar
-            tokens, one from each cell and those most like it from anywhere (the second merge of the paper, of the
-            layer's input).
+            tokens, one from each cell and those most similar to it from anywhere (the second merge of the paper, of
+            the layer's input).
         correction: None, or "nystrom", see `attngen.functional.agent_attention`.
     """
 
@@ -140,7 +140,7 @@ class AgentAttention(AttentionMethod):
         return math.prod(self._cells(grid))
 
     def scales(self, head_dim: int) -> AgentScales:
-        """The numbers of `attngen.functional.agent_attention` for a head size."""
+        """The scalars of `attngen.functional.agent_attention` for a head size."""
         scales = scales_for(head_dim, self.broadcast_exponent, self.shortcut)
         return scales._replace(gain=self.gain, correction=self.correction)
 
@@ -164,7 +164,7 @@ class AgentAttention(AttentionMethod):
         return layer.output(join_heads(mixed).to(query.dtype))
 
     def _cells(self, grid: Grid) -> Grid:
-        """Rows and columns of the agents, or of what they grow from."""
+        """Rows and columns of the agents, or of the cells that merged agents start from."""
         cells = agent_grid(self.num_agents, grid)
         return cells if self.agents != "merged" else cells_of(grid, _stride(cells, grid))
 

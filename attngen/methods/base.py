@@ -34,7 +34,7 @@ class Option(NamedTuple):
         name: of the field.
         kind: "count" (whole number), "number", "choice" or "flag".
         default: value where none is given.
-        help: one line.
+        help: one line for users.
         low: smallest value.
         high: largest value that programs offer.
         below: a value that it has to be below, or None.
@@ -76,7 +76,7 @@ def option(default: Any, help: str, **limits: Any) -> Any:
 
 
 class Preset(NamedTuple):
-    """A plan that people find by name: one method in every layer at all times.
+    """A plan with a name: one method in every layer at all times.
 
     Attributes:
         options: of the method, other than their defaults.
@@ -140,7 +140,7 @@ class AttentionMethod(ABC):
 
     Attributes:
         kind: name in JSON.
-        title: name for people.
+        title: name to display.
         short: name in tables; `kind` where it is empty.
         source: of the formula, such as "arXiv 2312.08874"; "" where there is none to name.
         presets: by name.
@@ -169,7 +169,7 @@ class AttentionMethod(ABC):
         Args:
             layer: the layer.
             call: of the denoiser; in a report without metric and draws.
-            like: of the layer's input (B, N, C). Nothing else is read of it, so a report needs no numbers.
+            like: of the layer's input (B, N, C). No other property of the input counts, so a report needs no data.
         """
 
     @abstractmethod
@@ -181,7 +181,7 @@ class AttentionMethod(ABC):
         """Whether the method needs `Call.draws`."""
         return False
 
-    # What is derived from the fields
+    # Derived from the fields
 
     @classmethod
     def options(cls) -> tuple[Option, ...]:

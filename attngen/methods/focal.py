@@ -1,7 +1,7 @@
-"""Focal attention: tokens nearby one by one, those farther away as means of cells, so cost grows linearly with tokens.
+"""Focal attention: exact to nearby tokens, to means of cells farther away, so cost grows linearly with tokens.
 
 Paper: Focal Self-attention, Yang et al. 2021, arXiv 2107.00641, section 3.1. Its cells are pooled by learned weights;
-here they are plain means that count as often as tokens they stand for, which needs no training.
+here they are plain means, weighted by the number of their tokens, which needs no training.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -27,7 +27,7 @@ from attngen.methods.base import AttentionMethod, LayerShape, Preset, option
 from attngen.tokens import agent_grid, join_heads
 
 _NOTHING = -50.0
-"""Bias of a cell that counts for nothing. Its mean is among the region's tokens, so no logit can make up for it."""
+"""Bias of a cell without weight. Its mean is among the region's tokens, so no logit can make up for it."""
 
 
 def focal_attention(
@@ -42,7 +42,7 @@ def focal_attention(
     context: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Softmax attention in which each window of queries sees near keys one by one and all others as means of cells.
+    """Softmax attention of each window of queries to near keys exactly and to all others as means of cells.
 
     The grid is cut into windows of `window` x `window` queries. A window's region reaches `margin` tokens beyond it on
     each side; at the border of the grid it is moved inwards, so that all regions have one size. The grid is also cut
@@ -57,7 +57,7 @@ def focal_attention(
         window: side of a window, in tokens.
         margin: tokens beyond the window on each side, at least 0.
         num_cells: most cells, arranged by `agent_grid`.
-        context: keys and values (B, H, T, ·) that every query sees one by one, such as those of a text.
+        context: keys and values (B, H, T, ·) that every query attends to exactly, such as those of a text.
         scale: s; D**-0.5 if None.
 
     Returns:
@@ -119,10 +119,10 @@ class _Regions:
         scale: float | None,
         attention: Attention | Callable[..., Tensor] = F.scaled_dot_product_attention,
     ) -> Tensor:
-        """See `focal_attention`; by `attention`, which needs to know no bias and no mask.
+        """See `focal_attention`; by `attention`, which needs to support neither biases nor masks.
 
-        The bias is a channel of the keys instead, against ones in the queries. Fused attention kernels run like that,
-        and with a bias only some of them do: 4 times slower on a CPU.
+        The bias is a channel of the keys instead, against ones in the queries. All fused attention kernels can run
+        that; with a bias only some can, 4 times slower on a CPU.
         """
         batch, heads, _, size = query.shape
         scale = float(size**-0.5) if scale is None else scale
@@ -134,7 +134,7 @@ class _Regions:
         largest = torch.finfo(keys.dtype).max
         bias = self._bias(torch.promote_types(query.dtype, torch.float32), query.device) / scale
         bias = bias.clamp(-largest, largest)
-        # In two parts, for half precision: what the first channel rounds off is in the second.
+        # In two parts, for half precision: the second channel has the rounding error of the first.
         coarse = bias.to(keys.dtype)
         keys[:, :, : bias.shape[1], size] = coarse
         keys[:, :, : bias.shape[1], size + 1] = (bias - coarse).to(keys.dtype)
@@ -152,7 +152,7 @@ class _Regions:
         return cut.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
     def _join(self, x: Tensor) -> Tensor:
-        """What `_cut` gives, back to (B · H, N, D)."""
+        """The result of `_cut`, back to (B · H, N, D)."""
         image = x.unflatten(2, self.window).unflatten(1, self.windows).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         return image[:, : self.grid[0], : self.grid[1]].flatten(1, 2)
 
@@ -192,7 +192,7 @@ class _Regions:
         return (columns @ half).flatten(1, 2)
 
     def _bias(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(windows, region and cells) log of how many tokens a key stands for, `_NOTHING` for cells in the region."""
+        """(windows, region and cells) log of the number of tokens of a key, `_NOTHING` for cells in the region."""
         inside = []
         for axis in (0, 1):
             members, positions = self._members(axis, dtype, device), self._positions(axis, device)
@@ -204,7 +204,7 @@ class _Regions:
 
 
 def _padded(channels: int) -> int:
-    """Fused kernels want queries, keys and values of one width, a multiple of 8."""
+    """Fused kernels need queries, keys and values of one width, a multiple of 8."""
     return -(-channels // 8) * 8
 
 
@@ -215,14 +215,14 @@ def _widen(x: Tensor, width: int, fill: float = 0.0) -> Tensor:
 
 @dataclass(frozen=True)
 class FocalAttention(AttentionMethod):
-    """Tokens around each window of queries are read one by one, those farther away as means of cells.
+    """Each window of queries attends to the tokens around it exactly, and to the rest as means of cells.
 
     A layer stays exact where a region and the cells together are no fewer keys than the tokens. See `focal_attention`.
 
     Attributes:
         window: side of a window of queries that share their keys, in tokens of the layer.
-        margin: tokens beyond the window that they see one by one, on each side.
-        num_cells: most cells that stand for all that is farther away.
+        margin: tokens beyond the window that they attend to exactly, on each side.
+        num_cells: largest number of cells for the rest.
     """
 
     window: int = option(8, "side of a window of queries that share their keys, in tokens", low=1, high=64)

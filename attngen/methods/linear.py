@@ -1,4 +1,4 @@
-"""Linear attention: a feature map in place of the softmax lets keys and values be summed before a query comes.
+"""Linear attention: with a feature map in place of the softmax, keys and values are summed once for all queries.
 
 Papers: Katharopoulos et al. 2020, arXiv 2006.16236 (elu); focused linear attention, FLatten, Han et al., ICCV 2023,
 arXiv 2308.00442. The normaliser uses the mean of the keys' features and both factors of the sum are divided by the
@@ -87,9 +87,9 @@ def linear_attention(
         key: (B, H, L, D).
         value: (B, H, L, E).
         feature_map: "elu" (elu + 1), "relu", "focused" (cubed relu at unchanged norm, over the head), "identity" (the
-            features come mapped), or a function of a tensor that keeps its shape.
+            inputs are features), or a function of a tensor that keeps its shape.
         eps: added to φ(qᵢ) · meanⱼ φ(kⱼ); a query without any matching key gives 0.
-        kernel: "auto" takes the path measured to be fastest; "reference" is PyTorch's products, "triton" one fused
+        kernel: "auto" uses the one measured to be fastest; "reference" is PyTorch's products, "triton" one fused
             pair of kernels for CUDA devices and the maps with a name.
 
     Returns:
@@ -110,7 +110,7 @@ def linear_attention(
 
 
 def resolve_feature_map(feature_map: str | FeatureMap) -> FeatureMap:
-    """The function behind a feature map's name; ValueError names the known ones."""
+    """The function of a feature map's name; raises ValueError, listing the known ones, for another."""
     if callable(feature_map):
         return feature_map
     check_choice("feature_map", feature_map, tuple(FEATURE_MAPS))

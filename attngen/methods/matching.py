@@ -1,4 +1,4 @@
-"""Which tokens are alike: the bipartite matching of token merging, for features and for agents.
+"""Similar tokens: the bipartite matching of token merging, for features and for agents.
 
 Papers: Token Merging for Fast Stable Diffusion, Bolya and Hoffman 2023, arXiv 2303.17604 (identical numbers to tomesd
 0.1.3); with agents made by a second, stronger merge: arXiv 2312.08874, section 4.4.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attngen.checks import Grid, check_fraction, check_tokens
 
-# Similarities held at once, in numbers a picture: 2^26 float32 values are 256 MiB.
+# Similarities held at once, for one sample: 2^26 float32 values are 256 MiB.
 _MAX_SCORES = 2**26
 
 
@@ -35,7 +35,7 @@ class TokenMatching:
         order: (B, N - G) sources from the most to the least similar to their nearest destination.
         nearest: (B, N - G) each source's most similar destination.
         num_merged: sources merged for the features.
-        num_agent_merged: sources merged for the agents, or None where agents would not pay.
+        num_agent_merged: sources merged for the agents, or None where agents would not save work.
     """
 
     source: Tensor
@@ -83,7 +83,7 @@ class TokenMatching:
         return x.gather(1, _rows(row_of_position, x))
 
     def positions(self, count: int | None = None) -> Tensor:
-        """(B, N - count): the token that each merged row stands for; a destination stands for those merged into it."""
+        """(B, N - count): the token that each merged row represents; a destination represents those merged into it."""
         count = self.num_merged if count is None else count
         if count == 0:
             num_tokens = len(self.source) + len(self.destination)
@@ -131,7 +131,7 @@ def match_tokens(
     """Match each token to the most similar of a regular subset, one of each cell (section 3.2, arXiv 2303.17604).
 
     Args:
-        x: (B, N, C), what similarity (cosine) is measured on, row-major.
+        x: (B, N, C), the tokens that are compared (by cosine), row-major.
         grid: (height, width), N = height · width. Tokens beyond the last whole cell are never destinations.
         stride: (rows, columns) of a cell.
         ratio: share of all tokens to merge away; at most those that are not destinations.
@@ -176,7 +176,7 @@ def merged_count(grid: Grid, stride: Grid, ratio: float) -> int:
 
 
 def cells_of(grid: Grid, stride: Grid) -> Grid:
-    """(rows, columns) of cells of `stride` tokens that lie whole in a grid; ValueError where there is none."""
+    """(rows, columns) of whole cells of `stride` tokens in a grid; raises ValueError where there is none."""
     if min(stride) < 1 or stride[0] > grid[0] or stride[1] > grid[1]:
         raise ValueError(f"cells of {stride[0]} x {stride[1]} do not fit a grid of {grid[0]} x {grid[1]}")
     return grid[0] // stride[0], grid[1] // stride[1]
@@ -193,7 +193,7 @@ def _split(grid: Grid, stride: Grid, draws: Tensor | None, device: torch.device)
     chosen = (row * grid[1] + column).flatten()
     flags = torch.zeros(math.prod(grid), dtype=torch.long, device=device).index_fill(0, chosen, -1)
     # Sorting the flags lists the destinations, then the sources, without a data-dependent size. The published code
-    # leaves the order among equals to the sort; the same call gives the same rows. Attention does not see the order.
+    # leaves the order among equals to the sort; the same call gives the same rows. Attention does not depend on the order.
     positions = flags.argsort()
     return positions[rows * columns :], positions[: rows * columns]
 
@@ -202,7 +202,7 @@ def _nearest(x: Tensor, source: Tensor, destination: Tensor) -> tuple[Tensor, Te
     """Cosine similarity and index of each source's most similar destination: both (B, N - G)."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    # A zero token has no direction; as it stands it is equally far from all.
+    # A zero token has no direction; left at zero it is equally far from all.
     unit = (wide / norm.where(norm > 0, 1)).to(x.dtype)
     sources, destinations = unit[:, source], unit[:, destination].transpose(-1, -2)
     chunk = max(1, _MAX_SCORES // destinations.shape[-1])

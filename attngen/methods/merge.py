@@ -32,14 +32,14 @@ from attngen.tokens import join_heads
 class TokenMerging(AttentionMethod):
     """Similar tokens are merged before attention and copied back after it, optionally with agents from a second merge.
 
-    Similarity is measured on the input of the transformer block, as in the papers, where the host can see it.
+    Similarity is measured on the input of the transformer block, as in the papers, where the host passes it on.
 
     Attributes:
         ratio: share of tokens merged away, below 1 - 1 / stride²; above that it is cut to it.
         stride: side of the cell that keeps one destination.
         agent_ratio: share merged away to make agents (the AgentSD recipe), or None: exact attention among the merged
             tokens. Agents are used only where twice their number is below the merged tokens'.
-        random: draw each cell's destination for every time step from the patch's seed (the same for all layers of a
+        random: choose each cell's destination at random for every timestep, by the patch's seed (the same for all layers of a
             step and both halves of guidance); otherwise it is the top-left token.
         broadcast_exponent: see `AgentAttention`; used with agents.
         shortcut: see `AgentAttention`; used with agents.
@@ -56,7 +56,7 @@ class TokenMerging(AttentionMethod):
     title: ClassVar[str] = "Token merging"
     short: ClassVar[str] = "merge"
     source: ClassVar[str] = "arXiv 2303.17604"
-    # tomesd 0.1.3's defaults but for the draw: each cell's destination is its top-left token.
+    # tomesd 0.1.3's defaults without its random choice: each cell's destination is its top-left token.
     presets: ClassVar[Mapping[str, Preset]] = {"tome": Preset(max_levels=1)}
     candidates: ClassVar[tuple[Mapping[str, Any], ...]] = ({"ratio": 0.5, "stride": 2}, {"ratio": 0.75, "stride": 4})
     needs_metric: ClassVar[bool] = True
@@ -97,7 +97,7 @@ class TokenMerging(AttentionMethod):
         keys = like.sized(like.shape[0], layer.heads, merged + layer.context_tokens, layer.head_dim)
         pooled = like.sized(like.shape[0], layer.heads, agents, layer.head_dim)
         choice = dispatch.choose_agent_kernel(queries, keys, keys, pooled, kernel=layer.kernel)
-        # No speedup: it was measured against softmax attention over as many tokens, and here some were merged.
+        # No speedup: measurements compare with softmax attention over as many tokens, and here some were merged.
         return Route(partial(self._run, kernel=choice.kernel), choice.kernel, choice.reason, agents)
 
     def _run(self, layer: Layer, hidden_states: Tensor, call: Call, *, kernel: str | None) -> Tensor:
