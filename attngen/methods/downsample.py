@@ -23,7 +23,7 @@ from attngen.tokens import coarse_grid, downsample_tokens, join_heads, nearest_p
 
 @dataclass(frozen=True)
 class DownsampledKV(AttentionMethod):
-    """Keys and values come from a coarser grid, every query stays: factor² times fewer operations.
+    """Keys and values come from a coarser grid, every query stays: factor² times fewer operations in the products.
 
     Attributes:
         factor: side of the cell that gives one key; 1 is exact attention. 2 in arXiv 2402.13573.

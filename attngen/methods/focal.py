@@ -71,7 +71,7 @@ def focal_attention(
     if context is not None:
         check_heads(query, *context)
     if scale == 0:
-        raise ValueError("scale must not be 0: how often a cell counts could not be told by its logit")
+        raise ValueError("scale must not be 0, because the weight of a cell is a part of its logits")
     tokens = math.prod(grid)
     if min(grid) < 1 or query.shape[2] != tokens or key.shape[2] != tokens:
         raise ValueError(
@@ -226,8 +226,8 @@ class FocalAttention(AttentionMethod):
     """
 
     window: int = option(8, "side of a window of queries that share their keys, in tokens", low=1, high=64)
-    margin: int = option(4, "tokens around the window that are read one by one", high=64)
-    num_cells: int = option(64, "most cells that stand for the rest", low=1, high=4096)
+    margin: int = option(4, "tokens around the window that are attended to exactly", high=64)
+    num_cells: int = option(64, "largest number of cells for the rest", low=1, high=4096)
 
     kind: ClassVar[str] = "focal"
     title: ClassVar[str] = "Near exactly, far in cells"

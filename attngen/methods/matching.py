@@ -193,7 +193,7 @@ def _split(grid: Grid, stride: Grid, draws: Tensor | None, device: torch.device)
     chosen = (row * grid[1] + column).flatten()
     flags = torch.zeros(math.prod(grid), dtype=torch.long, device=device).index_fill(0, chosen, -1)
     # Sorting the flags lists the destinations, then the sources, without a data-dependent size. The published code
-    # leaves the order among equals to the sort; the same call gives the same rows. Attention does not depend on the order.
+    # leaves the order among equals to the sort; the same call gives the same rows. Attention ignores the order.
     positions = flags.argsort()
     return positions[rows * columns :], positions[: rows * columns]
 

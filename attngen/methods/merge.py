@@ -39,8 +39,8 @@ class TokenMerging(AttentionMethod):
         stride: side of the cell that keeps one destination.
         agent_ratio: share merged away to make agents (the AgentSD recipe), or None: exact attention among the merged
             tokens. Agents are used only where twice their number is below the merged tokens'.
-        random: choose each cell's destination at random for every timestep, by the patch's seed (the same for all layers of a
-            step and both halves of guidance); otherwise it is the top-left token.
+        random: choose each cell's destination at random for every timestep, by the patch's seed (the same for all
+            layers of a step and both halves of guidance); otherwise it is the top-left token.
         broadcast_exponent: see `AgentAttention`; used with agents.
         shortcut: see `AgentAttention`; used with agents.
     """
@@ -48,7 +48,7 @@ class TokenMerging(AttentionMethod):
     ratio: float = option(0.5, "share of tokens merged away", below=1, high=0.9, step=0.05, shown=True)
     stride: int = option(2, "side of the cell that keeps one token", low=1, high=8)
     agent_ratio: float | None = option(None, "share merged away to make agents", below=1, high=0.99, step=0.01)
-    random: bool = option(False, "draw each cell's kept token for every time step")
+    random: bool = option(False, "choose each cell's kept token at random for every timestep")
     broadcast_exponent: float = option(0.3, "power of the usual scale in the agents' broadcast", high=2, step=0.05)
     shortcut: float = option(0.075, "share of the values added where there are agents", step=0.005)
 
