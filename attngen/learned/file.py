@@ -1,7 +1,7 @@
-"""Learned layers as a file: weights beside a model's attention layers, saved apart from it and loaded onto it.
+"""Learned layers as a file: weights attached to a model's attention layers, saved and loaded separately from it.
 
 A file is one .safetensors. Its tensors are named LAYER.attngen_core.WEIGHT; its metadata has one entry, "attngen", with
-the method, the layers' sizes and what model they were made for, as JSON.
+the method, the layers' sizes and the model they were made for, as JSON.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ METADATA_KEY = "attngen"
 SUFFIX = ".safetensors"
 
 STARTS = ("plain", "agent")
-"""What new mediators begin as: agent attention, or `AgentAttention` with its default scales."""
+"""Initial values of new mediators: agent attention, or `AgentAttention` with its default scales."""
 
 _SHOWN = 5
 
@@ -74,9 +74,9 @@ class LearnedLayers:
 
         Args:
             model: a bare model; it is not changed.
-            method: what the layers shall learn.
+            method: of the layers.
             start: of mediators: "plain" is agent attention, "agent" `AgentAttention` with its default scales.
-            seed: of random weights; the global random state is not touched.
+            seed: of random weights; the global random state is not used.
 
         Raises:
             ValueError: if there is no such layer.
@@ -101,7 +101,7 @@ class LearnedLayers:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LearnedLayers:
-        """Read a file that `save` wrote, or the weights of LinFusion with their config.json beside them.
+        """Read a file that `save` wrote, or the weights of LinFusion with their config.json in the same folder.
 
         Raises:
             ValueError: naming the file, if it is missing, damaged, or something else.
@@ -122,14 +122,14 @@ class LearnedLayers:
             raise ValueError(f"{path}: {error}") from error
 
     def save(self, path: str | os.PathLike[str], note: Mapping[str, Any] | None = None) -> None:
-        """Write the file; an older one of that name stays whole until the new one is.
+        """Write the file; an older one of that name stays intact until the new one is complete.
 
         Args:
             path: to write, ending in .safetensors.
             note: JSON values to keep in the metadata, such as how the weights were trained.
 
         Raises:
-            ValueError: if the name ends otherwise, for `apply` goes by it.
+            ValueError: if the name ends otherwise, because `apply` depends on it.
         """
         if not os.fspath(path).endswith(SUFFIX):
             raise ValueError(f"learned layers are saved as {SUFFIX}, got {os.fspath(path)}")
@@ -157,14 +157,14 @@ class LearnedLayers:
 
     @property
     def num_weights(self) -> int:
-        """Numbers in the file."""
+        """Number of parameters in the file."""
         return sum(tensor.numel() for weights in self.tensors.values() for tensor in weights.values())
 
     def models_of(self, models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         """Those of a pipeline's models that the layers were made for.
 
         Raises:
-            ValueError: if there is none, or one of them does not fit, listing what does not.
+            ValueError: if there is none, or one of them does not fit, with the differences.
         """
         found = {name: model for name, model in models.items() if self._is_for(model)}
         if not found:
@@ -178,7 +178,7 @@ class LearnedLayers:
         return self.model_class in (cls.__name__ for cls in type(model).__mro__)
 
     def check(self, model: nn.Module) -> None:
-        """Raise ValueError unless every layer is in the model with the sizes it had; lists what does not fit."""
+        """Raise ValueError, with the differences, unless every layer is in the model with the sizes it had."""
         there, learnable = dict(attention_modules(model)), learnable_layers(model)
         wrong: list[str] = []
         for name, sizes in self.sizes.items():
@@ -195,7 +195,7 @@ class LearnedLayers:
             raise ValueError(f"{self.source} does not fit {type(model).__name__}: {'; '.join(wrong[:_SHOWN])}{more}")
 
     def other_model(self, model: nn.Module) -> str | None:
-        """What to warn of where the layers fit a model that is configured otherwise than the one they were made for."""
+        """A warning where the layers fit a model whose configuration is not that of the one they were made for, or None."""
         if self.config_hash is None or self.config_hash == config_hash(model):
             return None
         return (
@@ -204,7 +204,7 @@ class LearnedLayers:
         )
 
     def cores(self, model: nn.Module) -> dict[str, HiddenModule]:
-        """New modules with the weights, by layer, where and in the dtype that the model's layers are."""
+        """New modules with the weights, by layer, on the device and in the dtype of the model's layers."""
         cores = {}
         for name, sizes in self.sizes.items():
             core = _empty_core(self.method, sizes)
@@ -215,7 +215,7 @@ class LearnedLayers:
         return cores
 
     def with_cores(self, cores: Mapping[str, HiddenModule]) -> LearnedLayers:
-        """The same layers with the weights that `cores` have now."""
+        """The same layers with the present weights of `cores`."""
         tensors = {
             name: {n: t.detach().cpu().clone() for n, t in hidden.content.state_dict().items()}
             for name, hidden in cores.items()
@@ -224,7 +224,7 @@ class LearnedLayers:
 
 
 def config_hash(model: nn.Module) -> str:
-    """SHA-256 of what a model's configuration has other than its class's defaults, without names, versions and size."""
+    """SHA-256 of a model's configuration where it differs from the defaults, without names, versions and size."""
     defaults = {n: p.default for n, p in inspect.signature(type(model).__init__).parameters.items()}
     config: Any = getattr(model, "config", {})
     kept = {
@@ -236,7 +236,7 @@ def config_hash(model: nn.Module) -> str:
 
 
 def _read(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> LearnedLayers:
-    """Content of a file -> layers; ValueError says what is wrong with it."""
+    """Content of a file -> layers; raises ValueError with the reason where it is not that."""
     content = _content(metadata)
     method = one_of(LEARNED_METHODS, content.get("method"))
     sizes = {name: _sizes_from_dict(name, value) for name, value in content["layers"].items()}
@@ -318,13 +318,13 @@ def _differences(layer: str, ours: LayerSizes, found: LayerSizes, method: Learne
 
 
 def _empty_core(method: LearnedMethod, sizes: LayerSizes) -> LearnedCore:
-    """A core without memory: nothing of the size that a file claims is allocated, and no random number is drawn."""
+    """A core on the meta device: it allocates nothing of the size in a file, and uses no random number."""
     with torch.device("meta"):
         return method.make_core(sizes)
 
 
 def _place(attn: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype for the weights of a layer; stored types too narrow to compute in do not count."""
+    """Device and dtype for the weights of a layer; storage dtypes too narrow to compute in do not count."""
     tensors: Sequence[Tensor] = [*attn.parameters(), *model.parameters()]
     wide = (t.dtype for t in tensors if t.is_floating_point() and t.dtype.itemsize > 1)
     device = next((t.device for t in tensors if t.device.type != "meta"), torch.device("cpu"))

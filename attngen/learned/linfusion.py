@@ -1,7 +1,7 @@
 """The published weights of LinFusion (arXiv 2409.02097), read as learned layers.
 
-They are a diffusers model's folder: config.json lists the layers, the weights are numbered by their place in that list.
-Each layer has projections of its own and, before those of queries and keys, a two-layer network.
+They are a diffusers model's folder: config.json lists the layers, and weights are numbered by their place in that list.
+Each layer has its own projections and, before those of queries and keys, a two-layer network.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def is_layout(names: Sequence[str]) -> bool:
 
 
 class Content(NamedTuple):
-    """What the published files hold.
+    """The content of the published files.
 
     Attributes:
         method: of all layers.
@@ -49,10 +49,10 @@ class Content(NamedTuple):
 
 
 def read(path: Path, file: Any) -> Content:
-    """The layers in an open safetensors file, by the config.json beside it.
+    """The layers in an open safetensors file, by the config.json in its folder.
 
     Raises:
-        ValueError: if that is missing, or says something else than the tensors.
+        ValueError: if that is missing, or disagrees with the tensors.
     """
     modules = _modules(path.parent / "config.json")
     by_number: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(modules))}

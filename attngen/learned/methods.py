@@ -50,7 +50,7 @@ class LearnedMethod(AttentionMethod):
 
     @abstractmethod
     def make_core(self, sizes: LayerSizes) -> LearnedCore:
-        """The module for a layer's weights, with arbitrary numbers."""
+        """The module for a layer's weights, uninitialised."""
 
     @property
     @abstractmethod
@@ -79,7 +79,7 @@ class LearnedMediators(LearnedMethod):
             out the values' bias).
         maps: "heads": a matrix and a bias within each head after the projections of queries and keys, which absorbed
             projections include; or "none".
-        own_projections: whether each layer has projections of its own instead of the model's.
+        own_projections: whether each layer has its own projections instead of the model's.
     """
 
     num_mediators: int = option(16, "most mediators a layer uses", low=1, high=4096, shown=True)
@@ -141,13 +141,13 @@ class LearnedLinear(LearnedMethod):
 
     Attributes:
         feature_map: "elu", "relu", "focused" or "identity", see `attngen.functional.linear_attention`, or "hedgehog":
-            the softmax over a head's channels of y and of -y, side by side.
+            the softmax over a head's channels of y and of -y, concatenated.
         maps: "input": q = W_q (x + F(x)) with F a two-layer network, k alike (LinFusion); "heads": a matrix within
             each head after the projection; "none".
         reduction: channels over hidden channels of F.
         convolution: whether a depth-wise convolution of the values is added.
         eps: added to the denominator.
-        own_projections: whether each layer has projections of its own instead of the model's.
+        own_projections: whether each layer has its own projections instead of the model's.
     """
 
     feature_map: Literal["elu", "relu", "focused", "identity", "hedgehog"] = option("hedgehog", "replaces the softmax")

@@ -30,7 +30,7 @@ class LayerSizes(NamedTuple):
         grid: (height, width) of the tokens that position biases are stored for.
         num_mediators: mediators that they are stored for; 0 for linear attention.
         qkv_bias: whether the projections of queries, keys and values have a bias.
-        out_bias: whether that of the output has.
+        out_bias: whether the output projection has one.
     """
 
     channels: int
@@ -47,13 +47,13 @@ class LayerSizes(NamedTuple):
 
 
 class HiddenModule(nn.Module):
-    """A child module that its parents' parameters and state dict do not show, and that moves with them all the same.
+    """A child module that is not in its parents' parameters and state dict, and still moves with them.
 
-    So a patched model saves, counts and freezes what it did before, and `.to()`, `.half()` and offloading of whole
+    So a patched model saves, counts and freezes the same parameters as before, and `.to()`, `.half()` and offloading of whole
     models reach the learned weights.
 
     Args:
-        content: the module; `.content` gives it back.
+        content: the module; also an attribute.
     """
 
     content: Any
@@ -106,7 +106,7 @@ class LearnedCore(nn.Module, ABC):
 
     @abstractmethod
     def start(self, start: str, generator: torch.Generator) -> None:
-        """Fill the weights such that the layer is its method without learning. Projections are filled by the host.
+        """Fill the weights such that the layer equals its method without training. Projections are filled by the host.
 
         Args:
             start: "plain" or "agent", see `LearnedMediators`.
@@ -152,7 +152,7 @@ class HeadMap(nn.Module):
 
 
 class MediatorCore(LearnedCore):
-    """What `LearnedMediators` learns: `MediatorMixer`, the logarithm of both softmaxes' scales for each head, and maps.
+    """The weights of `LearnedMediators`: `MediatorMixer`, the logarithms of both softmax scales of each head, and maps.
 
     Attributes:
         query_map: of queries, and so of mediators, or None.
@@ -180,7 +180,7 @@ class MediatorCore(LearnedCore):
                 self.mixer.dwc.weight[:, :, 1, 1] = scales.shortcut
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """What queries and keys of each head are multiplied by, (H,) float32 each.
+        """The factors of queries and keys of each head, (H,) float32 each.
 
         Mediators are pooled queries, so a factor f of the queries makes f² of the broadcast's scores and f of the
         aggregation's; the keys' factor compensates for the latter.
@@ -201,7 +201,7 @@ class MediatorCore(LearnedCore):
 
 
 class LinearCore(LearnedCore):
-    """What `LearnedLinear` learns: maps of queries and keys, and a depth-wise convolution of the values."""
+    """The weights of `LearnedLinear`: maps of queries and keys, and a depth-wise convolution of the values."""
 
     def __init__(self, sizes: LayerSizes, maps: str, reduction: int, convolution: bool, own_projections: bool) -> None:
         super().__init__(sizes, own_projections)
@@ -241,6 +241,6 @@ def _start_bottleneck(branch: nn.Sequential, generator: torch.Generator) -> None
 
 
 def hedgehog_features(x: Tensor) -> Tensor:
-    """softmax(x) and softmax(-x) over the last axis, side by side: (…, D) -> (…, 2 · D), in float32 at least."""
+    """softmax(x) and softmax(-x) over the last axis, concatenated: (…, D) -> (…, 2 · D), in float32 at least."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return torch.cat([F.softmax(wide, dim=-1), F.softmax(-wide, dim=-1)], dim=-1).to(x.dtype)
