@@ -49,8 +49,8 @@ class LayerSizes(NamedTuple):
 class HiddenModule(nn.Module):
     """A child module that is not in its parents' parameters and state dict, and still moves with them.
 
-    So a patched model saves, counts and freezes the same parameters as before, and `.to()`, `.half()` and offloading of whole
-    models reach the learned weights.
+    So a patched model saves, counts and freezes the same parameters as before, and `.to()`, `.half()` and offloading of
+    whole models reach the learned weights.
 
     Args:
         content: the module; also an attribute.
