@@ -195,7 +195,7 @@ class LearnedLayers:
             raise ValueError(f"{self.source} does not fit {type(model).__name__}: {'; '.join(wrong[:_SHOWN])}{more}")
 
     def other_model(self, model: nn.Module) -> str | None:
-        """A warning where the layers fit a model with another configuration than the one they were made for, or None."""
+        """A warning where the layers fit a model configured differently from the one they were made for, or None."""
         if self.config_hash is None or self.config_hash == config_hash(model):
             return None
         return (
