@@ -34,7 +34,7 @@ class BackendAttention:
 
     @property
     def kernel(self) -> None:
-        """The user chose, so none of attngen's paths runs."""
+        """None: the user chose a backend, so none of attngen's kernels runs."""
         return None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
@@ -56,7 +56,7 @@ def attention_of(processor: Any, original: Any, kernel: str) -> FusedAttention |
     Args:
         processor: ours, on which diffusers sets backends.
         original: the layer's own processor.
-        kernel: attngen's path to take where the user chose no backend.
+        kernel: of attngen, to use where the user chose no backend.
     """
     backend, parallel_config = _chosen_backend(processor, original), processor._parallel_config
     if backend is None and parallel_config is None:
@@ -65,7 +65,7 @@ def attention_of(processor: Any, original: Any, kernel: str) -> FusedAttention |
 
 
 def _chosen_backend(processor: Any, original: Any) -> AttentionBackendName | None:
-    """The attention backend asked for (by model, context manager, environment or xformers), None for torch's own."""
+    """The attention backend that was set (by model, context manager, environment or xformers), None for torch's own."""
     if processor._attention_backend is not None:
         return processor._attention_backend
     active, _ = _AttentionBackendRegistry.get_active_backend()

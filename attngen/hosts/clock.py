@@ -9,10 +9,10 @@ The time of a call is defined by the noise in its sample:
 - Schedulers of sigmas alone, x = data + sigma · noise (EDM): the step of Stable Diffusion's schedule (scaled linear
   betas from 0.00085 to 0.012, 1,000 steps) with the same sigma, over 1,000; beyond its ends the time is the end's.
 
-What a model receives as its timestep is no such time: pipelines pass scheduler.timesteps as they are (whole training
+The timestep that a model receives is not this time: pipelines pass scheduler.timesteps as they are (whole training
 steps, 0.25 · log sigma, ...), over 1,000, over the number of training steps, or 1 minus that, and often in bfloat16.
-`Clock` looks the value up among those the scheduler's current timesteps can become; the clock of the model's family
-gives which.
+`Clock` looks the value up among the forms that the scheduler's current timesteps can take; the clock of the model's
+family defines the form.
 """
 
 from __future__ import annotations

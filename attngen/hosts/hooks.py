@@ -1,7 +1,7 @@
 """Forward pre-hooks that carry a `Call` from the denoiser's arguments to the attention layers.
 
-They are objects of these classes and hold no module, so a patched model can be copied and pickled, and all that a patch
-put on a model can be found again on the model itself.
+They are objects of these classes and hold no module, so a patched model can be copied and pickled, and everything that
+a patch added to a model can be found on the model itself.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class AttnGenWarning(UserWarning):
 
 
 class Seen(NamedTuple):
-    """One denoiser call, as far as it decides what the layers run.
+    """The properties of a denoiser call that decide what its layers run.
 
     Attributes:
         grid: (height, width) of the latents of a UNet, of the tokens of a transformer.
@@ -70,22 +70,22 @@ class Seen(NamedTuple):
 
 
 class Hook:
-    """Base of all hooks of a patch, by which `remove_hooks` knows them."""
+    """Base of all hooks of a patch, by which `remove_hooks` finds them."""
 
 
 class RootHook(Hook):
     """On the denoiser: reads time and size once a call, outside of any compiled graph, and makes the `Call`.
 
     Args:
-        patch_id: tells this patch from a later one on the same model.
+        patch_id: distinguishes this patch from a later one on the same model.
         model: the denoiser; only the places of its arguments are kept.
         starts: of the plan's stages.
-        draws: for each stage, whether a method of it needs them.
-        layers: names of the patched layers; looked at to notice that another tool replaced our processors.
+        draws: for each stage, whether one of its methods needs them.
+        layers: names of the patched layers; checked for processors that another tool has replaced.
         clock: time of a timestep by the pipeline's scheduler.
         seed: of the draws.
         switch: chooses the stage instead of the time, or None.
-        review: called once for everything new in `Seen`, with (model, seen); returns a warning or None.
+        review: called once for each new `Seen`, with (model, seen); returns a warning or None.
 
     Attributes:
         paused: whether every layer is exact, bit for bit, for as long as this is set.
@@ -130,7 +130,7 @@ class RootHook(Hook):
         extra = {name: place.get(args, kwargs) for name, place in self.extra.items()}
         times = self._times(family, args, kwargs)
         if times is None:
-            return args, kwargs  # the same for the time step
+            return args, kwargs  # the same for the timestep
         stage = self._stage(times)
         seen = self._see(model, family, sample, extra)
         if self.trace is not None:
@@ -146,7 +146,7 @@ class RootHook(Hook):
         return self.channel.put(args, kwargs, {**(given or {}), CHANNEL_KEY: call})
 
     def _times(self, family: Family, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[float] | None:
-        """Times of the call, read only where something depends on them: on a GPU reading waits for it."""
+        """Times of the call, read only where something depends on them: reading synchronises with a GPU."""
         if len(self.starts) == 1 and not any(self.draws):
             return []
         timestep = self.time.get(args, kwargs)
@@ -169,7 +169,7 @@ class RootHook(Hook):
         return stages.pop()
 
     def _see(self, model: nn.Module, family: Family, sample: Tensor, extra: dict[str, Any]) -> Seen:
-        """What the call is like; warns once where nothing is active at this size, or our processors were replaced."""
+        """The properties of the call; warns once where nothing is active at this size, or processors were replaced."""
         grid = family.grid(model, {family.sample: sample, **extra})
         text = extra.get(family.text) if family.text else None
         tokens = int(sample.shape[1]) if sample.ndim == 3 else grid[0] * grid[1]
@@ -250,11 +250,11 @@ class _InnerHook(Hook, ABC):
 
     @abstractmethod
     def refine(self, call: Call, hidden_states: Tensor) -> Call:
-        """The payload for the modules inside, given the input of this one."""
+        """The payload for the modules inside, from the input of this one."""
 
 
 class SpatialHook(_InnerHook):
-    """On the modules of a UNet that turn latents into tokens: puts in this level's exact grid.
+    """On the modules of a UNet that turn latents into tokens: sets the exact grid of this level.
 
     Attributes:
         seen: the grid of the last call, or None.
@@ -277,7 +277,7 @@ class MetricHook(_InnerHook):
 
 
 class StripHook(Hook):
-    """On every attention module: takes the payload away where a processor does not know it; diffusers would log it."""
+    """On every attention module: removes the payload for processors without such an argument; diffusers would log it."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         if CHANNEL_KEY not in kwargs or isinstance(module.processor, PROCESSORS):
@@ -286,12 +286,12 @@ class StripHook(Hook):
 
 
 def add_hook(module: nn.Module, hook: Any) -> None:
-    """Register a hook of ours; the root's comes before those of other tools."""
+    """Register one of these hooks; the root hook runs before those of other tools."""
     if isinstance(hook, RootHook):
         module.register_forward_pre_hook(cast("Any", hook), with_kwargs=True, prepend=True)
     else:
         # As registering does, but by one number in every layer: torch gives each hook its own, and compilers that
-        # compare them (2.10) make a graph for each block, where blocks alike can share one.
+        # compare them (2.10) make a graph for each block, where equal blocks can share one.
         module._forward_pre_hooks[INNER_HOOK] = hook
         module._forward_pre_hooks_with_kwargs[INNER_HOOK] = True
 

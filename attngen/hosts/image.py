@@ -1,4 +1,4 @@
-"""Processor for layers that see image tokens alone: UNets, DiT, PixArt, SiT."""
+"""Processor for layers of image tokens alone: UNets, DiT, PixArt, SiT."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from attngen.tokens import join_heads
 class AttnGenProcessor:
     """Runs the route of its layer, or the layer's own processor where that is exact attention.
 
-    Without state and arguments: diffusers may make it anew at any time. Options are in the layer's `LayerSpec`, what
-    changes from call to call comes as `attngen`, a `Call`.
+    Without state and arguments: diffusers may create a new one at any time. Options are in the layer's `LayerSpec`; what
+    changes from call to call is the argument `attngen`, a `Call`.
     """
 
     default = AttnProcessor2_0
-    """The processor that takes its place where the original one is not known."""
+    """The processor to use instead where there is no patch."""
 
     _attention_backend = None
     _parallel_config = None
 
     def layer(self, attn: Any, text_tokens: int = 0) -> Layer:
-        """The layer as this processor sees it; text is no part of it."""
+        """The layer as this processor reads it; `text_tokens` has no effect."""
         spec = spec_of(attn)
         original, kernel = (self.default(), AUTO) if spec is None else (spec.original, spec.kernel)
         return Layer(attn, attention_of(self, original, kernel), kernel)
@@ -63,7 +63,7 @@ class AttnGenProcessor:
 
 
 def softmax(layer: Layer, hidden_states: Tensor, call: Call | None) -> Tensor:
-    """Exact attention through the backend in force, which the layer's own processor may not know."""
+    """Exact attention through the backend in force, which the layer's own processor may not support."""
     query, key, value = layer.project(Selection(hidden_states, hidden_states))
     return layer.output(join_heads(layer.attention(query, key, value)).to(query.dtype))
 

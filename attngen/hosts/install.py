@@ -1,4 +1,4 @@
-"""Which layers can be patched, and putting a patch on them and off again, all or nothing."""
+"""Which layers can be patched, and installing and removing a patch, all or nothing."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ PLAIN: dict[str, type] = {
     "XFormersJointAttnProcessor": JointAttnGenProcessor,
     "FluxAttnProcessor": FluxAttnGenProcessor,
 }
-"""Processors that compute plain softmax attention, by class name, and ours for them.
+"""Processors that compute plain softmax attention, by class name, and attngen's for them.
 
-All others (IP-Adapter, PAG, custom ones, layers with learned mediators) do something of their own that must stay.
+All others (IP-Adapter, PAG, custom ones, layers with learned mediators) compute something else and stay.
 `attngen.hosts.registry` adds those of attngen's own models.
 """
 
 
 @dataclass(frozen=True)
 class Patching:
-    """What is put on a model.
+    """A patch for a model.
 
     Attributes:
-        plan: which method where and when.
-        patch_id: tells this patch from a later one.
+        plan: methods by layer and stage.
+        patch_id: distinguishes this patch from a later one.
         review: see `RootHook`.
         clock: see `RootHook`.
-        seed: of random draws.
+        seed: of random token merging.
         switch: chooses the stage instead of the time, or None.
-        kernel: which of attngen's paths computes the methods.
+        kernel: which of attngen's kernels computes the methods.
         cores: learned weights by layer.
         metric: whether transformer blocks pass on their input even where the plan does not need it.
     """
@@ -66,7 +66,7 @@ class Patching:
 
 @dataclass
 class Detached:
-    """A patch that was taken off a model, to be put on again.
+    """A patch that was removed from a model, and can be attached again.
 
     Attributes:
         hooks: with their modules.
@@ -131,7 +131,7 @@ def learnable_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def install(model: nn.Module, patching: Patching) -> None:
-    """Put a patch on a model, in place of any that it has. An attention backend set on that one stays.
+    """Install a patch on a model, in place of any that it has. Attention backends that were set on it stay.
 
     If anything fails, the model is as it was before, an older patch included.
     """
@@ -194,25 +194,25 @@ def _specs(model: nn.Module, family: Family, layers: Mapping[str, Any], patching
 
 
 def _original(attn: Any) -> Any:
-    """The processor to restore. One of ours without a patch was left by another tool, and means the default one."""
+    """The processor to restore. One of attngen's without a patch was left by another tool; the default one replaces it."""
     if not isinstance(attn.processor, hooks.PROCESSORS):
         return attn.processor
     spec = spec_of(attn)
     if spec is not None:
         return spec.original
-    # Modules that come with processors of their own name them.
+    # Modules with processors of their own name their default.
     return (getattr(attn, "_default_processor_cls", None) or type(attn.processor).default)()
 
 
 def _copy_settings(source: Any, target: Any) -> None:
-    """Hand on the attention backend and parallel configuration the user set, where both have them."""
+    """Copy the attention backend and parallel configuration that the user set, where both have them."""
     for name in ("_attention_backend", "_parallel_config"):
         if hasattr(source, name) and hasattr(target, name) and getattr(source, name) != getattr(target, name):
             setattr(target, name, getattr(source, name))
 
 
 def detach(model: nn.Module) -> Detached:
-    """Take any patch off a model; a processor that is not ours by now stays."""
+    """Remove any patch from a model; a processor that another tool has put in place stays."""
     detached = Detached(hooks.remove_hooks(model))
     for layer in hooks.patched_layers(model).values():
         attn: Any = layer
@@ -226,7 +226,7 @@ def detach(model: nn.Module) -> Detached:
 
 
 def attach(model: nn.Module, detached: Detached) -> None:
-    """Put a patch that was taken off on the model again."""
+    """Attach a removed patch to its model again."""
     for attn, processor, spec, core in detached.layers:
         setattr(attn, SPEC, spec)
         if isinstance(processor, hooks.PROCESSORS):

@@ -1,7 +1,7 @@
-"""Joint attention, where image and text tokens attend to each other: what SD3 and FLUX share, and SD3's processor.
+"""Joint attention, where image and text tokens attend to each other: common parts of SD3 and FLUX, SD3's processor.
 
-Image queries go through the plan's method. Text queries stay exact: softmax over the text and the image keys the method
-keeps, which are all of them for agents, so the prompt is read in full.
+Image queries go through the plan's method. Text queries stay exact: softmax over the text and the image keys that the
+method keeps. Agents keep all of them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class JointLayer(Layer):
     """A layer whose image queries attend to text as well.
 
     Agents are pooled before the rotation and rotated by the token nearest to their cell's centre: the mean of rotated
-    queries would lose the high frequencies.
+    queries would lose high frequencies.
 
     Args:
         attn: see `Layer`.

@@ -1,4 +1,4 @@
-"""Side effects of `import attngen` on diffusers: its classes become loadable, its processors and blocks known."""
+"""Side effects of `import attngen` on diffusers: its classes, processors and blocks are registered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a patch attaches to a layer, and the one decision what the layer runs in a call."""
+"""The part of a patch that is attached to a layer, and the one decision of what the layer runs in a call."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ MASKED = "an attention mask was given"
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Attached to each patched layer, not to its processor: diffusers makes processors anew without arguments.
+    """Attached to each patched layer, not to its processor: diffusers creates processors without arguments.
 
     Attributes:
         name: of the layer in its model.
         group: equal for layers with equal sizes and methods; see `attngen.layers.trace`.
-        original: the processor that was there; it computes the layer wherever it is exact.
+        original: the layer's own processor; it computes the layer wherever it is exact.
         methods: one a stage of the plan.
         min_tokens: layers with fewer tokens stay exact.
         level: how many attention resolutions of the model are finer than this layer's.
         max_levels: only layers whose level is below it take part; None for all.
         rotary: whether the layer rotates queries and keys by position.
-        kernel: which of attngen's paths computes the methods, see `attngen.kernels.dispatch`.
+        kernel: which of attngen's kernels computes the methods, see `attngen.kernels.dispatch`.
     """
 
     name: str
@@ -52,7 +52,7 @@ class LayerSpec:
     kernel: str = AUTO
 
     def why_exact(self, method: AttentionMethod, grid: Grid, tokens: int) -> str | None:
-        """Why the plan or the tokens leave the layer exact, in a few words; None where its method decides."""
+        """The reason why the plan or the tokens leave the layer exact; None where its method decides."""
         if grid[0] * grid[1] != tokens:
             return f"{tokens} tokens do not fill its grid of {grid[0]} x {grid[1]}"
         if isinstance(method, SoftmaxAttention):
@@ -67,12 +67,12 @@ class LayerSpec:
 
 
 def spec_of(attn: nn.Module) -> LayerSpec | None:
-    """What a patch attached to a layer, or None."""
+    """The spec attached to a layer, or None."""
     return getattr(attn, SPEC, None)
 
 
 def decide(layer: Layer, call: Call | None, like: Like, why: str | None = None) -> Route:
-    """What a layer runs in a call: for the processor that runs it, and for the report.
+    """The route of a layer in a call: for the processor that runs it, and for the report.
 
     Exact wherever the payload does not describe these tokens: merged by another tool, a shard of them, tokens with
     objects among them.
@@ -81,7 +81,7 @@ def decide(layer: Layer, call: Call | None, like: Like, why: str | None = None) 
         layer: the layer.
         call: of the denoiser, or None where no payload reached the layer.
         like: of its image tokens (B, N, C).
-        why: a reason of the host's for exact attention, such as a mask, or None.
+        why: a reason of the host for exact attention, such as a mask, or None.
     """
     spec = spec_of(layer.attn)
     if spec is None or call is None:
@@ -115,7 +115,7 @@ def noted(route: Route, attn: nn.Module, call: Call | None) -> Route:
 
 
 def _scores_skipped(attn: nn.Module) -> bool:
-    """Whether a diffusers guider puts the values in place of this layer's attention, which it can if that is exact."""
+    """Whether a diffusers guider replaces this layer's attention with its values, which requires exact attention."""
     registry = getattr(attn, "_diffusers_hook", None)
     if registry is None:
         return False
