@@ -277,7 +277,7 @@ class MetricHook(_InnerHook):
 
 
 class StripHook(Hook):
-    """On every attention module: removes the payload for processors without such an argument; diffusers would log it."""
+    """On every attention module: removes the payload where a processor has no such argument; diffusers would log."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         if CHANNEL_KEY not in kwargs or isinstance(module.processor, PROCESSORS):

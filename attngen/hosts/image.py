@@ -18,8 +18,8 @@ from attngen.tokens import join_heads
 class AttnGenProcessor:
     """Runs the route of its layer, or the layer's own processor where that is exact attention.
 
-    Without state and arguments: diffusers may create a new one at any time. Options are in the layer's `LayerSpec`; what
-    changes from call to call is the argument `attngen`, a `Call`.
+    Without state and arguments: diffusers may create a new one at any time. Options are in the layer's `LayerSpec`;
+    what changes from call to call is the argument `attngen`, a `Call`.
     """
 
     default = AttnProcessor2_0

@@ -194,7 +194,7 @@ def _specs(model: nn.Module, family: Family, layers: Mapping[str, Any], patching
 
 
 def _original(attn: Any) -> Any:
-    """The processor to restore. One of attngen's without a patch was left by another tool; the default one replaces it."""
+    """The processor to restore. One of attngen's without a patch was left by another tool: then the default one."""
     if not isinstance(attn.processor, hooks.PROCESSORS):
         return attn.processor
     spec = spec_of(attn)
