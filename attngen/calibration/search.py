@@ -307,11 +307,11 @@ def _check_bound(max_error: float | None, speedup: float | None) -> None:
 def stage_starts(times: Sequence[float], num_stages: int) -> tuple[float, ...]:
     """Times at which stages start so that each has as many of the pipeline's own steps, as near as can be.
 
-    A start lies between two steps, so it means the same with somewhat more or fewer steps.
+    A start is between two steps, so it has the same effect with somewhat more or fewer steps.
 
     Args:
         times: of the network's calls, 1 is noise.
-        num_stages: stages wanted.
+        num_stages: number of stages.
 
     Raises:
         ValueError: if there are fewer steps than stages.
@@ -338,7 +338,7 @@ def choose_calls(times: Sequence[float], starts: Sequence[float]) -> dict[int, b
 
 
 def _next_budget(budget: float, low: float, high: float, error: float, max_error: float) -> float:
-    """Where to look next: by the ratio of wanted to measured error, kept between what held and what did not."""
+    """The next budget: by the ratio of bound to measured error, between budgets within and beyond the bound."""
     wanted = budget * 0.95 * max_error / error if error > 0 else 4 * budget
     if high < math.inf and low > 0 and not low * 1.01 < wanted < high * 0.99:
         wanted = math.sqrt(low * high)

@@ -54,7 +54,7 @@ def attention_of(processor: Any, original: Any, kernel: str) -> FusedAttention |
     """Exact attention for a layer.
 
     Args:
-        processor: ours, on which diffusers sets backends.
+        processor: of attngen, on which diffusers sets backends.
         original: the layer's own processor.
         kernel: of attngen, to use where the user chose no backend.
     """

@@ -21,7 +21,7 @@ Tables = tuple[Tensor, Tensor]
 
 
 class FluxAttnGenProcessor:
-    """FLUX's layers; the single-stream ones get text and image in one sequence. See `AttnGenProcessor`."""
+    """FLUX's layers; the input of single-stream ones has text and image in one sequence. See `AttnGenProcessor`."""
 
     default = FluxAttnProcessor
 
@@ -82,7 +82,7 @@ class FluxAttnGenProcessor:
 
 
 def _with_settings(original: Any, ours: Any) -> Any:
-    """The original processor with the backend that was set on ours; the original itself stays as it was."""
+    """A copy of the original processor with the backend that was set on attngen's; the original is not changed."""
     if ours._attention_backend is None and ours._parallel_config is None:
         return original
     copied = type(original)()

@@ -83,7 +83,7 @@ class RootHook(Hook):
         draws: for each stage, whether one of its methods needs them.
         layers: names of the patched layers; checked for processors that another tool has replaced.
         clock: time of a timestep by the pipeline's scheduler.
-        seed: of the draws.
+        seed: of the random numbers.
         switch: chooses the stage instead of the time, or None.
         review: called once for each new `Seen`, with (model, seen); returns a warning or None.
 

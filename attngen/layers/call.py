@@ -16,7 +16,7 @@ CHANNEL_KEY = "attngen"
 
 
 class Call(NamedTuple):
-    """Immutable, made anew for every call of the denoiser and passed down as an argument.
+    """Immutable, made for every call of the denoiser and passed down as an argument.
 
     So gradient checkpointing, threads and `torch.compile` see the values of the call that a layer belongs to.
 

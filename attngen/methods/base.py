@@ -41,7 +41,7 @@ class Option(NamedTuple):
         step: of a slider.
         choices: of a "choice"; None among them means none.
         optional: whether None is a value.
-        shown: whether tables show its value beside the method's name.
+        shown: whether tables show its value after the method's name.
     """
 
     name: str
@@ -196,7 +196,7 @@ class AttentionMethod(ABC):
 
     @property
     def label(self) -> str:
-        """The method and the options that tell variants apart, in a few characters."""
+        """The method and the options that distinguish variants, in a few characters."""
         shown = [getattr(self, o.name) for o in self.options() if o.shown]
         values = [v for v in shown if v not in (None, False)]
         return " ".join([self.short or self.kind, *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)])

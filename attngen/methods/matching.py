@@ -136,7 +136,7 @@ def match_tokens(
         stride: (rows, columns) of a cell.
         ratio: share of all tokens to merge away; at most those that are not destinations.
         agent_ratio: share merged away to make agents, or None for no agents.
-        generator: draws each cell's destination; None takes the top-left token.
+        generator: chooses each cell's destination at random; None takes the top-left token.
 
     Raises:
         ValueError: if the tokens do not fill the grid, a cell is larger than it, or a ratio is not in [0, 1).
