@@ -82,7 +82,7 @@ class FluxAttnGenProcessor:
 
 
 def _with_settings(original: Any, ours: Any) -> Any:
-    """A copy of the original processor with the backend that was set on attngen's; the original is not changed."""
+    """The original processor, or a copy with the backend that was set on attngen's; the original is not changed."""
     if ours._attention_backend is None and ours._parallel_config is None:
         return original
     copied = type(original)()
