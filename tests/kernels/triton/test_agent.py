@@ -18,12 +18,14 @@ import pytest
 import torch
 
 from attngen.kernels import reference
-from attngen.kernels.reference import Convolution
+from attngen.kernels.reference import AgentScales, Convolution
 from attngen.kernels.triton import agent as triton_agent
 from attngen.kernels.triton import common as triton_common
 from tests.cases import share
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
+SCALES, EQUAL = AgentScales(0.3, 0.5), AgentScales(1.0, 1.0)
+"""Different factors, so that exchanging them shows, and equal ones."""
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 
 
@@ -58,7 +60,7 @@ def test_kernels_compile_for_a_gpu():
 
 
 def test_import_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; from attngen.kernels import triton_agent as t; print(t.why_not)"
+    code = "import sys; sys.modules['triton'] = None; from attngen.kernels.triton import agent; print(agent.why_not)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
 
 
@@ -70,7 +72,7 @@ def test_reasons_against_the_kernels(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "need a CUDA device" in str(triton_agent.why_not(q, q, q, q))
     with pytest.raises(ValueError, match="cannot run here: .* need a CUDA device"):
-        triton_agent.agent_attention(q, q, q, q, 1.0, 1.0)
+        triton_agent.agent_attention(q, q, q, q, EQUAL)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert triton_agent.why_not(q, q, q, q) is None
     wide, many = torch.zeros(1, 1, 4, 257), torch.zeros(1, 1, 257, 8)
@@ -145,9 +147,9 @@ def run(function, case: Case, inputs: dict[str, torch.Tensor], dtype: torch.dtyp
     leaves = {name: x.to(device, dtype).requires_grad_() for name, x in inputs.items()}
     heads = [leaves[name].transpose(1, 2) for name in ("query", "key", "value", "agents")]
     convolution = Convolution(leaves["weight"], leaves["weight_bias"], case.convolution) if case.convolution else None
-    # Different factors, so that exchanging them shows.
+    scales = SCALES._replace(shortcut=case.shortcut, gain=case.gain)
     biases = leaves.get("aggregation_bias"), leaves.get("broadcast_bias")
-    output = function(*heads, 0.3, 0.5, *biases, case.shortcut, convolution, case.gain)
+    output = function(*heads, scales, biases, convolution)
     generator = torch.Generator().manual_seed(5)
     grad = torch.randn(output.shape, generator=generator, dtype=torch.float64)
     gradients = torch.autograd.grad(output, list(leaves.values()), grad.to(device, dtype))
@@ -268,16 +270,16 @@ def interpreted_strided_inputs_are_read_in_place(monkeypatch):
         assert triton_common.alignment(*views) == align
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "contiguous", lambda x: pytest.fail("an input was copied"))
-            got = triton_agent.agent_attention(*views, agents, 0.3, 0.5)
-        want = triton_agent.agent_attention(*(x.contiguous() for x in (query, key, value, agents)), 0.3, 0.5)
+            got = triton_agent.agent_attention(*views, agents, SCALES)
+        want = triton_agent.agent_attention(*(x.contiguous() for x in (query, key, value, agents)), SCALES)
         assert torch.equal(got, want)
     columns = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (query, key, value, agents)]
-    assert torch.equal(triton_agent.agent_attention(*columns, 0.3, 0.5), want)
+    assert torch.equal(triton_agent.agent_attention(*columns, SCALES), want)
 
 
 def interpreted_output_joins_its_heads_without_a_copy():
     query, key, value, agents = small(Case(50, 16, 4, heads=3, batch=2))
-    output = triton_agent.agent_attention(query, key, value, agents, 0.3, 0.5)
+    output = triton_agent.agent_attention(query, key, value, agents, SCALES)
     assert output.shape == (2, 3, 50, 16)
     assert output.transpose(1, 2).is_contiguous()
 
@@ -303,10 +305,10 @@ def interpreted_without_gradients_equals_with(monkeypatch):
     from attngen.kernels.triton import agent_launch as triton_agent_launch
 
     heads = small(Case(300, 16, 16))
-    want = triton_agent.agent_attention(*(x.detach().requires_grad_() for x in heads), 0.3, 0.5)
-    assert torch.allclose(triton_agent.agent_attention(*heads, 0.3, 0.5), want, rtol=0, atol=1e-6)
+    want = triton_agent.agent_attention(*(x.detach().requires_grad_() for x in heads), SCALES)
+    assert torch.allclose(triton_agent.agent_attention(*heads, SCALES), want, rtol=0, atol=1e-6)
     monkeypatch.setattr(triton_agent_launch, "_COMBINED_IN_PLACE", 0)
-    assert torch.equal(triton_agent.agent_attention(*heads, 0.3, 0.5), want)
+    assert torch.equal(triton_agent.agent_attention(*heads, SCALES), want)
 
 
 def interpreted_needless_gradients_cost_nothing(monkeypatch):
@@ -318,12 +320,12 @@ def interpreted_needless_gradients_cost_nothing(monkeypatch):
     query, key, value, agents = small(Case(20, 8, 4))
     bias = torch.zeros(4, 20)
     query.requires_grad_()
-    triton_agent.agent_attention(query, key, value, agents, 1.0, 1.0, bias, bias.T).sum().backward()
+    triton_agent.agent_attention(query, key, value, agents, EQUAL, (bias, bias.T)).sum().backward()
     assert "broadcast_backward" in launched
     assert not any("bias" in name or "aggregation" in name for name in launched)
     launched.clear()
     key.requires_grad_()
-    triton_agent.agent_attention(query, key, value, agents, 1.0, 1.0, bias, bias.T).sum().backward()
+    triton_agent.agent_attention(query, key, value, agents, EQUAL, (bias, bias.T)).sum().backward()
     assert "aggregation_backward" in launched and not any("bias" in name for name in launched)
     assert key.grad is not None and agents.grad is None and value.grad is None
 
@@ -339,14 +341,14 @@ def interpreted_single_gradients():
         heads = [leaves[other].transpose(1, 2) for other in ("query", "key", "value", "agents")]
         biases = leaves["aggregation_bias"], leaves["broadcast_bias"]
         convolution = Convolution(leaves["weight"], leaves["weight_bias"], (5, 6))
-        output = triton_agent.agent_attention(*heads, 0.3, 0.5, *biases, 0.0, convolution)
+        output = triton_agent.agent_attention(*heads, SCALES, biases, convolution)
         (gradient,) = torch.autograd.grad(output, leaves[name], grad)
         assert torch.allclose(gradient.double(), wanted[name], rtol=1e-4, atol=1e-5), name
 
 
 def interpreted_second_derivatives_are_refused():
     query, key, value, agents = (x.requires_grad_() for x in small(Case(10, 8, 4)))
-    output = triton_agent.agent_attention(query, key, value, agents, 1.0, 1.0)
+    output = triton_agent.agent_attention(query, key, value, agents, EQUAL)
     (gradient,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivatives"):
         gradient.sum().backward()
@@ -355,25 +357,25 @@ def interpreted_second_derivatives_are_refused():
 def interpreted_wrong_branches_are_refused():
     query, key, value, agents = small(Case(12, 8, 4, keys=10))
     with pytest.raises(ValueError, match="10 values and 12 queries"):
-        triton_agent.agent_attention(query, key, value, agents, 1.0, 1.0, shortcut=0.5)
+        triton_agent.agent_attention(query, key, value, agents, EQUAL._replace(shortcut=0.5))
     weight = torch.zeros(8, 1, 3, 3)
     with pytest.raises(ValueError, match="10 values and 12 queries"):
         triton_agent.agent_attention(
-            query, key, value, agents, 1.0, 1.0, convolution=Convolution(weight, None, (3, 4))
+            query, key, value, agents, EQUAL, convolution=Convolution(weight, None, (3, 4))
         )  # fmt: skip
     with pytest.raises(ValueError, match="3 x 3 is not 10"):
-        triton_agent.agent_attention(key, key, value, agents, 1.0, 1.0, convolution=Convolution(weight, None, (3, 3)))
+        triton_agent.agent_attention(key, key, value, agents, EQUAL, convolution=Convolution(weight, None, (3, 3)))
     with pytest.raises(ValueError, match=r"shape \(7, 1, 3, 3\), not \(8, 1, 3, 3\)"):
         triton_agent.agent_attention(
-            key, key, value, agents, 1.0, 1.0, convolution=Convolution(weight[:7], None, (2, 5))
+            key, key, value, agents, EQUAL, convolution=Convolution(weight[:7], None, (2, 5))
         )  # fmt: skip
 
 
 def interpreted_convolution_without_a_bias():
     query, key, value, agents = small(Case(12, 8, 4))
     convolution = Convolution(torch.randn(8, 1, 3, 3, generator=torch.Generator().manual_seed(1)), None, (3, 4))
-    got = triton_agent.agent_attention(query, key, value, agents, 1.0, 1.0, convolution=convolution)
-    want = reference.agent_attention(query, key, value, agents, 1.0, 1.0, convolution=convolution)
+    got = triton_agent.agent_attention(query, key, value, agents, EQUAL, convolution=convolution)
+    want = reference.agent_attention(query, key, value, agents, EQUAL, convolution=convolution)
     assert torch.allclose(got, want, atol=1e-5)
 
 
@@ -382,12 +384,12 @@ def interpreted_autocast_casts_what_attention_casts():
     case = Case(30, 16, 4, aggregation_bias=(4, 30), broadcast_bias=(30, 4), convolution=(5, 6))
     leaves = {name: x.float().requires_grad_() for name, x in make_inputs(case).items()}
     heads = [leaves[name].transpose(1, 2) for name in ("query", "key", "value", "agents")]
-    rest = leaves["aggregation_bias"], leaves["broadcast_bias"], 0.0
+    biases = leaves["aggregation_bias"], leaves["broadcast_bias"]
     convolution = Convolution(leaves["weight"], leaves["weight_bias"], (5, 6))
     with torch.autocast("cpu", torch.bfloat16):
-        output = triton_agent.agent_attention(*heads, 0.3, 0.5, *rest, convolution)
+        output = triton_agent.agent_attention(*heads, SCALES, biases, convolution)
     assert output.dtype == torch.bfloat16
-    want = triton_agent.agent_attention(*(x.bfloat16() for x in heads), 0.3, 0.5, *rest, convolution)
+    want = triton_agent.agent_attention(*(x.bfloat16() for x in heads), SCALES, biases, convolution)
     assert torch.equal(output, want)
     output.float().square().sum().backward()
     for name, leaf in leaves.items():
@@ -418,8 +420,8 @@ def interpreted_compiles_whole():
     for name in want:
         assert torch.allclose(got[name], want[name], atol=1e-6), name
     larger = small(Case(30, 8, 4, batch=2))
-    want = triton_agent.agent_attention(*larger, 0.3, 0.5)
-    assert torch.allclose(compiled(*larger, 0.3, 0.5), want, atol=1e-6)
+    want = triton_agent.agent_attention(*larger, SCALES)
+    assert torch.allclose(compiled(*larger, SCALES), want, atol=1e-6)
 
 
 class NoDevice:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from attngen.kernels import reference
+from attngen.kernels.reference import AgentScales
 from attngen.kernels.triton import agent as triton_agent
 from attngen.kernels.triton import common as triton_common
 from tests.kernels.triton.test_agent import CASES, Case, compare, make_inputs, run
@@ -73,7 +74,7 @@ def test_training_keeps_little_more_than_its_inputs(monkeypatch):
     agents = torch.randn(2, 8, 16, 64, device="cuda", dtype=torch.bfloat16)
     leaves = [x.requires_grad_() for x in (*heads, agents)]
     before = torch.cuda.memory_allocated()
-    output = triton_agent.agent_attention(*leaves, 0.125, 0.125)
+    output = triton_agent.agent_attention(*leaves, AgentScales(0.125, 0.125))
     kept = torch.cuda.memory_allocated() - before - output.nbytes
     assert kept <= 0.02 * sum(x.nbytes for x in heads)
 
