@@ -9,6 +9,7 @@ from diffusers import ModelMixin, SchedulerMixin  # noqa: F401
 from attngen import functional
 from attngen.calibration import calibrate
 from attngen.hosts.hooks import AttnGenWarning
+from attngen.hosts.register import register_model
 from attngen.hosts.registry import register
 from attngen.learned.file import LearnedLayers
 from attngen.learned.methods import LearnedLinear, LearnedMediators
@@ -39,6 +40,7 @@ __all__ = [
     "AttnGenWarning",
     "Report",
     "apply",
+    "register_model",
     "remove",
     "AgentAttention",
     "DownsampledKV",

@@ -17,6 +17,7 @@ from torch import nn
 
 from attngen.checks import Grid
 from attngen.hosts import hooks
+from attngen.hosts.core import core_layer
 from attngen.hosts.families import default_grid, family_of, halved, halvings
 from attngen.hosts.spec import MASKED, LayerSpec, decide, spec_of
 from attngen.kernels.crossovers import TOLERANCE
@@ -296,7 +297,7 @@ def rows_of(
     rows: list[LayerReport] = []
     with _as_in(seen):
         for name, attn in hooks.patched_layers(model).items():
-            if isinstance(attn.processor, hooks.PROCESSORS):
+            if hooks.is_ours(attn):
                 grid = seen.grid if on_one_grid else _grid_of(model, name, seen.grid, grids)
                 tokens = seen.tokens if on_one_grid else grid[0] * grid[1]
                 rows.append(_layer_row(component, name, attn, starts, seen._replace(grid=grid, tokens=tokens)))
@@ -324,7 +325,9 @@ def _as_in(seen: hooks.Seen) -> Generator[None]:
 def _layer_row(component: str, name: str, attn: Any, starts: tuple[float, ...], seen: hooks.Seen) -> LayerReport:
     spec = spec_of(attn)
     assert spec is not None
-    layer: Layer = attn.processor.layer(attn, seen.text + seen.references)
+    layer = _layer_of(attn, spec, seen.text + seen.references)
+    if isinstance(layer, str):
+        return left_alone(component, name, layer)
     shape = layer_shape(layer, seen.grid)
     stages = tuple(_stage_row(spec, layer, shape, i, start, seen) for i, start in enumerate(starts))
     return LayerReport(
@@ -339,6 +342,19 @@ def _layer_row(component: str, name: str, attn: Any, starts: tuple[float, ...], 
         None,
         num_weights(attn),
     )
+
+
+def _layer_of(attn: Any, spec: LayerSpec, context: int) -> Layer | str:
+    """The layer as it was in the last call, or as its processor sees it; a reason where it is not known yet."""
+    if not spec.core:
+        return attn.processor.layer(attn, context)
+    sizes = hooks.seen_core(attn)
+    if sizes is None:
+        heads, width = getattr(attn, "heads", None), getattr(attn, "inner_dim", None)
+        if not isinstance(heads, int) or not isinstance(width, int):
+            return "its sizes are known after the first call"
+        sizes = heads, width // heads, context
+    return core_layer(attn, *sizes)
 
 
 def _stage_row(

@@ -1,115 +1,31 @@
-"""The table of model families: where each model keeps its latents, its time and its attention kwargs."""
+"""The table of model families: where latents, time and attention kwargs are among the arguments of each model."""
 
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import diffusers
-from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import nn
 
 from attngen.checks import Grid
-
-
-@dataclass(frozen=True)
-class Family:
-    """How to read one kind of denoiser.
-
-    Attributes:
-        sample: name of the forward argument with the latents.
-        time: name of the forward argument with the time step.
-        channel: name of the forward argument whose entries reach the attention processors.
-        clock: time step -> time in [0, 1], 1 is noise.
-        grid: (model, arguments by name) -> (height, width) of the tokens; for a UNet of the latents.
-        spatial_block: class name of the modules that turn latents into tokens, one a level, or None where the whole
-            model works on one grid.
-        text: name of the forward argument with the text tokens, where layers attend to image and text jointly.
-        rotary: whether layers rotate queries and keys by position.
-        mask: name of the forward argument whose value reaches self-attention as a mask, or None.
-    """
-
-    sample: str
-    time: str
-    channel: str
-    clock: Callable[[float], float]
-    grid: Callable[[nn.Module, dict[str, Any]], Grid]
-    spatial_block: str | None = None
-    text: str | None = None
-    rotary: bool = False
-    mask: str | None = None
-
-
-def _discrete(timestep: float) -> float:
-    return _clamped(timestep / 1000)
-
-
-def _continuous(timestep: float) -> float:
-    return _clamped(timestep)
-
-
-def _data_at_one(timestep: float) -> float:
-    return _clamped(1.0 - timestep)
-
-
-def _clamped(time: float) -> float:
-    if math.isnan(time):
-        raise ValueError("the time step is NaN")
-    return min(1.0, max(0.0, time))
-
-
-def _latents(model: nn.Module, arguments: dict[str, Any]) -> Grid:
-    height, width = arguments["sample"].shape[-2:]
-    return int(height), int(width)
-
-
-def _config(model: nn.Module) -> Any:
-    return model.config
-
-
-def _patches(model: nn.Module, arguments: dict[str, Any]) -> Grid:
-    height, width = arguments["hidden_states"].shape[-2:]
-    side = _config(model)["patch_size"]
-    return int(height) // side, int(width) // side
-
-
-def _packed(model: nn.Module, arguments: dict[str, Any]) -> Grid:
-    """Grid of FLUX's packed tokens, from the position ids of the image: id 0 is 0 there, and not in references."""
-    ids: Tensor | None = arguments.get("img_ids")
-    tokens = int(arguments["hidden_states"].shape[1])
-    if ids is None:
-        side = math.isqrt(tokens)
-        return side, tokens // max(1, side)
-    # Reading waits for the GPU, so it is done once a tensor.
-    known = _GRIDS.get(ids)
-    if known is None:
-        rows = ids.reshape(-1, ids.shape[-1])
-        image = rows[rows[:, 0] == 0]
-        size = (image if len(image) else rows)[:, 1:3].amax(dim=0) + 1
-        height, width = size.int().tolist()
-        known = _GRIDS[ids] = (height, width)
-    return known
-
-
-_GRIDS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
+from attngen.hosts.family import Family, config_of, continuous, data_at_one, discrete, latents, packed, patches
+from attngen.hosts.rows import CORE_ROWS
 
 _UNET = Family(
     "sample",
     "timestep",
     "cross_attention_kwargs",
-    _discrete,
-    _latents,
+    discrete,
+    latents,
     spatial_block="Transformer2DModel",
     mask="attention_mask",
 )
-_DIT = Family("hidden_states", "timestep", "cross_attention_kwargs", _discrete, _patches)
+_DIT = Family("hidden_states", "timestep", "cross_attention_kwargs", discrete, patches)
 
-_SIT = Family("hidden_states", "timestep", "attention_kwargs", _data_at_one, _patches)
-_SIT_WITH_STEPS = replace(_SIT, clock=_discrete)  # a DiT in SiT's class
+_SIT = Family("hidden_states", "timestep", "attention_kwargs", data_at_one, patches)
+_SIT_WITH_STEPS = replace(_SIT, clock=discrete)  # a DiT in SiT's class
 
 FAMILIES: dict[str, Family] = {
     "UNet2DConditionModel": _UNET,
@@ -120,20 +36,21 @@ FAMILIES: dict[str, Family] = {
         "hidden_states",
         "timestep",
         "joint_attention_kwargs",
-        _discrete,
-        _patches,
+        discrete,
+        patches,
         text="encoder_hidden_states",
     ),
     "FluxTransformer2DModel": Family(
         "hidden_states",
         "timestep",
         "joint_attention_kwargs",
-        _continuous,
-        _packed,
+        continuous,
+        packed,
         text="encoder_hidden_states",
         rotary=True,
     ),
     "SiTTransformer2DModel": _SIT,
+    **CORE_ROWS,
 }
 
 
@@ -142,7 +59,7 @@ def family_of(model: nn.Module) -> Family | None:
     for cls in type(model).__mro__:
         if cls.__name__ in FAMILIES:
             family = FAMILIES[cls.__name__]
-            return _SIT_WITH_STEPS if family is _SIT and _config(model).get("predicts_variance") else family
+            return _SIT_WITH_STEPS if family is _SIT and config_of(model).get("predicts_variance") else family
     return None
 
 
@@ -155,7 +72,7 @@ def denoisers_of(target: Any) -> dict[str, nn.Module]:
     Compiled models are unwrapped; several ControlNets count one by one.
 
     Raises:
-        ValueError: if there is none, naming the class that draws, what is known, and the way out.
+        ValueError: if there is none, naming the denoiser's class, the known ones, and the way out.
     """
     found = {name: model for name, model in drawing_models(target).items() if family_of(model) is not None}
     if not found:
@@ -167,7 +84,7 @@ def drawing_models(target: Any) -> dict[str, nn.Module]:
     """The models of a pipeline that predict noise from latents, known or not: name -> module; a bare model as ""."""
     if isinstance(target, nn.Module):
         return {suffix: model for suffix, model in _unwrapped(target)}
-    # Not by `components`, which raises once somebody has added one.
+    # Not by `components`, which raises once a component was added by hand.
     names = dict.fromkeys((*getattr(target, "__dict__", {}), *_USUAL))
     found: dict[str, nn.Module] = {}
     for name in names:
@@ -213,22 +130,19 @@ def _unwrapped(candidate: Any) -> list[tuple[str, nn.Module]]:
 
 
 def why_unknown(model: nn.Module) -> str:
-    """Why a model that draws is left exact, and the way out."""
-    return f"{type(model).__name__} is not among the models that attngen knows"
+    """Why a model that predicts noise stays exact, and the way out."""
+    return f"{type(model).__name__} has no row in attngen; attngen.register_model describes one"
 
 
 def _refusal(target: Any) -> str:
     kind = type(target).__name__
-    models = {} if isinstance(target, nn.Module) else drawing_models(target)
-    inner = ", ".join(dict.fromkeys(type(model).__name__ for model in models.values()))
-    what = (
-        f"{kind} draws with {inner}, which attngen does not know"
-        if inner
-        else f"{kind} has no denoiser that attngen knows"
-    )
+    models = drawing_models(target)
+    inner = ", ".join(dict.fromkeys(type(model).__name__ for model in models.values() if _draws(model)))
+    what = f"{inner} has no row in attngen" if inner else f"{kind} has no denoiser"
     return (
-        f"{what}; it patches pipelines with, or bare models of, {', '.join(FAMILIES)}; layers of your own can call"
-        " attngen.functional"
+        f"{what}: {len(FAMILIES)} classes of diffusers have one, such as UNet2DConditionModel, FluxTransformer2DModel,"
+        " QwenImageTransformer2DModel and WanTransformer3DModel; attngen.register_model describes another, and layers"
+        " of your own can call attngen.functional"
     )
 
 
@@ -237,7 +151,7 @@ def halvings(model: nn.Module, layer: str) -> int:
     family = family_of(model)
     if family is None or family.spatial_block is None:
         return 0
-    deepest = len(_config(model)["block_out_channels"]) - 1
+    deepest = len(config_of(model)["block_out_channels"]) - 1
     part, _, rest = layer.partition(".")
     if part == "down_blocks":
         return min(int(rest.split(".")[0]), deepest)
@@ -253,7 +167,7 @@ def halved(grid: Grid, times: int) -> Grid:
 
 def default_grid(model: nn.Module) -> Grid:
     """The grid that the model's configuration was made for: latents of a UNet, tokens of a transformer."""
-    config = _config(model)
+    config = config_of(model)
     size = config.get("sample_size") or 64
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     family = family_of(model)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,6 +19,8 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from attngen.checks import Grid
+from attngen.hosts import core
+from attngen.hosts.calls import Calls
 from attngen.hosts.clock import Clock
 from attngen.hosts.families import Family, family_of, slots
 from attngen.hosts.flux import FluxAttnGenProcessor
@@ -110,9 +113,11 @@ class RootHook(Hook):
         self.patch_id, self.starts, self.draws, self.layers = patch_id, tuple(starts), tuple(draws), tuple(layers)
         self.clock, self.seed, self.switch, self.review = clock, seed, switch, review
         places = slots(model)
-        self.sample, self.time, self.channel = (places[n] for n in (family.sample, family.time, family.channel))
+        self.sample, self.time = places[family.sample], places[family.time]
+        self.channel = None if family.channel is None else places[family.channel]
+        self.calls = Calls() if family.core is not None else None
         extra = [name for name in ("img_ids", family.text, family.mask) if name is not None]
-        self.extra = {name: places[name] for name in extra if name in places}
+        self.extra = {n: place for n, place in places.items() if n in extra or family.core is not None}
         self.paused = False
         self.trace: str | None = None
         self.last_seen: Seen | None = None
@@ -125,23 +130,33 @@ class RootHook(Hook):
         family = family_of(model)
         assert family is not None
         sample = self.sample.get(args, kwargs)
-        if sample is None or self.paused:
-            return args, kwargs  # the model itself will raise what is missing
-        extra = {name: place.get(args, kwargs) for name, place in self.extra.items()}
-        times = self._times(family, args, kwargs)
+        # The model itself will raise what is missing, be it the latents or the timestep.
+        times = None if sample is None or self.paused else self._times(family, args, kwargs)
         if times is None:
-            return args, kwargs  # the same for the timestep
+            if self.calls is not None:
+                self.calls.push(None)
+            return args, kwargs
+        extra = {name: place.get(args, kwargs) for name, place in self.extra.items()}
         stage = self._stage(times)
-        seen = self._see(model, family, sample, extra)
+        grid = self._grid(model, family, {**extra, family.sample: sample})
+        if grid is None:
+            assert self.calls is not None
+            self.calls.push(None)
+            return args, kwargs
+        seen = self._see(model, family, grid, sample, extra)
         if self.trace is not None:
             COUNTS[self.trace].call(str(stage))
         call = Call(
             str(stage),
             seen.grid,
             context=seen.text if family.rotary else 0,
-            draws=self._draws(seen.grid, times, sample.device) if self.draws[stage] else None,
+            draws=self._draws(seen.grid, times, seen.device) if self.draws[stage] else None,
             trace=self.trace,
         )
+        if self.calls is not None:
+            self.calls.push(call)
+        if self.channel is None:
+            return args, kwargs
         given = self.channel.get(args, kwargs)
         return self.channel.put(args, kwargs, {**(given or {}), CHANNEL_KEY: call})
 
@@ -168,17 +183,29 @@ class RootHook(Hook):
             )
         return stages.pop()
 
-    def _see(self, model: nn.Module, family: Family, sample: Tensor, extra: dict[str, Any]) -> Seen:
+    def _grid(self, model: nn.Module, family: Family, arguments: dict[str, Any]) -> Grid | None:
+        """The grid of the image; frames are above each other, as one tall grid. None where a row cannot read it."""
+        try:
+            *frames, height, width = family.grid(model, arguments)
+        except Exception as error:
+            if self.calls is None:
+                raise
+            self._warn_once(f"{type(model).__name__} stays exact: its grid cannot be read: {error!r}")
+            return None
+        return math.prod(frames) * height, width
+
+    def _see(self, model: nn.Module, family: Family, grid: Grid, given: Any, extra: dict[str, Any]) -> Seen:
         """The properties of the call; warns once where nothing is active at this size, or processors were replaced."""
-        grid = family.grid(model, {family.sample: sample, **extra})
+        sample: Tensor = given if isinstance(given, Tensor) else given[0]  # a list of samples
         text = extra.get(family.text) if family.text else None
-        tokens = int(sample.shape[1]) if sample.ndim == 3 else grid[0] * grid[1]
+        packed = sample.ndim == 3 and family.core is None
+        tokens = int(sample.shape[1]) if packed else grid[0] * grid[1]
         references = max(0, tokens - grid[0] * grid[1]) if family.rotary else 0
         seen = Seen(
             grid,
             0 if text is None else int(text.shape[1]),
             tokens - references,
-            int(sample.shape[0]),
+            len(given),
             sample.dtype,
             sample.device,
             torch.is_grad_enabled(),
@@ -219,7 +246,7 @@ class RootHook(Hook):
         return torch.randint(2**31 - 1, (grid[0] * grid[1],), generator=generator).to(device)
 
     def _replacement(self, model: nn.Module) -> str | None:
-        for layer in self.layers:
+        for layer in self.layers if self.calls is None else ():
             processor: Any = model.get_submodule(layer).processor
             if not isinstance(processor, PROCESSORS):
                 return type(processor).__name__
@@ -232,6 +259,18 @@ def warn(message: str) -> None:
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("attngen", "diffusers", "torch"):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, AttnGenWarning, stacklevel=level)
+
+
+class EndHook(Hook):
+    """After the denoiser of a core host, also where it raised: ends the call."""
+
+    def __init__(self, root: RootHook) -> None:
+        assert root.calls is not None
+        self.calls = root.calls
+
+    @torch.compiler.disable
+    def __call__(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self.calls.pop()
 
 
 class _InnerHook(Hook, ABC):
@@ -289,6 +328,8 @@ def add_hook(module: nn.Module, hook: Any) -> None:
     """Register one of these hooks; the root hook runs before those of other tools."""
     if isinstance(hook, RootHook):
         module.register_forward_pre_hook(cast("Any", hook), with_kwargs=True, prepend=True)
+    elif isinstance(hook, (EndHook, core.Leave)):
+        module.register_forward_hook(cast("Any", hook), with_kwargs=True, always_call=True)
     else:
         # As registering does, but by one number in every layer: torch gives each hook its own, and compilers that
         # compare them (2.10) make a graph for each block, where equal blocks can share one.
@@ -296,9 +337,11 @@ def add_hook(module: nn.Module, hook: Any) -> None:
         module._forward_pre_hooks_with_kwargs[INNER_HOOK] = True
 
 
-def inner_hooks(model: nn.Module, family: Family, metric: bool) -> list[tuple[nn.Module, Hook]]:
+def inner_hooks(model: nn.Module, family: Family, metric: bool) -> list[tuple[nn.Module, Any]]:
     """Hooks for all modules between the denoiser and its layers, and for all attention modules."""
-    hooks: list[tuple[nn.Module, Hook]] = []
+    hooks: list[tuple[nn.Module, Any]] = []
+    if family.channel is None:
+        return hooks
     for module in model.modules():
         if family.spatial_block is not None and type(module).__name__ == family.spatial_block:
             hooks.append((module, SpatialHook(module, family.channel)))
@@ -314,19 +357,43 @@ def root_hook(model: nn.Module) -> RootHook | None:
     return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, RootHook)), None)
 
 
-def remove_hooks(model: nn.Module) -> list[tuple[nn.Module, Hook]]:
+def core_hooks(layers: Iterable[nn.Module], root: RootHook, place: core.Core) -> list[tuple[nn.Module, Any]]:
+    """Hooks on the attention modules of a core host."""
+    calls = root.calls
+    assert calls is not None
+    return [(attn, hook) for attn in layers for hook in (core.Enter(calls, place), core.Leave(calls))]
+
+
+def remove_hooks(model: nn.Module) -> list[tuple[nn.Module, Any]]:
     """Remove all hooks of a patch from a model and return them with their modules."""
-    removed: list[tuple[nn.Module, Hook]] = []
+    removed: list[tuple[nn.Module, Any]] = []
     for module in model.modules():
-        for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, Hook)]:
-            removed.append((module, cast("Hook", module._forward_pre_hooks.pop(key))))
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for table in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in table.items() if isinstance(hook, (Hook, core.Hook))]:
+                removed.append((module, table.pop(key)))
+                for flags in (
+                    module._forward_pre_hooks_with_kwargs if table is module._forward_pre_hooks else {},
+                    module._forward_hooks_with_kwargs if table is module._forward_hooks else {},
+                    module._forward_hooks_always_called if table is module._forward_hooks else {},
+                ):
+                    flags.pop(key, None)
     return removed
 
 
 def patched_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Layers with a spec attached, by name."""
     return {name: module for name, module in model.named_modules() if spec_of(module) is not None}
+
+
+def is_ours(attn: Any) -> bool:
+    """Whether the patch of a patched layer is in force: its processor is ours, or its products are caught."""
+    spec = spec_of(attn)
+    return spec is not None and (spec.core or isinstance(attn.processor, PROCESSORS))
+
+
+def seen_core(attn: nn.Module) -> tuple[int, int, int] | None:
+    """What `core.Enter` has seen of a layer."""
+    return next((hook.seen for hook in attn._forward_pre_hooks.values() if isinstance(hook, core.Enter)), None)
 
 
 def seen_grids(model: nn.Module) -> dict[str, Grid]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -80,7 +81,8 @@ class Detached:
 def attention_modules(model: nn.Module) -> Iterable[tuple[str, Any]]:
     """All modules with an attention processor, by name."""
     for name, module in model.named_modules():
-        if hasattr(module, "get_processor") and hasattr(module, "set_processor"):
+        # Some of diffusers' modules have a processor and no method to set it.
+        if hasattr(module, "processor") and (hasattr(module, "set_processor") or "Attention" in type(module).__name__):
             yield name, module
 
 
@@ -102,6 +104,8 @@ def _inside_spatial_blocks(model: nn.Module, family: Family) -> tuple[str, ...] 
 def _why_refused(
     name: str, attn: Any, family: Family | None, inside: tuple[str, ...] | None, patched: bool
 ) -> str | None:
+    if family is not None and family.core is not None:
+        return _why_outside(name, attn, family.core.layers)
     processor, ours = type(attn.processor).__name__, isinstance(attn.processor, hooks.PROCESSORS)
     if "AddedKV" in processor:
         return f"image and text are keys of one softmax in its {processor}"
@@ -118,6 +122,12 @@ def _why_refused(
     return None
 
 
+def _why_outside(name: str, attn: Any, layers: str) -> str | None:
+    if getattr(attn, "is_cross_attention", False):
+        return "cross-attention stays exact"
+    return None if fnmatchcase(name, layers) else "it does not attend over the image"
+
+
 def patchable_layers(model: nn.Module) -> dict[str, Any]:
     """Self-attention layers with a plain processor, by name."""
     refused = refused_layers(model)
@@ -127,7 +137,7 @@ def patchable_layers(model: nn.Module) -> dict[str, Any]:
 def learnable_layers(model: nn.Module) -> dict[str, Any]:
     """Those of `patchable_layers` that can have learned weights: of image tokens alone."""
     layers = patchable_layers(model).items()
-    return {n: attn for n, attn in layers if PLAIN[type(_original(attn)).__name__] is AttnGenProcessor}
+    return {n: attn for n, attn in layers if PLAIN.get(type(_original(attn)).__name__) is AttnGenProcessor}
 
 
 def install(model: nn.Module, patching: Patching) -> None:
@@ -164,12 +174,17 @@ def _install(model: nn.Module, patching: Patching, backends: Mapping[int, Any]) 
         patching.switch,
         patching.review,
     )
+    if family.core is not None:
+        inner += hooks.core_hooks(layers.values(), root, family.core)
+        inner.append((model, hooks.EndHook(root)))
     # Nothing has changed so far.
     for name, attn in layers.items():
         spec = specs[name]
+        setattr(attn, SPEC, spec)
+        if spec.core:
+            continue
         ours = PLAIN[type(spec.original).__name__]()
         _copy_settings(backends.get(id(attn), attn.processor), ours)
-        setattr(attn, SPEC, spec)
         attn.set_processor(ours)
         if name in patching.cores:
             put_core(attn, patching.cores[name])
@@ -184,11 +199,20 @@ def _specs(model: nn.Module, family: Family, layers: Mapping[str, Any], patching
     specs: dict[str, LayerSpec] = {}
     for name, attn in layers.items():
         methods, level = plan.methods_for(name), levels.index(halvings(model, name))
-        sizes = attn.heads, attn.inner_dim, getattr(attn, "query_dim", None), getattr(attn, "pre_only", None)
+        sizes = tuple(getattr(attn, size, None) for size in ("heads", "inner_dim", "query_dim", "pre_only"))
         group = groups.setdefault((methods, level, sizes), name)
         original, rotary = _original(attn), family.rotary
         specs[name] = LayerSpec(
-            name, group, original, methods, plan.min_tokens, level, plan.max_levels, rotary, patching.kernel
+            name,
+            group,
+            original,
+            methods,
+            plan.min_tokens,
+            level,
+            plan.max_levels,
+            rotary,
+            patching.kernel,
+            core=family.core is not None,
         )
     return specs
 

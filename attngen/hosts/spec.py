@@ -50,6 +50,7 @@ class LayerSpec:
     max_levels: int | None = None
     rotary: bool = False
     kernel: str = AUTO
+    core: bool = False
 
     def why_exact(self, method: AttentionMethod, grid: Grid, tokens: int) -> str | None:
         """The reason why the plan or the tokens leave the layer exact; None where its method decides."""
@@ -63,6 +64,8 @@ class LayerSpec:
             return f"below {self.min_tokens} tokens"
         if self.rotary and not method.supports_rotary:
             return f"{method.kind} attention does not fit layers with rotary positions"
+        if self.core and method.needs_tokens:
+            return f"{method.kind} attention needs the layer's input, and the model's own processor projects it"
         return None
 
 

@@ -47,6 +47,7 @@ class LearnedMethod(AttentionMethod):
     """An attention method with weights for each layer, loaded from a file; see `attngen.LearnedLayers`."""
 
     supports_rotary: ClassVar[bool] = False
+    needs_tokens: ClassVar[bool] = True
 
     @abstractmethod
     def make_core(self, sizes: LayerSizes) -> LearnedCore:

@@ -147,6 +147,7 @@ class AttentionMethod(ABC):
         candidates: options of the variants that calibration tries by default.
         needs_metric: whether the method measures similarity on the transformer block's input.
         supports_rotary: whether it fits layers that rotate queries and keys by position.
+        needs_tokens: whether the method works on a layer's input, before its projections.
     """
 
     kind: ClassVar[str] = ""
@@ -157,6 +158,7 @@ class AttentionMethod(ABC):
     candidates: ClassVar[tuple[Mapping[str, Any], ...]] = ()
     needs_metric: ClassVar[bool] = False
     supports_rotary: ClassVar[bool] = True
+    needs_tokens: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for described in self.options():

@@ -60,6 +60,7 @@ class TokenMerging(AttentionMethod):
     presets: ClassVar[Mapping[str, Preset]] = {"tome": Preset(max_levels=1)}
     candidates: ClassVar[tuple[Mapping[str, Any], ...]] = ({"ratio": 0.5, "stride": 2}, {"ratio": 0.75, "stride": 4})
     needs_metric: ClassVar[bool] = True
+    needs_tokens: ClassVar[bool] = True
 
     @property
     def needs_draws(self) -> bool:

@@ -155,24 +155,24 @@ def pipeline(**components):
 
 def test_parts_that_stay_exact_are_named_once():
     """A pipeline's second transformer, ControlNets and containers of unknown classes."""
-    unknown = ZOO["WanTransformer3DModel"].model()
+    unknown = ZOO["SanaTransformer2DModel"].model()
     pipe = pipeline(transformer=fresh("sd3"), transformer_2=unknown)
-    with pytest.warns(attngen.AttnGenWarning, match="transformer_2 stays exact: WanTransformer3DModel") as warned:
+    with pytest.warns(attngen.AttnGenWarning, match="transformer_2 stays exact: SanaTransformer2DModel") as warned:
         handle = attngen.apply(pipe, "agent", min_tokens=0)
     assert sum("transformer_2" in str(w.message) for w in warned) == 1
     (row,) = [row for row in handle.report().layers if row.model == "transformer_2"]
-    assert row.name == "" and "WanTransformer3DModel" in row.left_alone
-    assert "unchanged: transformer_2: WanTransformer3DModel" in str(handle.report())
+    assert row.name == "" and "SanaTransformer2DModel" in row.left_alone
+    assert "unchanged: transformer_2: SanaTransformer2DModel" in str(handle.report())
     handle.remove()
-    with pytest.raises(ValueError, match="WanTransformer3DModel.*attngen.functional"):
+    with pytest.raises(ValueError, match="SanaTransformer2DModel.*register_model"):
         attngen.apply(pipeline(transformer=unknown), "agent")
     attngen.remove(pipeline(transformer=unknown))
 
 
 @quiet
 def test_a_controlnet_of_another_kind_is_named():
-    union = ZOO["SD3ControlNetModel"].model()
-    handle = attngen.apply(pipeline(transformer=fresh("sd3"), controlnet=union), "agent", min_tokens=0)
+    other = ZOO["SanaControlNetModel"].model()
+    handle = attngen.apply(pipeline(transformer=fresh("sd3"), controlnet=other), "agent", min_tokens=0)
     assert [row.model for row in handle.report().layers if not row.name] == ["controlnet"]
 
 

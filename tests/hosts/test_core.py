@@ -1,0 +1,252 @@
+"""The core host, without knowing a class: one matrix over all rows of the table and tiny models of every class."""
+
+import copy
+import functools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+import attngen
+from attngen import AgentAttention, DownsampledKV, Plan, SoftmaxAttention, TokenMerging
+from attngen.hosts.families import FAMILIES
+from attngen.layers.layer import Selection
+from attngen.layers.route import EXACT, Route
+from attngen.methods.base import AttentionMethod, with_context
+from attngen.tokens import join_heads
+from tests.builders.zoo import ZOO
+
+pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning")
+
+ROWS = [name for name in ZOO if (row := FAMILIES.get(ZOO[name].cls)) is not None and row.core is not None]
+
+# A row that stays exact in a call like this, and why.
+EXACT_ROWS = {
+    "SD3ControlNetModel@3.5": "its tokens come embedded, without a grid",
+    "NucleusMoEImageTransformer2DModel": "an attention mask was given",
+    "Lumina2Transformer2DModel@ragged": "an attention mask was given",
+    "SkyReelsV2Transformer3DModel@causal": "an attention mask was given",
+}
+ACTING = [name for name in ROWS if name not in EXACT_ROWS]
+# Layers before the patched ones have mixed the tokens.
+MIXED_BEFORE = ("Lumina2", "ZImage", "HunyuanVideo15Transformer3DModel@image")
+
+
+@dataclass(frozen=True)
+class Same(AttentionMethod):
+    """Exact attention computed through the route, and a record of the image queries."""
+
+    kind: ClassVar[str] = "same"
+    seen: ClassVar[list[torch.Tensor]] = []
+
+    def route(self, layer, call, like):
+        return Route(self._run, "same")
+
+    def _run(self, layer, hidden_states, call):
+        query, key, value = layer.project(Selection(hidden_states, hidden_states))
+        self.seen.append(query)
+        return join_heads(layer.attention(query, *with_context(key, value, layer.context)))
+
+    def flops(self, shape, kernel=""):
+        return shape.exact_flops()
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    Same.seen.clear()
+    with torch.no_grad():
+        yield
+
+
+@functools.cache
+def model_of(name):
+    return ZOO[name].model()
+
+
+def predicted(name, grid, batch=1, model=None, **changed):
+    tiny = ZOO[name]
+    return tiny.drawn((model_of(name) if model is None else model)(**{**tiny.inputs(grid, batch), **changed}))
+
+
+def state_of(model):
+    return [
+        (n, sorted(vars(m)), id(getattr(m, "processor", None)), list(m._forward_pre_hooks), list(m._forward_hooks))
+        for n, m in model.named_modules()
+    ]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_exact_when_asked_to_be_and_restored_bit_for_bit(name):
+    model, grid = model_of(name), ZOO[name].grids[0]
+    want, state = predicted(name, grid), state_of(model)
+    for method in ("softmax", AgentAttention(num_agents=4)):
+        handle = attngen.apply(model, method)
+        got = predicted(name, grid)
+        if method == "softmax":
+            assert torch.equal(got, want)
+        assert str(handle.report())
+        handle.remove()
+        assert state_of(model) == state and torch.equal(predicted(name, grid), want)
+
+
+@pytest.mark.parametrize("name", ACTING)
+def test_a_method_that_keeps_everything_changes_nothing(name):
+    """Order of text, image and references, masks, scales, grouped heads: all of it is in this number."""
+    for place, batch in ((0, 1), (1, 2)):
+        grid = ZOO[name].grids[place]
+        want = predicted(name, grid, batch)
+        with attngen.apply(model_of(name), Same()) as handle:
+            got = predicted(name, grid, batch)
+            grids = {layer.grid for layer in handle.report().patched}
+        assert (got - want).norm() <= 1e-5 * want.norm(), (place, batch)
+        counts, tokens = {query.shape[2] for query in Same.seen}, grid[1] * grid[2]
+        assert counts in ({tokens}, {grid[0] * tokens}) and len(grids) == 1
+        Same.seen.clear()
+
+
+@pytest.mark.parametrize("name", ACTING)
+def test_methods_act_and_the_trace_agrees_with_the_report(name):
+    model, grid = model_of(name), ZOO[name].grids[1]
+    want = predicted(name, grid, 2)
+    for method in (AgentAttention(num_agents=4), DownsampledKV(2)):
+        with attngen.apply(model, method) as handle, handle.trace() as trace:
+            got = predicted(name, grid, 2)
+            report = handle.report()
+        assert got.isfinite().all() and not torch.equal(got, want)
+        acting = {layer.name for layer in report.patched if layer.is_active}
+        ran = {row.layer for row in trace.rows if row.kernel != EXACT}
+        assert ran and ran <= acting
+
+
+@pytest.mark.parametrize("name", [name for name in ACTING if not name.startswith(MIXED_BEFORE)])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_corner_of_the_latents_is_the_token_that_the_row_says(name, last):
+    """A wrong order of text and image keeps everything exact; this notices it."""
+    tiny, model, grid = ZOO[name], model_of(name), ZOO[name].grids[0]
+    inputs = tiny.inputs(grid, 1)
+    changed = tiny.corner(copy.deepcopy(inputs[tiny.latents]), grid, last)
+    first = []
+    with attngen.apply(model, Same()):
+        for latents in (inputs[tiny.latents], changed):
+            Same.seen.clear()
+            predicted(name, grid, 1, **{tiny.latents: latents})
+            first.append(Same.seen[0])
+    differs = (first[0] - first[1]).abs().amax(dim=(1, 3))
+    rows = differs.shape[0]  # frames may be samples of their own
+    place = differs.flatten().nonzero().flatten().tolist()
+    assert place == [differs.numel() - 1 if last else 0], (rows, place)
+
+
+@pytest.mark.parametrize("name", EXACT_ROWS)
+def test_what_cannot_act_stays_exact_and_says_why(name):
+    model, grid = model_of(name), ZOO[name].grids[1]
+    want = predicted(name, grid, 2)
+    with attngen.apply(model, AgentAttention(num_agents=4)) as handle, handle.trace() as trace:
+        assert torch.equal(predicted(name, grid, 2), want)
+    assert {row.kernel for row in trace.rows} <= {EXACT}
+
+
+@pytest.mark.parametrize("name", ["WanTransformer3DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel"])
+def test_methods_that_need_the_layers_input_say_so(name):
+    model, grid = model_of(name), ZOO[name].grids[0]
+    handle = attngen.apply(model, TokenMerging(0.5))
+    want = predicted(name, grid)
+    reasons = {stage.why_exact for layer in handle.report().patched for stage in layer.stages}
+    assert any("needs the layer's input" in reason for reason in reasons)
+    handle.remove()
+    assert torch.equal(predicted(name, grid), want)
+
+
+def test_stages_copies_and_gradients():
+    """Stages by the model's own timestep; a deep copy is patched for itself; gradient checkpointing sees its call."""
+    name = "WanTransformer3DModel"
+    model, grid = ZOO[name].model(), ZOO[name].grids[0]
+    plan = Plan((attngen.Stage(1.0, {"*": DownsampledKV(2)}), attngen.Stage(0.5, {"*": SoftmaxAttention()})))
+    exact = [predicted(name, grid, model=model, timestep=torch.tensor([t])) for t in (900.0, 100.0)]
+    handle = attngen.apply(model, plan)
+    got = [predicted(name, grid, model=model, timestep=torch.tensor([t])) for t in (900.0, 100.0)]
+    assert not torch.equal(got[0], exact[0]) and torch.equal(got[1], exact[1])
+    copied = copy.deepcopy(model)
+    handle.remove()
+    assert torch.equal(predicted(name, grid, model=copied, timestep=torch.tensor([900.0])), got[0])
+    attngen.remove(copied)
+    assert torch.equal(predicted(name, grid, model=copied, timestep=torch.tensor([900.0])), exact[0])
+    with torch.enable_grad(), attngen.apply(model, AgentAttention(num_agents=4)):
+        grads = []
+        for checkpointing in (False, True):
+            model.train()
+            model.enable_gradient_checkpointing() if checkpointing else model.disable_gradient_checkpointing()
+            model.zero_grad()
+            predicted(name, grid, model=model).square().sum().backward()
+            grads.append(model.blocks[0].attn1.to_q.weight.grad.clone())
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("name", ["WanTransformer3DModel", "Flux2Transformer2DModel", "ZImageTransformer2DModel"])
+def test_one_graph(name):
+    model, grid = ZOO[name].model(), ZOO[name].grids[0]
+    torch._dynamo.reset()
+    with attngen.apply(model, AgentAttention(num_agents=4)):
+        want = predicted(name, grid, model=model)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        got = predicted(name, grid, model=compiled)
+        assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+def test_a_model_that_nobody_knows_is_registered():
+    class MyTransformer3DModel(nn.Module):
+        """Self-attention over a grid after three text tokens."""
+
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([MyAttention()])
+
+        def forward(self, latents, when, text):
+            tokens = torch.cat([text, latents.flatten(2).transpose(1, 2)], dim=1)
+            for block in self.blocks:
+                tokens = tokens + block(tokens)
+            return tokens[:, text.shape[1] :]
+
+    class MyAttention(nn.Module):
+        processor = None
+
+        def __init__(self):
+            super().__init__()
+            self.to_qkv, self.heads = nn.Linear(8, 24), 2
+
+        def forward(self, tokens):
+            heads = [x.unflatten(2, (2, 4)).transpose(1, 2) for x in self.to_qkv(tokens).chunk(3, dim=2)]
+            return nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+
+    with torch.random.fork_rng():
+        model = MyTransformer3DModel()
+        latents, text = torch.randn(2, 8, 6, 8), torch.randn(2, 3, 8)
+    with pytest.raises(ValueError, match="register_model"):
+        attngen.apply(model, "agent")
+    try:
+        attngen.register_model(
+            "MyTransformer3DModel",
+            grid=lambda model, given: given["latents"].shape[-2:],
+            layers="blocks.*",
+            text="first",
+            sample="latents",
+            time="when",
+            clock="times",
+        )
+        want = model(latents, 0.5, text)
+        with attngen.apply(model, "softmax"):
+            assert torch.equal(model(latents, 0.5, text), want)
+        with attngen.apply(model, Same()) as handle:
+            torch.testing.assert_close(model(latents, 0.5, text), want)
+            assert {layer.grid for layer in handle.report().patched} == {(6, 8)}
+        with attngen.apply(model, AgentAttention(num_agents=4)):
+            assert not torch.equal(model(latents, 0.5, text), want)
+        for wrong in ({"text": "middle"}, {"clock": "seconds"}, {"grid": (6, 8)}):
+            with pytest.raises(ValueError, match=next(iter(wrong))):
+                attngen.register_model("Another", **{"grid": lambda model, given: (6, 8), **wrong})
+        with pytest.raises(ValueError, match="has a row already"):
+            attngen.register_model("MyTransformer3DModel", grid=lambda model, given: (6, 8))
+    finally:
+        FAMILIES.pop("MyTransformer3DModel", None)
