@@ -204,6 +204,10 @@ class AttentionPatch:
             hook = hooks.root_hook(model)
             if hook is None or not self._is_on(model):
                 continue
+            if hook.last_seen is None and hook.calls is not None:
+                unseen = "its tokens are known after the first call"
+                left += [left_alone(name, layer, unseen) for layer in hooks.patched_layers(model)]
+                continue
             seen, grids = hook.last_seen or default_call(model), hooks.seen_grids(model)
             if grid is not None:
                 seen, grids = seen._replace(grid=grid, tokens=grid[0] * grid[1]), {}

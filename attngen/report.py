@@ -17,7 +17,7 @@ from torch import nn
 
 from attngen.checks import Grid
 from attngen.hosts import hooks
-from attngen.hosts.core import core_layer
+from attngen.hosts.core import core_layer, why_unreachable
 from attngen.hosts.families import default_grid, family_of, halved, halvings
 from attngen.hosts.spec import MASKED, LayerSpec, decide, spec_of
 from attngen.kernels.crossovers import TOLERANCE
@@ -362,7 +362,7 @@ def _stage_row(
 ) -> StageReport:
     method = spec.methods[stage]
     tokens = Like((seen.batch, seen.tokens, layer.channels), seen.dtype, seen.device, seen.requires_grad)
-    why = f"decided per call: {MASKED}" if seen.masked else None
+    why = f"decided per call: {MASKED}" if seen.masked else why_unreachable(layer) if spec.core else None
     route = decide(layer, Call(str(stage), seen.grid, context=seen.text), layer.like(tokens), why)
     if route.kernel == EXACT:
         return StageReport(start, method.kind, None, shape.exact_flops(), route.why)

@@ -18,6 +18,7 @@ from attngen.hosts.backend import BackendAttention, attention_of
 from attngen.hosts.calls import Calls
 from attngen.hosts.family import Core
 from attngen.hosts.spec import MASKED, decide, noted, spec_of
+from attngen.kernels.like import Like
 from attngen.layers.call import Call
 from attngen.layers.layer import Attention, FusedAttention, Heads, Layer, Selection
 from attngen.layers.route import Route
@@ -170,8 +171,8 @@ def attend(
     if why is None and not torch.compiler.is_compiling():
         enter.seen = query.shape[1], query.shape[3], others
     layer = core_layer(attn, query.shape[1], query.shape[3], others)
-    flat = join_heads(query if query.shape[2] == tokens else query[:, :, image])
-    route = noted(decide(layer, call, layer.like(flat), why), attn, call)
+    like = Like((query.shape[0], tokens, layer.width), query.dtype, query.device, query.requires_grad)
+    route = noted(decide(layer, call, layer.like(like), why), attn, call)
     if route.run is None:
         given = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
         return _EXACT_ATTENTION(query, key, value, **given, enable_gqa=enable_gqa)
@@ -300,3 +301,10 @@ def core_layer(attn: Any, heads: int, head_dim: int, context_tokens: int) -> Cor
     if isinstance(attention, BackendAttention) and attention.name == "native":
         attention = FusedAttention(spec.kernel)
     return CoreLayer(attn, attention, spec.kernel, heads, head_dim, context_tokens, spec.rotary)
+
+
+def why_unreachable(layer: Layer) -> str | None:
+    """Why a layer's product is not caught, or None: backends other than torch's own compute it by themselves."""
+    if isinstance(layer.attention, BackendAttention) and "native" not in layer.attention.name:
+        return f"the attention backend {layer.attention.name} computes its product"
+    return None
