@@ -150,7 +150,7 @@ def entry(*keys, value):
         (entry("method", "num_mediators", value=0), "num_mediators must be a whole number >= 1, got 0"),
         (entry("method", "convolution", value="both"), "unknown convolution 'both'"),
         (entry("method", "maps", value="input"), "unknown maps 'input'"),
-        (entry("method", "own_projections", value="yes"), "own_projections must be true or false"),
+        (entry("method", "own_projections", value="yes"), "own_projections must be True or False"),
         (entry("layers", ..., "num_heads", value=-1), "num_heads of"),
         (entry("layers", ..., "num_heads", value=5), "5 heads of"),
         (entry("layers", ..., "grid", value=[4]), "the grid of"),

@@ -176,7 +176,7 @@ def test_the_report_counts_them(name, method):
     report = handle.report()
     assert report.learned_weights == layers.num_weights == report.to_dict()["learned_weights"]
     assert {layer.name for layer in report.patched if layer.learned_weights} == set(layers.sizes)
-    assert f"learned weights: {layers.num_weights:,} beside {len(layers.sizes)} layers" in str(report)
+    assert f"learned weights: {layers.num_weights:,} in {len(layers.sizes)} layers" in str(report)
     assert all(layer.stages[0].method == method.kind for layer in report.patched if layer.learned_weights)
     assert all(stage.flops > 0 for layer in report.patched for stage in layer.stages)
     with attngen.apply(model, AgentAttention(4)) as other:
