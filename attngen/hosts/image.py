@@ -64,6 +64,7 @@ class AttnGenProcessor:
 
 def softmax(layer: Layer, hidden_states: Tensor, call: Call | None) -> Tensor:
     """Exact attention through the backend in force, which the layer's own processor may not support."""
+    layer.core = None  # a learned method's own projections are not the model's
     query, key, value = layer.project(Selection(hidden_states, hidden_states))
     return layer.output(join_heads(layer.attention(query, key, value)).to(query.dtype))
 

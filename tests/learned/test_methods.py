@@ -93,6 +93,17 @@ def test_own_projections_start_as_the_models(name):
         assert torch.equal(host(model), want)
 
 
+def test_exact_layers_read_the_models_projections_whatever_the_backend(name):
+    """Where learned layers are exact, and the backend that the user chose computes them."""
+    host, model = HOSTS[name], fresh(name)
+    model.set_attention_backend("native")
+    want = host(model)
+    with attngen.apply(model, learned(model, METHODS["mediator-own"]), min_tokens=10_000) as handle:
+        model.set_attention_backend("native")
+        assert not any(layer.is_active for layer in handle.report().layers)
+        assert_close(host(model), want.double(), 1e-6)
+
+
 def test_any_number_of_mediators_and_any_size(name):
     host, model = HOSTS[name], fresh(name)
     layers = learned(model, LearnedMediators(4))
