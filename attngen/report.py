@@ -17,7 +17,7 @@ from torch import nn
 
 from attngen.checks import Grid
 from attngen.hosts import hooks
-from attngen.hosts.core import core_layer, why_unreachable
+from attngen.hosts.core import core_enter, core_layer, why_unreachable
 from attngen.hosts.families import default_grid, family_of, halved, halvings
 from attngen.hosts.spec import MASKED, LayerSpec, decide, spec_of
 from attngen.kernels.crossovers import TOLERANCE
@@ -348,7 +348,8 @@ def _layer_of(attn: Any, spec: LayerSpec, context: int) -> Layer | str:
     """The layer as it was in the last call, or as its processor sees it; a reason where it is not known yet."""
     if not spec.core:
         return attn.processor.layer(attn, context)
-    sizes = hooks.seen_core(attn)
+    enter = core_enter(attn)
+    sizes = None if enter is None else enter.seen
     if sizes is None:
         heads, width = getattr(attn, "heads", None), getattr(attn, "inner_dim", None)
         if not isinstance(heads, int) or not isinstance(width, int):

@@ -6,6 +6,7 @@ own exact output, bit for bit.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,11 +20,13 @@ from torch import Tensor, nn
 from attngen.calibration.candidates import Probe
 from attngen.calibration.fit import Products
 from attngen.hosts.clock import Clock
+from attngen.hosts.core import core_enter, core_layer
 from attngen.hosts.families import family_of, slots
 from attngen.hosts.hooks import patched_layers
 from attngen.hosts.spec import decide
 from attngen.layers.call import CHANNEL_KEY, Call
-from attngen.layers.route import EXACT, Route
+from attngen.layers.layer import Layer
+from attngen.layers.route import EXACT, Route, exact
 from attngen.methods import AttentionMethod, SoftmaxAttention
 from attngen.report import layer_shape
 from attngen.schedule import stage_at
@@ -180,7 +183,7 @@ class Recorder:
         if self.timed and layer not in self.times:
             self.times[layer] = self._time(replay, active)
         sums = self.sums.setdefault((layer, self._stage), Sums())
-        exact = _image(output).float()
+        exact = replay.of_image(output).float()
         length = float(exact.double().square().sum())
         sums.exact += length
         without, values, target = None, None, None
@@ -246,22 +249,38 @@ class Replay:
 
     def __init__(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.attn, self.args, self.kwargs = attn, args, kwargs
-        self.call: Call | None = kwargs.get(CHANNEL_KEY)
-        self.hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
+        self.enter = core_enter(attn)  # of a core host, or None
+        self.call: Call | None = kwargs.get(CHANNEL_KEY) if self.enter is None else self.enter.calls.now
+        first = args[0] if args else next(iter(kwargs.values()))
+        self.hidden_states: Tensor = kwargs.get("hidden_states", first)
         text = kwargs.get("encoder_hidden_states")
         in_front = 0 if self.call is None or text is not None else self.call.context
-        self.text_tokens: int = in_front if text is None else text.shape[1]
+        self.context_tokens: int = in_front if text is None else text.shape[1]
         self.tokens: int = self.hidden_states.shape[1] - in_front
+        if self.call is not None and (self.enter is not None or self.tokens > math.prod(self.call.grid)):
+            # Reference images follow the image, and are context.
+            self.context_tokens += self.tokens - math.prod(self.call.grid)
+            self.tokens = math.prod(self.call.grid)
+
+    @property
+    def layer(self) -> Layer:
+        """The layer as its host sees it."""
+        if self.enter is not None and self.enter.seen is not None:
+            return core_layer(self.attn, *self.enter.seen)
+        return self.attn.processor.layer(self.attn, self.context_tokens)
 
     @property
     def shape(self) -> tuple[Any, ...]:
         """The sizes that its time depends on."""
-        sizes = tuple(self.hidden_states.shape), self.text_tokens, self.attn.heads, self.attn.inner_dim
+        layer = self.layer
+        sizes = tuple(self.hidden_states.shape), self.context_tokens, layer.heads, layer.width
         return (*sizes, None if self.call is None else self.call.grid)
 
     def route(self, method: AttentionMethod) -> Route:
         """The layer's route with a method."""
-        layer = self.attn.processor.layer(self.attn, self.text_tokens)
+        if self.enter is not None and self.enter.seen is None:
+            return exact("its product was not over the image")
+        layer = self.layer
         like = layer.like(self.hidden_states)
         like = like.sized(like.shape[0], self.tokens, *like.shape[2:])
         return decide(layer, None if self.call is None else self.call._replace(method=method), like)
@@ -269,7 +288,9 @@ class Replay:
     def operations(self, methods: Sequence[AttentionMethod], routes: Mapping[int, Route]) -> dict[int, float]:
         """Of one sample and call, by probe; -1 is exact."""
         assert self.call is not None
-        shape = layer_shape(self.attn.processor.layer(self.attn, self.text_tokens), self.call.grid)
+        if all(route.kernel == EXACT for route in routes.values()):
+            return dict.fromkeys((-1, *routes), 0.0)
+        shape = layer_shape(self.layer, self.call.grid)
         found = {-1: float(shape.exact_flops())}
         for i, route in routes.items():
             found[i] = shape.exact_flops() if route.kernel == EXACT else methods[i].flops(shape, route.kernel)
@@ -279,11 +300,20 @@ class Replay:
         """The layer's output with a method. Its own hooks are not called."""
         assert self.call is not None
         call = self.call._replace(method=method, trace=None)
-        return self.attn.forward(*self.args, **{**self.kwargs, CHANNEL_KEY: call})
+        if self.enter is None:
+            return self.attn.forward(*self.args, **{**self.kwargs, CHANNEL_KEY: call})
+        with self.enter.catching(self.attn, call):
+            return self.attn.forward(*self.args, **self.kwargs)
 
     def image(self, method: AttentionMethod) -> Tensor:
-        """The image tokens of that output."""
-        return _image(self.output(method))
+        """The image tokens of that output; of a core host's layer all of it, since their order is the model's."""
+        return self.of_image(self.output(method))
+
+    def of_image(self, output: Any) -> Tensor:
+        """The part of an output that errors are measured on."""
+        if self.enter is not None:
+            return _prediction(output)
+        return output[0] if isinstance(output, tuple) else output
 
     def seconds(self, method: AttentionMethod) -> float:
         """The time that computing it takes."""
@@ -294,19 +324,13 @@ class Replay:
         return time.perf_counter() - start
 
 
-def _image(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
 def _prediction(output: Any) -> Tensor:
     """All tensors of a model's output, flat: a ControlNet has many."""
-    values = (
-        output
-        if isinstance(output, (tuple, list))
-        else list(output.values())
-        if hasattr(output, "values")
-        else [output]
-    )
+    values: list[Any] = [output]
+    if isinstance(output, (tuple, list)):
+        values = list(output)
+    elif not isinstance(output, Tensor) and hasattr(output, "values"):
+        values = list(output.values())
     flat: list[Tensor] = []
     for value in values:
         flat += [x for x in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(x, Tensor)]

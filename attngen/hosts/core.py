@@ -7,6 +7,8 @@ attention module put a mode around it that catches its `scaled_dot_product_atten
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -117,6 +119,16 @@ class Enter(Hook):
         call = self.calls.now
         if call is not None:
             self.calls.enter(Product(module, self, call))
+
+    @contextmanager
+    def catching(self, module: nn.Module, call: Call) -> Generator[None]:
+        """Within it the module's products belong to `call`."""
+        self.calls.push(call)
+        try:
+            with Product(module, self, call):
+                yield
+        finally:
+            self.calls.pop()
 
 
 class Leave(Hook):
@@ -308,3 +320,8 @@ def why_unreachable(layer: Layer) -> str | None:
     if isinstance(layer.attention, BackendAttention) and "native" not in layer.attention.name:
         return f"the attention backend {layer.attention.name} computes its product"
     return None
+
+
+def core_enter(attn: nn.Module) -> Enter | None:
+    """The hook that begins to catch a layer's products, or None where the layer is not of a core host."""
+    return next((hook for hook in attn._forward_pre_hooks.values() if isinstance(hook, Enter)), None)

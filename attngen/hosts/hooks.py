@@ -391,11 +391,6 @@ def is_ours(attn: Any) -> bool:
     return spec is not None and (spec.core or isinstance(attn.processor, PROCESSORS))
 
 
-def seen_core(attn: nn.Module) -> tuple[int, int, int] | None:
-    """What `core.Enter` has seen of a layer."""
-    return next((hook.seen for hook in attn._forward_pre_hooks.values() if isinstance(hook, core.Enter)), None)
-
-
 def seen_grids(model: nn.Module) -> dict[str, Grid]:
     """The grid that each module with a `SpatialHook` had in the last call, by module name."""
     found: dict[str, Grid] = {}
