@@ -68,7 +68,7 @@ def check_candidates(candidates: Any) -> tuple[AttentionMethod, ...]:
     found = tuple(dict.fromkeys(_check_candidate(candidate) for candidate in candidates))
     wanted = tuple(candidate for candidate in found if not isinstance(candidate, SoftmaxAttention))
     if not wanted:
-        raise ValueError("candidates holds only exact attention; omit it to use the defaults")
+        raise ValueError("candidates has no method besides exact attention; omit it to use the defaults")
     return wanted
 
 
