@@ -1,7 +1,7 @@
 """Normalisation of a VAE's latents: what a network is trained on, from what the VAE encodes to, and back.
 
 diffusers' VAEs name it in their configuration: one `scaling_factor` and `shift_factor` for all channels (SD, FLUX), or
-`latents_mean` and `latents_std` for each (Wan, Qwen-Image); LTX multiplies by a `scaling_factor` besides.
+`latents_mean` and `latents_std` for each (Wan, Qwen-Image); LTX also multiplies by a `scaling_factor`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def denormalize_latents(latents: Tensor, config: Any) -> Tensor:
     """The inverse of `normalize_latents`: latents (B, C, h, w) of a network, as the VAE decodes them.
 
     Args:
-        latents: (B, C, h, w), drawn.
+        latents: (B, C, h, w), sampled.
         config: of the VAE, as in `normalize_latents`.
 
     Raises:
@@ -55,7 +55,7 @@ def check_normalization(config: Any, channels: int) -> None:
 
 
 def encode_moments(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of what a VAE encodes pictures to, not normalised; of a plain autoencoder it is 0.
+    """Mean and standard deviation of the latents of images, not normalised; a plain autoencoder has deviation 0.
 
     Args:
         vae: of diffusers; `encode` returns a `latent_dist`, or a `latent` as `AutoencoderDC` does.

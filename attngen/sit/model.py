@@ -194,7 +194,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         The tensors of a DiT and a SiT have the same names and shapes: pass `predicts_variance=True` for a DiT.
 
         The official code has a row for the null class only if it trained with label dropout, which the tensors do not
-        show. The last row is taken for the null class, except in a table of 1000 rows, the classes of ImageNet. For
+        show. The last row counts as the null class, except in a table of 1000 rows, the classes of ImageNet. For
         another model trained without label dropout pass its `num_classes`, or `class_dropout_prob=0`; else its last
         class is missing. Such a model has no use for guidance; `SiTPipeline` warns of it.
 
