@@ -368,15 +368,13 @@ def remove_hooks(model: nn.Module) -> list[tuple[nn.Module, Any]]:
     """Remove all hooks of a patch from a model and return them with their modules."""
     removed: list[tuple[nn.Module, Any]] = []
     for module in model.modules():
-        for table in (module._forward_pre_hooks, module._forward_hooks):
+        before = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
+        after = module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called
+        for table, *flags in (before, after):
             for key in [key for key, hook in table.items() if isinstance(hook, (Hook, core.Hook))]:
                 removed.append((module, table.pop(key)))
-                for flags in (
-                    module._forward_pre_hooks_with_kwargs if table is module._forward_pre_hooks else {},
-                    module._forward_hooks_with_kwargs if table is module._forward_hooks else {},
-                    module._forward_hooks_always_called if table is module._forward_hooks else {},
-                ):
-                    flags.pop(key, None)
+                for flag in flags:
+                    flag.pop(key, None)
     return removed
 
 

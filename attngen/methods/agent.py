@@ -83,13 +83,11 @@ def agent_attention(
     check_bias("broadcast_bias", broadcast_bias, (*query.shape[:2], num_queries, num_agents))
     if shortcut != 0 and num_queries != num_keys:
         raise ValueError(f"a shortcut needs as many queries as values, got {num_queries} queries and {num_keys} values")
-    scale = float(query.shape[-1] ** -0.5) if scale is None else scale
-    broadcast_scale = scale if broadcast_scale is None else broadcast_scale
-    biases = (aggregation_bias, broadcast_bias)
+    scale, biases = float(query.shape[-1] ** -0.5) if scale is None else scale, (aggregation_bias, broadcast_bias)
     choice = dispatch.choose_agent_kernel(query, key, value, agents, biases, kernel, correction)
     if kernel != AUTO and choice.reason is not None:
         raise ValueError(f"the kernel {kernel!r} cannot run here: {choice.reason}")
-    scales = AgentScales(scale, broadcast_scale, shortcut, gain, correction)
+    scales = AgentScales(scale, scale if broadcast_scale is None else broadcast_scale, shortcut, gain, correction)
     return dispatch.agent_attention(query, key, value, agents, scales, biases, kernel=choice.kernel)
 
 
