@@ -131,7 +131,7 @@ def test_a_program_out_of_memory_says_what_to_do(tmp_path, capsys):
         code = class2image.main(arguments)
     assert mode.count >= 400
     error = capsys.readouterr().err
-    assert code == 1 and error.count("\n") == 1 and "out of memory; draw smaller or fewer pictures" in error
+    assert code == 1 and error.count("\n") == 1 and "out of memory; draw smaller or fewer images" in error
     assert not out.exists()
     assert class2image.main(arguments) == 0 and out.exists()
 
