@@ -149,6 +149,7 @@ def prepare(options: argparse.Namespace) -> Job:
         OSError: if it cannot be loaded.
         UserError: for whatever does not fit the model or itself.
     """
+    from pipelines.engine.draw import apply_method
     from pipelines.upscale import check_picture, enlarging_pipeline, with_defaults
 
     first = open_image(options.image) if options.image else None
@@ -162,7 +163,7 @@ def prepare(options: argparse.Namespace) -> Job:
     except ValueError as error:
         raise cli.UserError(cli.first_line(error)) from error
     if picture.method is not None:
-        cli.apply_method(enlarger, picture.method).remove()
+        apply_method(enlarger, picture.method).remove()
     need = estimate(pipe, picture, options, device)
     return Job(options, device, pipe, enlarger, picture, first, need)
 

@@ -6,9 +6,14 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train.broken import MAX_BROKEN, check_max_broken
+
+if TYPE_CHECKING:
+    from attngen.methods.linear import FeatureMapName
+    from attngen.sit.attention import AttentionKind
+    from attngen.sit.model import ConvolutionKind
 
 # As in `train.objectives`, which imports torch; a program's --help should not wait for that.
 ARCHITECTURES = ("sit", "unet")
@@ -123,10 +128,10 @@ class TrainingConfig:
     num_layers: int = 8
     num_attention_heads: int = 5
     attention_head_dim: int = 32
-    attention: str = "mediator"
-    feature_map: str = "elu"
+    attention: AttentionKind = "mediator"
+    feature_map: FeatureMapName = "elu"
     num_mediators: int = 16
-    convolution: str = "values"
+    convolution: ConvolutionKind = "values"
     mediator_counts: tuple[int, ...] = (4, 9, 16, 25)
     mediator_starts: tuple[float, ...] = ()
     learn_sigma: bool = False

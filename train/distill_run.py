@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attngen.hosts.learned import hidden_core
 from torch import Tensor, nn
 
+from attngen.learned.modules import hidden_core
 from pipelines.cli.signals import StopOnSignal
 from train.checkpoint import (
     list_checkpoints,
@@ -188,7 +188,7 @@ class Run:
             self.unsaved = False
         except OSError as error:
             found = list_checkpoints(folder)
-            kept = f"the checkpoint of {found[-1].name} is kept" if found else "there is no other checkpoint"
+            kept = f"the checkpoint {found[-1].name} is kept" if found else "there is no other checkpoint"
             print(
                 f"train.distill: the checkpoint of step {step} could not be written ({error}); {kept}", file=sys.stderr
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers import DDPMScheduler
@@ -16,8 +16,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 from torch.nn import functional as F
 
-from attngen.sit.paths import PATHS, PREDICTIONS
-from attngen.sit.scheduler import WEIGHTINGS, InterpolantScheduler
+from attngen.sit.paths import PATHS, PREDICTIONS, PathName, PredictionType
+from attngen.sit.scheduler import WEIGHTINGS, InterpolantScheduler, Weighting
 
 DIT = "dit"
 OBJECTIVES = (*PREDICTIONS, DIT)
@@ -137,8 +137,11 @@ class InterpolantObjective(Objective):
         _check("path", path, PATHS)
         _check("weighting", weighting, WEIGHTINGS)
         _check("time_sampling", time_sampling, TIME_SAMPLINGS)
-        self.weighting, self.time_sampling = weighting, time_sampling
-        self.scheduler = InterpolantScheduler(path=path, prediction_type=prediction_type)
+        self.weighting: Weighting | None = cast(Weighting | None, weighting)
+        self.time_sampling = time_sampling
+        self.scheduler = InterpolantScheduler(
+            path=cast(PathName, path), prediction_type=cast(PredictionType, prediction_type)
+        )
 
     @property
     def model_config(self) -> dict[str, bool]:

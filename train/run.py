@@ -299,7 +299,7 @@ class Run:
         except OSError as error:
             if kind == CHECKPOINT or kind not in self.failed:
                 found = list_checkpoints(self.out / "checkpoints")
-                kept = f"the checkpoint of {found[-1].name} is kept" if found else "there is no checkpoint yet"
+                kept = f"the checkpoint {found[-1].name} is kept" if found else "there is no checkpoint yet"
                 print(f"train.sit: {what} could not be written ({error}); {kept}", file=sys.stderr)
             self.failed.add(kind)
             return False

@@ -148,12 +148,13 @@ def find_model(name: str | None) -> str:
 
 def load(source: str, options: argparse.Namespace, device: Any) -> Any:
     """The pipeline on its device, with the scheduler and the attention that the command line names."""
+    from pipelines.engine.draw import apply_method
     from pipelines.samplers import choose_scheduler
 
     pipe = load_pipeline(source, LoadOptions.of(options), device)
     pipe.scheduler = choose_scheduler(pipe, options)
     if options.method:
-        cli.apply_method(pipe, options.method)
+        apply_method(pipe, options.method)
     return pipe
 
 

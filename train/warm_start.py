@@ -228,7 +228,7 @@ class _Fitting:
         told = self.source.settings.get("num_mediators")
         # Layers take no more mediators than asked for, so several numbers lead to one count.
         candidates = range(count, 2 * count + 1) if told is None else [told]
-        found = {agent_grid(number, grid) for number in candidates}
+        found = {agent_grid(each, grid) if isinstance(each, int) else tuple(each) for each in candidates}
         found = {mediators for mediators in found if math.prod(mediators) == count}
         return found.pop() if len(found) == 1 else None
 

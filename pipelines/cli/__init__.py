@@ -214,23 +214,6 @@ def public_name(model: str) -> str:
     return path.name if path.is_absolute() else model
 
 
-# Attention
-
-
-def apply_method(pipe: Any, method: str) -> Any:
-    """Change the attention of a pipeline: a preset's name or a plan file; returns the handle.
-
-    Raises:
-        UserError: if there is no such method, or it cannot change anything in this pipeline.
-    """
-    import attngen
-
-    try:
-        return attngen.apply(pipe, method)
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from error
-
-
 def first_line(error: BaseException) -> str:
     lines: Sequence[str] = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -132,6 +132,30 @@ def draw(
     )
 
 
+def apply_method(pipe: Any, method: Any, kernel: Kernel = "auto") -> Any:
+    """Patch a pipeline; returns the handle.
+
+    Args:
+        pipe: the pipeline.
+        method: a preset's name, a plan, or a plan file.
+        kernel: see `attngen.apply`.
+
+    Raises:
+        UserError: if there is no such method, or it patches no layer of this pipeline.
+    """
+    import attngen
+
+    try:
+        return attngen.apply(pipe, method, kernel=kernel)
+    except (ValueError, OSError) as error:
+        network = getattr(pipe, "transformer", None)
+        if "patched" in str(error) and dict(getattr(network, "config", {})).get("attention") == "mediator":
+            raise cli.UserError(
+                "this model already uses mediator attention; leave out the method, or set its number of mediators"
+            ) from error
+        raise cli.UserError(str(error)) from error
+
+
 @contextmanager
 def method_on(
     model: Model, use: Use, watch: Any = None, kernel: Kernel = "auto", patch: Any = None
@@ -148,18 +172,11 @@ def method_on(
     Raises:
         UserError: if the method changes nothing in this model.
     """
-    import attngen
     from pipelines.engine.calls import watched
 
     plan = find_method(use.method).plan
     wanted = plan(use.options) if plan else patch
-    handle = None
-    if wanted is not None:
-        try:
-            handle = attngen.apply(model.pipe, wanted, kernel=kernel)
-        except (ValueError, OSError) as error:
-            which = f"method {use.method!r} is not for {model.name}: " if plan else ""
-            raise cli.UserError(f"{which}{error}") from error
+    handle = None if wanted is None else apply_method(model.pipe, wanted, kernel)
     try:
         with ExitStack() as stack:
             if watch is not None:

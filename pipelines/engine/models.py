@@ -272,11 +272,12 @@ def _refused_methods(pipe: Any) -> dict[str, str]:
     import attngen
 
     refused: dict[str, str] = {}
+    attention = getattr(_denoiser(pipe).config, "attention", None)
     try:
         attngen.apply(pipe, "softmax").remove()
     except ValueError as error:
-        refused |= {name: str(error) for name in METHODS if name not in (UNCHANGED, MEDIATORS)}
-    attention = getattr(_denoiser(pipe).config, "attention", None)
+        reason = "it already uses mediator attention" if attention == "mediator" else str(error)
+        refused |= {name: reason for name in METHODS if name not in (UNCHANGED, MEDIATORS)}
     if attention != "mediator" or "num_mediators" not in inspect.signature(pipe.__call__).parameters:
         refused[MEDIATORS] = "the model has no mediator attention"
     return refused

@@ -90,7 +90,7 @@ def test_first_picture_is_one_click_away(pages, folder):
     generate(visit)
     taken = time.monotonic() - start
     visit.page.wait_for_selector("#gallery img")
-    assert "picture in" in visit.page.input_value("#cost textarea")
+    assert "image in" in visit.page.input_value("#cost textarea")
     (made,) = files_in(folder)
     assert Image.open(folder / made).size == (32, 32)
     assert taken < 120, f"{taken:.0f} s from opening the page; under 20 s on a machine that does nothing else"
@@ -230,7 +230,7 @@ def faulty(server, visit):
     return visit
 
 
-@pytest.mark.parametrize(("seed", "told"), [(OUT_OF_MEMORY, "smaller or fewer pictures"), (NOT_FINITE, "not finite")])
+@pytest.mark.parametrize(("seed", "told"), [(OUT_OF_MEMORY, "smaller or fewer images"), (NOT_FINITE, "not finite")])
 def test_a_fault_ends_in_a_message_and_the_next_request_works(faulty, folder, seed, told):
     before = files_in(folder)
     faulty.page.uncheck("#new-seed input")

@@ -196,7 +196,7 @@ def test_methods(draw, softmax_model, tmp_path):
         (["face", "--seed", "-1"], "'-1' is not a whole number of at least 0"),
         (["face", "--out", "x.jpg"], "'x.jpg' does not end in .png"),
         (["face", "--method", "nope"], "unknown method 'nope'; known: softmax"),
-        (["face", "--method", "agent"], "can be patched"),
+        (["face", "--method", "agent"], "this model already uses mediator attention"),
         (["face", "--device", "abacus"], "there is no device 'abacus' here"),
         (["face", "--sampler", "magic"], "invalid choice: 'magic'"),
         ([], "name at least one class; --list prints them"),

@@ -401,7 +401,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path, capsys, monk
     assert run(tmp_path, "--steps", "4", "--save-every", "2", "--max-minutes", "5") == 1
     said = capsys.readouterr().err
     assert "the checkpoint of step 4 could not be written ([Errno 28] No space left on device)" in said
-    assert "step-00000002 stays" in said and said.count("log.jsonl could not be written") == 1
+    assert "the checkpoint step-00000002 is kept" in said and said.count("log.jsonl could not be written") == 1
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
 
 

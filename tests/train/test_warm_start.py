@@ -436,7 +436,7 @@ def test_what_is_no_source_is_refused(tmp_path):
     with pytest.raises(ValueError, match="other.safetensors holds no SiT or DiT: its tensors begin with unet.weight"):
         warm_start(model, tmp_path / "other.safetensors")
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(ValueError, match="has no whole checkpoint yet"):
+    with pytest.raises(ValueError, match="has no complete checkpoint yet"):
         warm_start(model, tmp_path)
     folder = tmp_path / "unet"
     folder.mkdir()
