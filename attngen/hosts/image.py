@@ -12,6 +12,7 @@ from attngen.hosts.spec import MASKED, decide, noted, spec_of
 from attngen.kernels.dispatch import AUTO
 from attngen.layers.call import Call
 from attngen.layers.layer import Layer, Selection
+from attngen.methods.base import with_context
 from attngen.tokens import join_heads
 
 
@@ -66,7 +67,8 @@ def softmax(layer: Layer, hidden_states: Tensor, call: Call | None) -> Tensor:
     """Exact attention through the backend in force, which the layer's own processor may not support."""
     layer.core = None  # a learned method's own projections are not the model's
     query, key, value = layer.project(Selection(hidden_states, hidden_states))
-    return layer.output(join_heads(layer.attention(query, key, value)).to(query.dtype))
+    mixed = layer.attention(query, *with_context(key, value, layer.context))
+    return layer.output(join_heads(mixed).to(query.dtype))
 
 
 def _normalised(attn: Any, hidden_states: Tensor, temb: Tensor | None) -> Tensor:
