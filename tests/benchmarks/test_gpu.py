@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning")
 
 def test_parts_run_and_a_failing_one_leaves_the_others(tmp_path, monkeypatch, capsys):
     fine = gpu.Part(
-        "fine", "", 60, tiny="benchmarks.layer --shapes sit-s-256 --quick --rounds 1 --agents 4 --what core"
+        "fine", "", 300, tiny="benchmarks.layer --shapes sit-s-256 --quick --rounds 1 --agents 4 --what core"
     )
     slow = gpu.Part("slow", "", 2, tiny="timeit -n 1 -r 1 -s pass __import__('time').sleep(60)")
     wrong = gpu.Part("wrong", "", 60, tiny="benchmarks.layer --shapes nothing")

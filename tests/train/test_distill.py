@@ -505,10 +505,10 @@ def test_noised_data_has_the_models_clock_and_labels(folder):
     inputs = open_inputs("emoji", drawing, contextlib.nullcontext)
     assert isinstance(inputs, NoisedData)
     call = inputs.call(0)
-    from attngen.hosts.families import slot
+    from attngen.hosts.families import slots
 
     noisy, times, labels = (
-        slot(drawing.model.forward, name).get(*call) for name in ("hidden_states", "timestep", "class_labels")
+        slots(drawing.model)[name].get(*call) for name in ("hidden_states", "timestep", "class_labels")
     )
     assert noisy.shape == (64, 3, 16, 16) and times.shape == (64,) and labels.shape == (64,)
     assert 0 <= times.min() and times.max() <= 1 and times.std() > 0.2
@@ -531,10 +531,10 @@ def test_labels_of_the_data_become_the_models(folder):
             return torch.zeros(len(indices), 3, 16, 16), indices % 2
 
     drawing = drawing_of(folder, batch_size=64)
-    from attngen.hosts.families import slot
+    from attngen.hosts.families import slots
     from pipelines.cli.seeds import sample_order
 
-    place = slot(drawing.model.forward, "class_labels")
+    place = slots(drawing.model)["class_labels"]
     labels = place.get(*NoisedData(drawing, Data(), {0: 1, 1: 0}).call(0))
     wanted = 1 - sample_order(0, torch.ones(64), 0, 64) % 2
     kept = labels != 2
@@ -563,9 +563,9 @@ def test_labels_go_by_name(folder):
 
     assert distill_labels(Data(), {"face": 0, "heart": 1}, 2) == {0: 1, 1: 0}
     assert distill_labels(Data(), {}, 2) == {0: 0, 1: 1}
-    with pytest.raises(ValueError, match="no class 'heart'"):
+    with pytest.raises(ValueError, match="class 'heart' of the data is unknown"):
         distill_labels(Data(), {"face": 0}, 2)
-    with pytest.raises(ValueError, match="no class 'heart'"):
+    with pytest.raises(ValueError, match="class 'heart' of the data is unknown"):
         distill_labels(Data(), {}, 3)
 
 
@@ -712,9 +712,9 @@ def test_noised_latents_for_stable_diffusion(stable):
 
     drawing = Drawing(pipe, pipe.unet, ("a cat", "a dog"), 4, 0)
     call = NoisedData(drawing, Latents(), {}).call(0)
-    from attngen.hosts.families import slot
+    from attngen.hosts.families import slots
 
-    noisy, steps = (slot(pipe.unet.forward, name).get(*call) for name in ("sample", "timestep"))
+    noisy, steps = (slots(pipe.unet)[name].get(*call) for name in ("sample", "timestep"))
     levels = (1 - pipe.scheduler.alphas_cumprod[steps]).sqrt()
     spread = noisy.flatten(1).std(dim=1)
     assert steps.shape == (4,) and torch.allclose(spread, levels, rtol=0.25)

@@ -304,7 +304,7 @@ def test_sizes_must_be_equal_or_made_equal(tmp_path, folders, emoji):
 def test_too_few_pictures_are_refused_and_few_are_warned_of(tmp_path, folders, emoji):
     with pytest.raises(ValueError, match="has 1 images; a distance needs at least 2"):
         measure(write_folder(tmp_path / "one", emoji[:1]), folders[1])
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="holds no images"):
         measure(write_folder(tmp_path / "none", emoji[:0]), folders[1])
     options = fid.parse_arguments([*map(str, folders), "--extractor", "emoji", "--no-cache", "--metrics", "fid"])
     with pytest.warns(UserWarning, match="150 generated images are fewer than 2048"):

@@ -548,7 +548,7 @@ def test_saved_tensors_are_safetensors_only(tmp_path):
 
 def test_the_distance_in_the_loop(tmp_path):
     options = ("--steps", "2", "--fd-every", "1", "--fd-pictures", "8", "--sample-steps", "2")
-    with pytest.warns(UserWarning, match="8 pictures"):
+    with pytest.warns(UserWarning, match="8 images"):
         assert run(tmp_path, *options) == 0
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     found = [line for line in log if any(key.startswith("FD-emoji") for key in line)]
@@ -573,13 +573,13 @@ def test_a_stop_ends_a_long_measurement_and_loses_nothing(tmp_path, monkeypatch,
     monkeypatch.setattr(evaluate, "BATCH_SIZE", 4)
     monkeypatch.setattr(evaluate, "_batches", signalled)
     assert run(tmp_path, *options) == 0
-    assert drawn == [4] and "distance of step 1 was not measured, as the run is to stop" in capsys.readouterr().err
+    assert drawn == [4] and "distance of step 1 was not measured because the run is stopping" in capsys.readouterr().err
     assert list_checkpoints(tmp_path / "checkpoints")[-1].name == "step-00000002"  # one step more, which hears of it
     assert not (tmp_path / "pipeline").exists()
 
     assert run(tmp_path, *options, "--resume") == 0  # the measurement at the end is stopped too
     assert drawn == [4, 4] and (tmp_path / "pipeline" / "model_index.json").is_file()
     monkeypatch.setattr(evaluate, "_batches", batches)
-    with pytest.warns(UserWarning, match="8 pictures"):
+    with pytest.warns(UserWarning, match="8 images"):
         assert run(tmp_path, *options, "--resume") == 0
     assert "FD-emoji" in (tmp_path / "log.jsonl").read_text().splitlines()[-1]
