@@ -124,7 +124,7 @@ def test_a_method_that_changes_nothing_is_left_out_with_the_reason(models, tmp_p
     exact = quality_rows.Row("softmax")
     nothing = quality_rows.Row("nothing", Plan((Stage(1.0, {"no.such.layer": AgentAttention(num_agents=4)}),)))
     found = quality_cost.costs(sampler, [exact, nothing], options, exact)
-    assert list(found) == ["softmax"] and "nothing is left out: the patterns" in capsys.readouterr().err
+    assert list(found) == ["softmax"] and "nothing is left out: no attention layer matches" in capsys.readouterr().err
 
 
 def test_other_models_are_measured_by_fid_against_a_reference(models, tmp_path, monkeypatch):
