@@ -102,8 +102,9 @@ def _explained(route: Route, layer: Layer, method: AttentionMethod) -> Route:
     """`route`, with a reason wherever its kernel is not the one asked for."""
     if route.run is None or route.why is not None or layer.wanted in (AUTO, route.kernel):
         return route
-    reason = "an attention backend was chosen" if layer.kernel is None else f"{method.kind} attention has no such path"
-    return route._replace(why=reason)
+    if layer.kernel is None:
+        return route._replace(why="an attention backend was chosen")
+    return route._replace(why=f"{method.kind} attention has no path {layer.wanted!r} here")
 
 
 def noted(route: Route, attn: nn.Module, call: Call | None) -> Route:

@@ -106,7 +106,7 @@ def reasons(model, method=SHORTCUT):
 
 def test_what_cannot_be_absorbed_says_why(absorbed_calls):
     model = fresh("sd15")
-    assert reasons(model, TokenMerging(0.25, 4, 0.9)) == {"token-merging attention has no such path"}
+    assert reasons(model, TokenMerging(0.25, 4, 0.9)) == {"token-merging attention has no path 'absorbed' here"}
 
     hooked = fresh("sd15")
     for layer in attngen.apply(hooked, SHORTCUT).report().patched:
