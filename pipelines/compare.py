@@ -46,6 +46,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--agents", nargs="+", metavar="COUNT", help="one row of agent per COUNT: a count, or time:count pairs")
     add("--mediators", nargs="+", metavar="COUNT", help="one row of mediators per COUNT: a count, or time:count pairs")
     add("--difference", action="store_true", help="add rows with the difference from the first method's images")
+    add(
+        "--lpips",
+        action="store_true",
+        help="add LPIPS and a verdict; its weights are downloaded where they are not here",
+    )
     add("--negative-prompt", default="", metavar="TEXT", help="what not to draw")
     add("--steps", type=cli.whole_number(1), help="sampling steps (default: the model's usual number)")
     add(
@@ -88,7 +93,7 @@ def compare(options: argparse.Namespace) -> None:
     uses = uses or default_uses(engine.models.get(options.model), options)
     check_uses(uses, options)
     path = cli.output_path(options, f"{options.prompt}-methods-{options.seed}")
-    comparison: Comparison = watch(engine.compare(settings, uses, previews=False))
+    comparison: Comparison = watch(engine.compare(settings, uses, previews=False, lpips=options.lpips))
     write(comparison, path, options)
     report(comparison, path, options)
 
@@ -225,7 +230,8 @@ def details(comparison: Comparison, path: Path) -> dict[str, Any]:
 
 def report(comparison: Comparison, path: Path, options: argparse.Namespace) -> None:
     """Print the table and where the files are; with `--json` everything."""
-    from pipelines.engine.comparison import COLUMNS, WARM_UP_STEPS
+    from pipelines.engine.comparison import COLUMNS, HEADS, WARM_UP_STEPS
+    from pipelines.engine.paired import LPIPS
 
     if options.json:
         print(json.dumps(details(comparison, path), ensure_ascii=False))
@@ -233,6 +239,13 @@ def report(comparison: Comparison, path: Path, options: argparse.Namespace) -> N
     for line in table([list(COLUMNS), *comparison.table()]):
         print(line)
     print(f"{WARM_UP_STEPS} warm-up steps per method, not timed")
+    first = comparison.rows[0]
+    print(f"pairs with {first.label} on the same noise, {len(first.result.pictures)} images; mean (interval of 95%):")
+    for line in (*table(comparison.paired_table()), *comparison.paired_tests()):
+        print(line)
+    for name, reason in comparison.rows[1].paired.skipped.items():
+        if options.lpips or name != LPIPS:
+            print(f"{HEADS[name]} not computed: {reason}")
     count = sum(len(row.result.pictures) for row in comparison.rows)
     cli.report_done(options, path, count, sum(row.result.seconds for row in comparison.rows))
 

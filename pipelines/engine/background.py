@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -55,17 +56,52 @@ def run_in_thread(
         thread.join()
 
 
+class Turns:
+    """One thing at a time, in the order of arrival."""
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        self._waiting: deque[object] = deque()
+
+    @contextmanager
+    def taken(self, tell: Tell, stop: threading.Event) -> Iterator[None]:
+        """One turn, waited for in a way that can be stopped; how many come first is told whenever it changes.
+
+        Raises:
+            Stopped: if `stop` is set before it comes.
+        """
+        from pipelines.engine.calls import Stopped
+
+        ticket, told = object(), 0
+        with self._change:
+            self._waiting.append(ticket)
+        try:
+            while before := self._before(ticket, 0.1 if told else 0):
+                if stop.is_set():
+                    raise Stopped
+                if before != told:
+                    tell(Progress(f"waiting for another image, {before} before this one"))
+                    told = before
+            yield
+        finally:
+            with self._change:
+                self._waiting.remove(ticket)
+                self._change.notify_all()
+
+    def _before(self, ticket: object, seconds: float) -> int:
+        """How many come before a ticket, after so many seconds or a change."""
+        with self._change:
+            if seconds and self._waiting[0] is not ticket:
+                self._change.wait(seconds)
+            return self._waiting.index(ticket)
+
+
+# One network draws, or is built, at a time: building one changes PyTorch's default dtype for every thread meanwhile.
+TURNS = Turns()
+
+
 @contextmanager
 def held(model: Model, tell: Tell, stop: threading.Event) -> Iterator[None]:
-    """The model's lock, while others draw waited for in a way that can be stopped."""
-    from pipelines.engine.calls import Stopped
-
-    if not model.lock.acquire(blocking=False):
-        tell(Progress("waiting for another image"))
-        while not model.lock.acquire(timeout=0.1):
-            if stop.is_set():
-                raise Stopped
-    try:
+    """A turn to draw with the model: no pipeline is thread-safe, and two at once are slower than one after the other."""
+    with TURNS.taken(tell, stop), model.lock:
         yield
-    finally:
-        model.lock.release()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipelines.engine.paired import ERROR, LPIPS, MISSING, PSNR, SSIM, Paired, compare_methods, paired
 from pipelines.engine.results import Result
 
 if TYPE_CHECKING:
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 WARM_UP_STEPS = 2
 DIFFERENCE_GAIN = 4  # differences are shown so many times as bright
 COLUMNS = ("method", "seconds", "times faster", "steps/s", "peak MiB", "GFLOP", "times fewer FLOPs", "error", "PSNR dB")
+
+
+HEADS = {ERROR: "latent error", PSNR: "PSNR dB", SSIM: "SSIM", LPIPS: "LPIPS"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Row:
         flops_ratio: times fewer operations than the first; None where they were not counted.
         error: root mean square difference of the pixel values, 0 to 1, from the first method's pictures.
         psnr: in dB; infinite for equal pictures.
+        paired: what the method changed, picture by picture.
     """
 
     label: str
@@ -36,6 +41,7 @@ class Row:
     flops_ratio: float | None
     error: float
     psnr: float
+    paired: Paired
 
     def cells(self) -> list[str]:
         """For `COLUMNS`."""
@@ -61,6 +67,7 @@ class Row:
             "flops_ratio": None if self.flops_ratio is None else round(self.flops_ratio, 3),
             "error": round(self.error, 6),
             "psnr": None if math.isinf(self.psnr) else round(self.psnr, 2),
+            "paired": self.paired.to_dict(),
         }
 
 
@@ -74,6 +81,32 @@ class Comparison:
         """Cells for `COLUMNS`, a row a method."""
         return [row.cells() for row in self.rows]
 
+    def paired_table(self) -> list[list[str]]:
+        """Means over pairs with intervals of 95%, with a head, a row a method but the first."""
+        others = self.rows[1:]
+        metrics = [name for name in HEADS if any(name in row.paired.estimates for row in others)]
+        head = ["method", *(HEADS[name] for name in metrics), *(["verdict"] if LPIPS in metrics else [])]
+        rows = [head]
+        for row in others:
+            cells = [str(row.paired.estimates.get(name, "")) for name in metrics]
+            rows.append([row.label, *cells, *([row.paired.verdict or ""] if LPIPS in metrics else [])])
+        return rows
+
+    def paired_tests(self) -> list[str]:
+        """Sentences on which of two methods is nearer to the first, each against the second row; empty without any."""
+        sentences = []
+        for row in self.rows[2:]:
+            name = ERROR if ERROR in row.paired.estimates else PSNR
+            base = self.rows[1]
+            try:
+                found = compare_methods(row.paired.estimates[name], base.paired.estimates[name])
+            except ImportError:
+                return [f"A paired t test {MISSING}"]
+            if found is not None:
+                what = f"{HEADS[name]} {found.mean:+.3g} against {base.label}"
+                sentences.append(f"{row.label}: {what}, paired t = {found.t:.2f}, p = {found.p:.2g}")
+        return sentences
+
     def difference(self, row: int, picture: int = 0) -> Image.Image:
         """Where a method's picture differs from the first method's, `DIFFERENCE_GAIN` times as bright."""
         return difference(self.rows[0].result.pictures[picture], self.rows[row].result.pictures[picture])
@@ -86,8 +119,8 @@ class Comparison:
         }
 
 
-def compare_results(results: Sequence[Result]) -> Comparison:
-    """Compare each with the first; all hold the same pictures by other methods."""
+def compare_results(results: Sequence[Result], lpips: bool = False) -> Comparison:
+    """Compare each with the first; all hold the same pictures by other methods. For `lpips` see `paired`."""
     first = results[0]
     rows = []
     for result in results:
@@ -95,7 +128,9 @@ def compare_results(results: Sequence[Result]) -> Comparison:
         ratio = first.flops / result.flops if first.flops and result.flops else None
         speedup = first.seconds / result.seconds if result.seconds else 1.0
         psnr = -20 * math.log10(error) if error else math.inf
-        rows.append(Row(result.settings.use.label, result, speedup, ratio, error, psnr))
+        latents = (first.latents, result.latents) if len(first.latents) == len(result.latents) else None
+        pairs = paired(first.pictures, result.pictures, latents, lpips=lpips)
+        rows.append(Row(result.settings.use.label, result, speedup, ratio, error, psnr, pairs))
     return Comparison(rows)
 
 

@@ -19,6 +19,7 @@ from pipelines.methods.options import MEDIATORS
 from pipelines.methods.uses import Use, find_method
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
     from attngen import Report
@@ -129,6 +130,7 @@ def draw(
         flops=None if flops is None else flops // len(pictures),
         report=found,
         file_settings=[_file_settings(model, replace(one, height=height, width=width)) for one in wanted],
+        latents=clock.latents if len(clock.latents) == len(pictures) else [],
     )
 
 
@@ -201,6 +203,8 @@ class _Clock:
 
     def __init__(self, steps: int, pictures: int, tell: Callable[[Progress], None], previews: bool) -> None:
         self.tell, self.previews = tell, previews
+        self.latents: list[torch.Tensor] = []
+        self._last: torch.Tensor | None = None
         self._told = Progress("drawing", 0, steps, pictures=pictures)
         self._calls = 0
         self._start = time.perf_counter()
@@ -208,13 +212,18 @@ class _Clock:
 
     def begin(self, previewer: Any, before: int, together: int) -> None:
         """New pictures, after so many others."""
-        self._previewer, self._calls = previewer, 0
+        self._previewer, self._calls, self._last = previewer, 0, None
         self._told = replace(self._told, done=0, picture=before + 1, together=together, seconds_left=None, preview=None)
         self.tell(self._told)
 
+    def end(self) -> None:
+        """They are drawn."""
+        if self._last is not None:
+            self.latents += self._last.detach().float().cpu().unbind()
+
     def step(self, pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         """`callback_on_step_end` of any pipeline; changes nothing."""
-        self._calls = index + 1
+        self._calls, self._last = index + 1, values.get("latents")
         # A solver that calls the network twice a step is told of in steps all the same.
         calls = max(getattr(pipe, "num_timesteps", None) or self._told.total, index + 1)
         now = time.perf_counter()
@@ -249,6 +258,7 @@ def _draw_together(model: Model, wanted: Sequence[Settings], before: int, clock:
     try:
         generator = generators[0] if len(wanted) == 1 else generators
         images = pipe(**arguments, generator=generator, output_type="np").images
+        clock.end()
     except ValueError as error:
         raise cli.UserError(cli.first_line(error)) from error
     finally:

@@ -15,6 +15,7 @@ from pipelines.engine.settings import Settings
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from attngen import Report
 
@@ -78,6 +79,7 @@ class Result:
         report: what the patch did to each layer; None without one.
         file_settings: for each picture what `pipelines.images.save_png` is to write into it.
         files: written pictures; empty until `save` made them.
+        latents: the last latents of each picture, float32 on the CPU; empty where the pipeline gives none.
     """
 
     settings: Settings
@@ -90,6 +92,7 @@ class Result:
     report: Report | None
     file_settings: list[dict[str, Any]]
     files: list[Path] = field(default_factory=list)
+    latents: list[Tensor] = field(default_factory=list)
 
     @property
     def steps_per_second(self) -> float:

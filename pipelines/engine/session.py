@@ -120,7 +120,7 @@ class Engine:
             return draw(model, fitted, tell, stop, previews, count_flops, batch, patch)
 
     def compare(
-        self, settings: Settings, uses: Sequence[Use], previews: bool = True
+        self, settings: Settings, uses: Sequence[Use], previews: bool = True, lpips: bool = False
     ) -> Generator[Progress | Comparison, None, None]:
         """The same pictures by two or more methods, the first of which the others are compared with.
 
@@ -130,6 +130,7 @@ class Engine:
             settings: what to draw; its method and options play no part.
             uses: the methods, each with options.
             previews: whether progress holds small pictures.
+            lpips: whether to compute LPIPS, whose weights may be downloaded; see `pipelines.engine.paired`.
 
         Raises:
             UserError: for fewer than two methods, or what `generate` raises it for, for any of them.
@@ -149,7 +150,7 @@ class Engine:
                     short = replace(variant, steps=min(WARM_UP_STEPS, variant.steps or 1), images=1)
                     draw(model, [short], _renamed(tell, f"warming up {which}"), stop)
                     results.append(draw(model, [variant], _renamed(tell, which), stop, previews, count_flops=True))
-            return compare_results(results)
+            return compare_results(results, lpips)
 
         yield from run_in_thread(work, self.models.forget)
 

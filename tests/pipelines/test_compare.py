@@ -26,6 +26,12 @@ def test_a_grid_of_mediators_with_its_numbers(tmp_path, capsys):
     unchanged, four, by_time = numbers["rows"]
     assert [row["label"] for row in numbers["rows"]] == ["unchanged", "mediators 4", "mediators 1:4,0.5:16"]
     assert four["flops"] < by_time["flops"] < unchanged["flops"] and four["seconds"] > 0
+    assert (
+        "pairs with unchanged on the same noise, 2 images" in printed
+        and "mediators 1:4,0.5:16: latent error" in printed
+    )
+    assert unchanged["paired"]["ssim"]["mean"] == 1 and len(four["paired"]["psnr"]["values"]) == 2
+    assert four["paired"]["latent_error"]["mean"] > by_time["paired"]["latent_error"]["mean"] > 0
     assert unchanged["error"] == 0 and by_time["error"] > 0 and "not timed" in numbers["warm_up"]
     settings = read_settings(tmp_path / "grid.png")
     assert settings["program"] == "pipelines.compare" and settings["seed"] == 5 and settings["images"] == 2
