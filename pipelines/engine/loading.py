@@ -68,7 +68,7 @@ def shipped_models() -> dict[str, Path]:
     spec = importlib.util.find_spec("attngen")
     assert spec is not None and spec.submodule_search_locations is not None
     assets = Path(next(iter(spec.submodule_search_locations))) / "assets"
-    folders = {"emoji": assets / "emoji", "emoji-unet": assets / "emoji_unet"}
+    folders = {name: assets / name.replace("-", "_") for name in ("emoji", "emoji-128", "emoji-unet")}
     return {name: folder for name, folder in folders.items() if (folder / "model_index.json").is_file()}
 
 
@@ -196,6 +196,24 @@ def check_packages() -> None:
 
 
 # Loading
+
+
+def fetch(model: str, options: LoadOptions) -> None:
+    """Download a repository of the hub into the cache; for a folder or a file nothing.
+
+    Raises:
+        OSError: if it cannot be had.
+        UserError: if it cannot be a model.
+    """
+    check_model(model, options.allow_pickle)
+    if Path(model).exists():
+        return
+    from diffusers import DiffusionPipeline
+
+    kind = pipeline_class(model, options.revision) or DiffusionPipeline
+    use_safetensors = None if options.allow_pickle else True
+    arguments = {"revision": options.revision, "variant": options.variant, "use_safetensors": use_safetensors}
+    quietly(model, lambda: kind.download(model, **arguments))
 
 
 def load_pipeline(model: str, options: LoadOptions, device: torch.device) -> Any:

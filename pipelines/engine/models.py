@@ -6,13 +6,17 @@ import argparse
 import inspect
 import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipelines import cli
-from pipelines.engine.loading import LoadOptions, draws_classes, load_pipeline, shipped_models
+from pipelines.engine.loading import LoadOptions, draws_classes, fetch, load_pipeline, shipped_models
+from pipelines.engine.results import Progress
+from pipelines.engine.turns import POLL_SECONDS, TURNS, Tell
 from pipelines.methods.catalogue import METHODS
 from pipelines.methods.options import MEDIATORS, UNCHANGED
 
@@ -23,6 +27,7 @@ CLASSES, TEXTS = "classes", "texts"
 # Steps and guidance where the pipeline's own defaults are meant for large models on a GPU.
 CLASS_STEPS, CLASS_GUIDANCE = 25, 2.0
 SMALL_NETWORK = 20_000_000  # weights
+RETRY_SECONDS = 10  # before a model that could not be loaded is tried again
 TEXT_UNIT = 8  # diffusers' pipelines of texts ask for multiples of it, whatever their VAE
 
 
@@ -158,7 +163,9 @@ class ModelStore:
         self.allowed = None if allowed is None else list(allowed)
         self.first, self.keep = list(first), keep
         self._models: OrderedDict[str, Model] = OrderedDict()
-        self._lock = threading.Lock()  # one model is loaded at a time
+        self._loading: dict[str, Future[Model]] = {}
+        self._failed: dict[str, float] = {}  # name -> when, on the monotonic clock
+        self._lock = threading.Lock()  # of these; held for a moment only
 
     @property
     def names(self) -> list[str]:
@@ -167,21 +174,57 @@ class ModelStore:
             return list(self.allowed)
         return list(dict.fromkeys([*self.first, *shipped_models(), *self._models]))
 
-    def get(self, name: str) -> Model:
-        """The model, loaded if need be.
+    def get(self, name: str, tell: Tell = lambda progress: None, stop: threading.Event | None = None) -> Model:
+        """The model, loaded if need be; what is loaded already waits for no other that is being loaded.
+
+        Args:
+            name: of the model.
+            tell: gets how long loading takes.
+            stop: where this is set, waiting ends with `pipelines.engine.calls.Stopped`; loading goes on in a thread.
 
         Raises:
             UserError: if it is not allowed here, or cannot be one, or lacks what it needs.
-            OSError: if it cannot be loaded.
+            OSError: if it cannot be loaded; for `RETRY_SECONDS` the same error again, without another try.
         """
         self.check(name)
         with self._lock:
-            if name not in self._models:
-                self._models[name] = load_model(name, self.options)
-            self._models.move_to_end(name)
+            if name in self._models:
+                self._models.move_to_end(name)
+                return self._models[name]
+            if time.monotonic() - self._failed.get(name, -math.inf) > RETRY_SECONDS:
+                self._failed.pop(name, None)
+            future = self._loading.get(name)
+            mine = future is None or (future.done() and name not in self._failed)
+            if future is None or mine:
+                future = self._loading[name] = Future()
+        if mine and stop is None:
+            self._load(name, future)
+        elif mine:
+            threading.Thread(target=self._load, args=(name, future), name="attngen-loader", daemon=True).start()
+        return _awaited(name, future, tell, stop)
+
+    def is_loaded(self, name: str | None) -> bool:
+        """Whether `get` returns the model at once."""
+        with self._lock:
+            return name in self._models
+
+    def _load(self, name: str, future: Future[Model]) -> None:
+        """Load a model for all who wait for it. Downloading takes no turn, building does."""
+        try:
+            fetch(str(shipped_models().get(name, name)), LoadOptions.of(self.options))
+            with TURNS.taken():
+                model = load_model(name, self.options)
+        except BaseException as error:  # each who waits raises it
+            with self._lock:
+                self._failed[name] = time.monotonic()
+            future.set_exception(error)
+            return
+        with self._lock:
+            self._models[name] = model
             while len(self._models) > self.keep:
                 self._models.popitem(last=False)
-            return self._models[name]
+            del self._loading[name]
+        future.set_result(model)
 
     def check(self, name: str) -> None:
         """Raise UserError unless the name can be that of a model here; nothing is loaded."""
@@ -195,6 +238,17 @@ class ModelStore:
         with self._lock:
             for name in [name for name, model in self._models.items() if not model.lock.locked()]:
                 del self._models[name]
+
+
+def _awaited(name: str, future: Future[Model], tell: Tell, stop: threading.Event | None) -> Model:
+    from pipelines.engine.calls import Stopped
+
+    start = time.monotonic()
+    while not wait([future], POLL_SECONDS).done:
+        if stop is not None and stop.is_set():
+            raise Stopped
+        tell(Progress(f"loading {cli.public_name(name)}, {time.monotonic() - start:.0f} s"))
+    return future.result()
 
 
 def load_model(name: str, options: argparse.Namespace) -> Model:

@@ -60,7 +60,11 @@ class Engine:
         return checked
 
     def generate(
-        self, settings: Settings, previews: bool = True, count_flops: bool = False
+        self,
+        settings: Settings,
+        previews: bool = True,
+        count_flops: bool = False,
+        stop: threading.Event | None = None,
     ) -> Generator[Progress | Result, None, None]:
         """Draw; yields `Progress` and at last one `Result`. Nothing is written; see `pipelines.engine.results.save`.
 
@@ -68,6 +72,7 @@ class Engine:
             settings: what to draw.
             previews: whether progress holds small pictures.
             count_flops: whether to count the operations, which costs one more network call of each kind.
+            stop: where this is set, `pipelines.engine.calls.Stopped` is raised at the next call of the network.
 
         Raises:
             UserError: for settings that cannot be used, before work.
@@ -80,7 +85,7 @@ class Engine:
         def work(tell: Tell, stop: threading.Event) -> Result:
             return self.draw([checked], tell, stop, previews, count_flops)
 
-        yield from run_in_thread(work, self.models.forget)
+        yield from run_in_thread(work, self.models.forget, stop)
 
     def draw(
         self,
@@ -114,13 +119,18 @@ class Engine:
         if any(replace(one, **alone) != replace(checked[0], **alone) for one in checked):
             raise ValueError("settings of one sheet differ in prompt, seed and number of images only")
         stop = stop or threading.Event()
-        model = self._ready(checked[0].model, tell)
+        model = self._ready(checked[0].model, tell, stop)
         with held(model, tell, stop):
             fitted = [fit(one, model, self.limits) for one in checked]
             return draw(model, fitted, tell, stop, previews, count_flops, batch, patch)
 
     def compare(
-        self, settings: Settings, uses: Sequence[Use], previews: bool = True, lpips: bool = False
+        self,
+        settings: Settings,
+        uses: Sequence[Use],
+        previews: bool = True,
+        lpips: bool = False,
+        stop: threading.Event | None = None,
     ) -> Generator[Progress | Comparison, None, None]:
         """The same pictures by two or more methods, the first of which the others are compared with.
 
@@ -131,6 +141,7 @@ class Engine:
             uses: the methods, each with options.
             previews: whether progress holds small pictures.
             lpips: whether to compute LPIPS, whose weights may be downloaded; see `pipelines.engine.paired`.
+            stop: see `generate`.
 
         Raises:
             UserError: for fewer than two methods, or what `generate` raises it for, for any of them.
@@ -141,7 +152,7 @@ class Engine:
         variants = [self.check(base.with_use(use)) for use in uses]
 
         def work(tell: Tell, stop: threading.Event) -> Comparison:
-            model = self._ready(base.model, tell)
+            model = self._ready(base.model, tell, stop)
             with held(model, tell, stop):
                 fitted = [fit(variant, model, self.limits) for variant in variants]
                 results = []
@@ -152,7 +163,7 @@ class Engine:
                     results.append(draw(model, [variant], _renamed(tell, which), stop, previews, count_flops=True))
             return compare_results(results, lpips)
 
-        yield from run_in_thread(work, self.models.forget)
+        yield from run_in_thread(work, self.models.forget, stop)
 
     def calibrate(
         self,
@@ -160,6 +171,7 @@ class Engine:
         max_error: float | None = None,
         speedup: float | None = None,
         num_stages: int = 3,
+        stop: threading.Event | None = None,
     ) -> Generator[Progress | Plan, None, None]:
         """Measure the model's layers on these settings and choose a plan; yields `Progress` and at last the plan.
 
@@ -168,6 +180,7 @@ class Engine:
             max_error: most relative error of the result; see `attngen.calibrate`. One of this and `speedup`.
             speedup: how many times faster attention is to be.
             num_stages: parts of the way from noise to picture that may have methods of their own.
+            stop: see `generate`.
 
         Raises:
             UserError: for what cannot be used, or a bound that no plan keeps.
@@ -178,24 +191,34 @@ class Engine:
         whole("num_stages", num_stages, 1, 16)
 
         def work(tell: Tell, stop: threading.Event) -> Plan:
-            model = self._ready(base.model, tell)
+            model = self._ready(base.model, tell, stop)
             with held(model, tell, stop):
                 return _calibrate(model, fit(base, model, self.limits), max_error, speedup, num_stages, tell, stop)
 
-        yield from run_in_thread(work, self.models.forget)
+        yield from run_in_thread(work, self.models.forget, stop)
 
     def warm_up(self, name: str | None = None) -> Model:
         """Load a model and draw a little with it, so that the first picture does not pay for first calls."""
         model = self.models.get(name or self.default_model)
         prompt = str(min(model.labels, default=0)) if model.kind == CLASSES else "a picture"
         short = fit(Settings(prompt=prompt, model=model.name, steps=1), model, self.limits)
-        with model.lock:
-            draw(model, [short], lambda progress: None, threading.Event())
+        stop = threading.Event()
+        with held(model, lambda progress: None, stop):
+            draw(model, [short], lambda progress: None, stop)
         return model
 
-    def _ready(self, name: str, tell: Tell) -> Model:
+    def load(self, name: str, stop: threading.Event | None = None) -> Generator[Progress | Model, None, None]:
+        """Load a model; yields `Progress` and at last the model. Where `stop` is set only the waiting ends.
+
+        Raises:
+            UserError: if it cannot be a model here.
+            OSError: if it cannot be loaded.
+        """
+        yield from run_in_thread(lambda tell, ended: self._ready(name, tell, ended), self.models.forget, stop)
+
+    def _ready(self, name: str, tell: Tell, stop: threading.Event) -> Model:
         tell(Progress(f"loading {cli.public_name(name)}"))
-        return self.models.get(name)
+        return self.models.get(name, tell, stop)
 
 
 def _renamed(tell: Tell, what: str) -> Tell:

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from pipelines.cli import UserError
+from pipelines.engine.calls import Stopped
 from pipelines.engine.models import ModelStore
 from pipelines.engine.results import Progress
 from pipelines.engine.session import Engine
 from pipelines.engine.settings import Settings
+from pipelines.engine.turns import TURNS
 from pipelines.methods.uses import Use
 from tests.pipelines.engines import drawn, pixels
 
@@ -143,12 +145,70 @@ def test_closing_stops_within_a_step_and_the_next_request_works(engine, mediator
     assert np.array_equal(pixels(drawn(engine, mediator, seed=8)), pixels(before))
 
 
-def test_waiting_for_a_model_can_be_stopped(engine, mediator):
-    with engine.models.get(mediator).lock:
-        events = engine.generate(Settings(prompt="face", model=mediator, steps=2))
-        told = [str(next(events)), str(next(events))]
-        assert "waiting" in told[1]
-        events.close()
+def test_waiting_for_a_turn_can_be_stopped(engine, mediator):
+    stop = threading.Event()
+    engine.models.get(mediator)
+    with TURNS.taken(), pytest.raises(Stopped):
+        for event in engine.generate(Settings(prompt="face", model=mediator, steps=2), stop=stop):
+            if "waiting" in str(event):
+                assert "1 before this one" in str(event)
+                stop.set()
+
+
+def test_turns_come_in_the_order_of_arrival():
+    done, threads = [], []
+
+    def draw(number):
+        with TURNS.taken():
+            done.append(number)
+
+    with TURNS.taken():
+        for number in range(4):
+            threads.append(threading.Thread(target=draw, args=(number,)))
+            threads[-1].start()
+            time.sleep(0.02)
+    for thread in threads:
+        thread.join()
+    assert done == [0, 1, 2, 3]
+
+
+def loading_slowly(monkeypatch, seconds=30.0, error=None):
+    """Models named slow/model load until the event that this returns is set."""
+    from pipelines.engine import models
+
+    fetch, go, tries = models.fetch, threading.Event(), []
+
+    def wait(name, options):
+        if name != "slow/model":
+            return fetch(name, options)
+        tries.append(name)
+        go.wait(seconds)
+        raise OSError("cannot get slow/model")
+
+    monkeypatch.setattr(models, "fetch", wait)
+    return go, tries
+
+
+def test_a_model_that_loads_blocks_nobody(mediator, monkeypatch):
+    engine = Engine(ModelStore())
+    drawn(engine, mediator)
+    go, tries = loading_slowly(monkeypatch)
+    stop = threading.Event()
+    loads = engine.load("slow/model", stop)
+    assert "loading slow/model" in str(next(loads))
+    start = time.monotonic()
+    drawn(engine, mediator)
+    engine.models.get(mediator)
+    assert time.monotonic() - start < 5
+    assert any("s" in str(next(loads)) for _ in range(3))
+    stop.set()
+    with pytest.raises(Stopped):
+        list(loads)
+    go.set()
+    for _ in range(2):  # whoever asks again soon gets the same error, without another try
+        with pytest.raises(OSError, match="cannot get slow/model"):
+            engine.models.get("slow/model")
+    assert tries == ["slow/model"]
 
 
 def test_a_picture_of_nan_is_an_error_and_no_file(engine, softmax):
