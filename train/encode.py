@@ -73,10 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def encode(options: argparse.Namespace) -> int:
     """Make the shards of this process, and the index if all are there; returns the exit code."""
+    from pipelines.engine.autoencoder import load_vae
     from train.broken import parse_max_broken
     from train.data import open_data
     from train.data_encoder import DTYPES, Encoder, Settings
-    from train.latents import INDEX_NAME, load_vae, read_index
+    from train.latents import INDEX_NAME, read_index
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     data: Any = open_data(
@@ -133,8 +134,9 @@ def write_check(folder: Path, data: PictureData | EmojiData, vae_source: str, de
     """
     import torch
 
+    from pipelines.engine.autoencoder import load_vae
     from pipelines.images import grid, save_png
-    from train.latents import LatentData, load_vae, read_index, scale, unscale
+    from train.latents import LatentData, read_index, scale, unscale
 
     index = read_index(folder)
     latents = LatentData(folder, index["image_size"], flip=index["flip"] or index["variants"] > 1)

@@ -119,7 +119,7 @@ class InceptionDistance:
         from train.fid_inputs import open_input
 
         if data.vae is not None:
-            from train.latents import load_vae
+            from pipelines.engine.autoencoder import load_vae
 
             load_vae(data.vae["source"], data.vae.get("sha256"))
         self.labels = data.labels[sample_order(config.seed, torch.ones(len(data)), 0, config.fd_pictures)]

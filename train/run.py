@@ -32,6 +32,7 @@ from train.data_prefetch import Batch
 from train.ema import PowerAverage, snapshot_path
 from train.meter import Meter, append_line, bucket_sums, flat
 from train.objectives import Objective
+from train.samples import describe_pipeline, export_pipeline, sample_grid
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -278,6 +279,7 @@ class Run:
             "ema_step": self.ema.optimization_step,
             "fingerprint": self.data.fingerprint,
             "id2label": self.data.id2label,
+            "pipeline": describe_pipeline(plain_model(self.accelerator, self.model), self.objective, self.data),
             **({} if scaler is None else {"scaler": scaler.state_dict()}),
         }
 
@@ -308,8 +310,6 @@ class Run:
 
     def sample(self, step: int) -> None:
         """A grid of pictures at fixed seeds: a row a class, a group of columns for each number of mediators."""
-        from train.samples import sample_grid
-
         model = self.averaged_model()
         self._try_to_write(
             "samples",
@@ -335,8 +335,6 @@ class Run:
 
     def export(self) -> None:
         """The averaged weights as a pipeline folder, in half precision."""
-        from train.samples import export_pipeline
-
         model, folder = self.averaged_model(), self.out / "pipeline"
         self._try_to_write(PIPELINE, f"{folder}", lambda: export_pipeline(model, self.objective, self.data, folder))
 

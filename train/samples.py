@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
+from attngen.sit.pipeline import SiTPipeline
 from pipelines.cli.seeds import generator_for
+from pipelines.images import grid, save_png
 from train.config import TrainingConfig
 from train.data_base import Data
 from train.objectives import Objective
+from train.unet import ClassUNet
 
 if TYPE_CHECKING:
     from attngen.sit.model import SiTTransformer2DModel
-    from attngen.sit.pipeline import SiTPipeline
     from attngen.sit.unet_pipeline import UNetClassPipeline
 
 PICTURES_PER_GROUP = 2
@@ -49,8 +52,6 @@ def sample_grid(
     Returns:
         The file written.
     """
-    from pipelines.images import grid, save_png
-
     shown = {label: name for label, name in data.id2label.items() if label in list(data.id2label)[:MOST_ROWS]}
     pipe = pipeline_of(model, objective, data)
     counts = config.mediator_counts if config.attention == "mediator" else ()
@@ -70,9 +71,6 @@ def sample_grid(
 
 def pipeline_of(model: SiTTransformer2DModel, objective: Objective, data: Data) -> Any:
     """The pipeline that draws from a model in training, without a progress bar."""
-    from attngen.sit.pipeline import SiTPipeline
-    from train.unet import ClassUNet
-
     if isinstance(model, ClassUNet):
         pipe = model.pipeline(dict(data.id2label))
     else:
@@ -82,10 +80,31 @@ def pipeline_of(model: SiTTransformer2DModel, objective: Objective, data: Data) 
     return pipe
 
 
+def describe_pipeline(model: Any, objective: Objective, data: Data) -> dict[str, Any]:
+    """What `pipelines.engine.runs` makes the pipeline of beside the weights: JSON values.
+
+    Args:
+        model: the network, without what accelerate and torch.compile put around it.
+        objective: of the training; its sampler draws.
+        data: of the training.
+    """
+    if isinstance(model, ClassUNet):
+        network, scheduler = model.unet, FlowMatchEulerDiscreteScheduler()
+    else:
+        network, scheduler = model, objective.sampling_scheduler()
+    vae = None if data.vae is None else {"source": data.vae["source"], "sha256": data.vae.get("sha256")}
+    return {"network": _config(network), "scheduler": _config(scheduler), "vae": vae}
+
+
+def _config(part: Any) -> dict[str, Any]:
+    """The class and the configuration of a network or scheduler of diffusers."""
+    return {"_class_name": type(part).__name__, **{k: v for k, v in part.config.items() if not k.startswith("_")}}
+
+
 def _autoencoder(data: Data, device: torch.device) -> Any:
     if data.vae is None:
         return None
-    from train.latents import load_vae
+    from pipelines.engine.autoencoder import load_vae
 
     try:
         vae, _ = load_vae(data.vae["source"], data.vae.get("sha256"))

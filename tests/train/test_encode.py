@@ -17,11 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pipelines.cli.seeds import generator_for
+from pipelines.engine.autoencoder import load_vae, weights_hash
 from tests.train.test_data import assert_batches_are_stateless, class_folders
 from train import encode, latents
 from train.data import open_data
 from train.data_prefetch import Prefetcher
-from train.latents import INDEX_NAME, LatentData, load_vae, scale, unscale, weights_hash
+from train.latents import INDEX_NAME, LatentData, scale, unscale
 
 ROOT = Path(__file__).parents[2]
 SIZE = 16
