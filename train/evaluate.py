@@ -114,8 +114,8 @@ class InceptionDistance:
             import torch_fidelity  # noqa: F401
         except ImportError as error:
             raise ValueError("FID needs torch-fidelity: pip install 'attngen[fid]' installs it") from error
+        from train.extractors import make_extractor
         from train.fid import check_input
-        from train.fid_extractors import make_extractor
         from train.fid_inputs import open_input
 
         if data.vae is not None:

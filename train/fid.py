@@ -1,4 +1,4 @@
-"""FID, sFID, IS, KID, precision and recall of pictures: python -m train.fid GENERATED REFERENCE
+"""FID, sFID, IS, KID, precision, recall, MMD and MIND of images: python -m train.fid GENERATED REFERENCE
 
 With the extractor that ships the numbers are FD-emoji and its kin, which compare models of emoji and nothing else.
 """
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from train.fid_inputs import Given
 
 PROGRAM = "train.fid"
-METRICS = ("fid", "sfid", "is", "kid", "pr")
+METRICS = ("fid", "sfid", "is", "kid", "pr", "mmd", "mind")
+ALIASES = {"fd": "fid", "kd": "kid", "cmmd": "mmd", "precision": "pr", "recall": "pr"}
 EXAMPLES = """
 examples:
   python -m train.fid samples/emoji emoji --extractor emoji
@@ -36,12 +37,25 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("generated", metavar="GENERATED", help="generated images")
     add("reference", metavar="REFERENCE", help="reference images")
     add(
-        "--extractor", choices=["inception", "emoji"], default="inception", help="feature extractor (default inception)"
+        "--extractor",
+        default="inception",
+        metavar="NAME[=WEIGHTS]",
+        help="inception, dinov2, clip or emoji; =WEIGHTS is a file for inception and emoji, a folder or hub id for "
+        "dinov2 and clip (default inception)",
     )
     add(
         "--inception-weights", metavar="FILE", help="Inception weights in torch-fidelity's layout (default: downloaded)"
     )
-    add("--metrics", type=metric_names, default=METRICS, metavar="LIST", help=f"of {','.join(METRICS)} (default: all)")
+    add(
+        "--metrics",
+        type=metric_names,
+        nargs="+",
+        default=[METRICS],
+        metavar="NAME",
+        help=f"of {', '.join(METRICS)}; fd is fid, kd is kid, cmmd is mmd (default: all)",
+    )
+    add("--intervals", type=cli.whole_number(2), default=0, metavar="N", help="spread of distances over N resamples")
+    add("--extrapolate", action="store_true", help="also the Fréchet distance at infinitely many images")
     add("--image-size", type=cli.whole_number(1), metavar="S", help="crop all images to squares of S, as ADM does")
     add("--classes", help="classes of the emoji, separated by commas (default: those of GENERATED's manifest, or all)")
     add("--cache", type=Path, help="folder of statistics (default: attngen/statistics in the user's cache)")
@@ -59,6 +73,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--threads", type=cli.whole_number(1), help="CPU threads (default: torch's)")
     add("--workers", type=cli.whole_number(1), default=4, metavar="N", help="threads that decode (default 4)")
     options = parser.parse_args(argv)
+    options.metrics = tuple(dict.fromkeys(name for names in options.metrics for name in names))
     if options.inception_weights and options.extractor != "inception":
         parser.error("--inception-weights is for --extractor inception")
     if options.save_statistics and options.save_statistics.suffix != ".safetensors":
@@ -68,11 +83,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def metric_names(text: str) -> tuple[str, ...]:
     """An argument type: names of metrics separated by commas."""
-    names = tuple(part.strip().lower() for part in text.split(","))
+    names = [part.strip().lower() for part in text.split(",")]
     for name in names:
-        if name not in METRICS:
-            raise argparse.ArgumentTypeError(f"{name!r} is not a metric; expected some of {','.join(METRICS)}")
-    return names
+        if name not in METRICS and name not in ALIASES:
+            known = ",".join((*METRICS, *ALIASES))
+            raise argparse.ArgumentTypeError(f"{name!r} is not a metric; expected some of {known}")
+    return tuple(ALIASES.get(name, name) for name in names)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,11 +137,12 @@ def fid(options: argparse.Namespace) -> dict[str, Any]:
     """
     import torch_fidelity  # noqa: F401  # before hours of reading
 
-    from train.fid_extractors import make_extractor
+    from train.extractors import make_extractor, split_extractor
     from train.fid_inputs import open_input
     from train.fid_measure import default_cache, measure_input, write_measured
     from train.fid_metrics import compare, facts_of, library_versions
 
+    name, weights = split_extractor(options.extractor)
     device = cli.prepare_device(options)
     if device.type == "mps":  # no double precision there
         device = "cpu"
@@ -134,7 +151,7 @@ def fid(options: argparse.Namespace) -> dict[str, Any]:
     reference = open_reference(options, generated)
     check_input(reference)
     check_pair(generated, reference)
-    extractor = make_extractor(options.extractor, options.inception_weights, device)
+    extractor = make_extractor(name, weights or options.inception_weights, device)
     for given in (generated, reference):
         if given.pictures is not None:
             extractor.check_size(given.pictures.size)
@@ -143,7 +160,7 @@ def fid(options: argparse.Namespace) -> dict[str, Any]:
     sets = [measure_input(given, extractor, cache, bar("features", given)) for given in (reference, generated)]
     if options.save_statistics:
         write_measured(options.save_statistics, sets[0])
-    result = compare(sets[1], sets[0], extractor, options.metrics)
+    result = compare(sets[1], sets[0], extractor, options.metrics, options.intervals, options.extrapolate)
     return {
         **result,
         "generated": facts_of(sets[1]),
@@ -233,7 +250,10 @@ def table(result: Mapping[str, Any]) -> str:
     """The numbers as text, a line each."""
     lines = []
     for name, value in result["values"].items():
-        lines.append((name, _shown(value)))
+        spread = result.get("spread", {}).get(name)
+        lines.append((name, _shown(value) + (f" ± {spread:.4f} (resampled)" if spread is not None else "")))
+    if "at_infinity" in result:
+        lines.append(("at infinity", f"{result['at_infinity']:.4f} extrapolated to infinitely many generated images"))
     if "floor" in result:
         floor = result["floor"]
         lines.append(("its floor", f"{floor['value']:.4f} of {floor['pictures']:,} images as good as the reference"))

@@ -202,12 +202,3 @@ def download_weights() -> Path:
             "--inception-weights FILE, or measure with --extractor emoji"
         ) from error
     return path
-
-
-def make_extractor(name: str, weights: str | None, device: Any) -> Extractor:
-    """The extractor of a command line.
-
-    Raises:
-        ValueError: if the weights cannot be read.
-    """
-    return InceptionExtractor(weights, device) if name == "inception" else EmojiExtractor(device=device)

@@ -63,7 +63,7 @@ def measure(pictures: PictureSet, extractor: Extractor, progress: Callable[[Any]
         progress: passes pictures on and shows how many.
     """
     running = {key: RunningStatistics(keep_features=False) for key in ("features", "spatial") if key in extractor.keys}
-    kept: dict[str, list[Tensor]] = {"features": [], "logits": []}
+    kept: dict[str, list[Tensor]] = {key: [] for key in ("features", "logits") if key in extractor.keys}
     for group in _groups(progress(pictures.pixels())):
         found = extractor.features(group)
         for key, statistics in running.items():
@@ -75,7 +75,7 @@ def measure(pictures: PictureSet, extractor: Extractor, progress: Callable[[Any]
         pictures.name,
         finished["features"],
         torch.cat(kept["features"]),
-        torch.cat(kept["logits"]),
+        torch.cat(kept["logits"]) if "logits" in kept else None,
         finished.get("spatial"),
         pictures.size,
         pictures.sha256,

@@ -1,4 +1,4 @@
-"""FID, sFID, IS, KID, precision and recall of measured sets.
+"""FID, sFID, IS, KID, precision, recall, MMD and MIND of measured sets.
 
 The Fréchet distances are computed here, in double precision (`train.frechet`); the rest by torch-fidelity's functions,
 with its own settings. Where torch-fidelity computes all of it, the numbers agree to 1e-6.
@@ -9,22 +9,30 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from train.distances import bootstrap, extrapolated_frechet, gaussian_mmd, moments, sliced_wasserstein
 from train.fid_extractors import Extractor
 from train.fid_measure import UNKNOWN, Measured
 from train.frechet import ENOUGH_PICTURES, floor_distance, frechet_distance, kernel_distance
 
-METRICS = ("fid", "sfid", "is", "kid", "pr")
+METRICS = ("fid", "sfid", "is", "kid", "pr", "mmd", "mind")
 KID_SUBSET_SIZE, IS_SPLITS, NEIGHBOURS = 1000, 10, 3
 # Copies among so large a share of the pictures spoil precision and recall.
 FEW_COPIES = 0.01
 
 
 def compare(
-    generated: Measured, reference: Measured, extractor: Extractor, metrics: Sequence[str] = METRICS
+    generated: Measured,
+    reference: Measured,
+    extractor: Extractor,
+    metrics: Sequence[str] = METRICS,
+    resamples: int = 0,
+    extrapolate: bool = False,
 ) -> dict[str, Any]:
     """All numbers that the two sets allow.
 
@@ -33,9 +41,12 @@ def compare(
         reference: what it should be like.
         extractor: of both.
         metrics: some of `METRICS`.
+        resamples: of the generated images, for the spread of the distances; 0 for none.
+        extrapolate: whether to extrapolate the Fréchet distance to infinitely many images.
 
     Returns:
-        `values`: numbers by name, with those of spread and size; `skipped`: reason by metric; `floor` of FD-emoji.
+        `values`: numbers by name, with those of spread and size; `skipped`: reason by metric; `floor` of FD-emoji;
+        `spread`: standard deviation by metric, over resamples; `at_infinity`: the extrapolated distance.
 
     Raises:
         ValueError: if the sets are of different extractors.
@@ -56,7 +67,12 @@ def compare(
         _add_kid(generated, reference, extractor, values, skipped)
     if "pr" in metrics:
         _add_precision_recall(generated, reference, values, skipped)
+    _add_distances(generated, reference, extractor, metrics, values, skipped)
     result: dict[str, Any] = {"extractor": extractor.label, "values": values, "skipped": skipped}
+    if resamples:
+        result["spread"] = _spreads(generated, reference, extractor, metrics, resamples, skipped)
+    if extrapolate:
+        _add_limit(generated, reference, extractor, result)
     if extractor.metric.startswith("FD-emoji") and reference.features is not None and len(reference.features) >= 4:
         whole = replace(reference.statistics, features=reference.features.double())
         floor, count = floor_distance(whole, generated.statistics.num_pictures)
@@ -91,7 +107,7 @@ def _add_is(generated: Measured, extractor: Extractor, values: dict[str, Any], s
 
     name = extractor.metric.replace("FID", "IS").replace("FD-", "IS-")
     if generated.logits is None:
-        skipped[name] = "the statistics have no logits"
+        skipped[name] = "there are no logits: statistics are only moments, and not every extractor classifies"
     elif len(generated.logits) < IS_SPLITS:
         skipped[name] = f"it needs {IS_SPLITS} images, one per split"
     else:
@@ -121,6 +137,70 @@ def _add_kid(
             if m.features is not None
         ]
         values[extractor.kernel_metric]["all_pairs"] = kernel_distance(*sets)
+
+
+def _add_distances(
+    generated: Measured,
+    reference: Measured,
+    extractor: Extractor,
+    metrics: Sequence[str],
+    values: dict[str, Any],
+    skipped: dict[str, str],
+) -> None:
+    """The kernel and the sliced distance, which need the features of both."""
+    for metric, measure in (("mmd", gaussian_mmd), ("mind", sliced_wasserstein)):
+        if metric not in metrics:
+            continue
+        name = distance_name(metric, extractor)
+        if generated.features is None or reference.features is None:
+            skipped[name] = "it needs the features of both, and statistics are only their moments"
+        else:
+            values[name] = measure(generated.features.double(), reference.features.double())
+
+
+def distance_name(metric: str, extractor: Extractor) -> str:
+    """CMMD is of CLIP's embeddings, MIND of Inception's features; with other features they have other names."""
+    if metric == "mmd":
+        return "CMMD" if extractor.label.startswith("clip-") else f"MMD[{extractor.label}]"
+    return "MIND" if extractor.metric == "FID" else f"MIND[{extractor.label}]"
+
+
+def _spreads(
+    generated: Measured,
+    reference: Measured,
+    extractor: Extractor,
+    metrics: Sequence[str],
+    resamples: int,
+    skipped: dict[str, str],
+) -> dict[str, float]:
+    """Standard deviations over resamples of the generated images."""
+    if generated.features is None:
+        skipped["spread"] = "it needs the features of the generated images"
+        return {}
+    found, features = {}, generated.features.double()
+    if "fid" in metrics:
+        statistics = reference.statistics
+
+        def frechet(part: Tensor) -> float:
+            return frechet_distance(moments(part, statistics), statistics, warn=False)
+
+        found[extractor.metric] = bootstrap(frechet, features, resamples)
+    for metric, measure in (("mmd", gaussian_mmd), ("mind", sliced_wasserstein)):
+        if metric in metrics and reference.features is not None:
+            against = partial(measure, b=reference.features.double())
+            found[distance_name(metric, extractor)] = bootstrap(against, features, resamples)
+    return found
+
+
+def _add_limit(generated: Measured, reference: Measured, extractor: Extractor, result: dict[str, Any]) -> None:
+    name = f"{extractor.metric} at infinity"
+    if generated.features is None:
+        result["skipped"][name] = "it needs the features of the generated images"
+        return
+    try:
+        result["at_infinity"] = extrapolated_frechet(generated.features.double(), reference.statistics)
+    except ValueError as error:
+        result["skipped"][name] = str(error)
 
 
 def _add_precision_recall(

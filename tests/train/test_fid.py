@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 torch_fidelity = pytest.importorskip("torch_fidelity")
 
-from train import fid, fid_extractors, fid_inputs, fid_measure, fid_metrics  # noqa: E402
+from train import extractors, fid, fid_extractors, fid_inputs, fid_measure, fid_metrics  # noqa: E402
 from train.emoji import EmojiDataset  # noqa: E402
 from train.features import default_extractor, register_with_torch_fidelity  # noqa: E402
 from train.fid_extractors import EmojiExtractor, Extractor, InceptionExtractor  # noqa: E402
@@ -266,7 +266,7 @@ def test_a_broken_picture_is_named_before_anything_is_computed(tmp_path, folders
     folder = write_folder(tmp_path / "set", emoji[:5])
     broken = folder / "000003.png"
     broken.write_bytes(broken.read_bytes()[:-40] if content is None else content)
-    monkeypatch.setattr(fid_extractors, "make_extractor", lambda *_: pytest.fail("made the extractor first"))
+    monkeypatch.setattr(extractors, "make_extractor", lambda *_: pytest.fail("made the extractor first"))
     for pair in ((folder, folders[1]), (folders[0], folder)):
         with pytest.raises(ValueError, match=r"000003\.png cannot be read as an image"):
             measure(*pair)
@@ -546,3 +546,20 @@ def test_the_global_random_state_is_left_alone(folders):
     state = torch.get_rng_state()
     measure(*folders)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_spread_limit_and_further_distances_through_the_program(folders, capsys):
+    found = measure(*folders, "--metrics", "fd", "mind,cmmd", "--intervals", "3", "--extrapolate")
+    label = default_extractor().label
+    names = {f"FD-emoji[{label}]", f"MIND[{label}]", f"MMD[{label}]"}
+    assert set(found["values"]) == set(found["spread"]) == names
+    assert all(0 < found["spread"][name] < found["values"][name] for name in names)
+    assert "more than" in found["skipped"][f"FD-emoji[{label}] at infinity"]
+    assert "(resampled)" in fid.table(found) and "at infinity" in fid.table(found)
+
+
+def test_metrics_are_words_or_a_list(folders):
+    names = [
+        fid.parse_arguments(["a", "b", "--metrics", *text.split()]).metrics for text in ("fid,pr", "fid recall pr")
+    ]
+    assert names == [("fid", "pr"), ("fid", "pr")]
