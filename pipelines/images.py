@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from pipelines.cli.provenance import versions
+from pipelines.png_text import read_texts
 
 SETTINGS_CHUNK = "attngen"
 PARAMETERS_CHUNK = "parameters"
@@ -161,20 +162,32 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         ValueError: if the file is no PNG, or holds no settings, or not as `save_png` writes them.
     """
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            text = image.info.get(SETTINGS_CHUNK)
-    except Exception as error:  # a crafted file raises many kinds, not all of them OSError
+        texts = read_texts(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a PNG: {error}") from error
-    if not isinstance(text, str):
-        raise ValueError(f"{path} holds no settings of attngen")
+    try:
+        return settings_of(texts)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def settings_of(texts: Mapping[str, str]) -> dict[str, Any]:
+    """The settings in the texts of a PNG of ours; see `read_settings`.
+
+    Raises:
+        ValueError: if there are none, or not as `save_png` writes them.
+    """
+    text = texts.get(SETTINGS_CHUNK)
+    if text is None:
+        raise ValueError("it holds no settings of attngen")
     if len(text) > MAX_SETTINGS_CHARACTERS:
-        raise ValueError(f"the settings in {path} are longer than {MAX_SETTINGS_CHARACTERS} characters")
+        raise ValueError(f"its settings are longer than {MAX_SETTINGS_CHARACTERS} characters")
     try:
         settings = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"the settings in {path} are damaged: {error}") from error
+        raise ValueError(f"its settings are damaged: {error}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"the settings in {path} are not a JSON object")
+        raise ValueError("its settings are not a JSON object")
     return settings
 
 

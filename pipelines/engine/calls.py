@@ -70,7 +70,10 @@ class CallWatch:
         """
         if not self.calls:
             return None
-        return sum(self.counts[kind] * _count(call) for kind, call in self.calls.items())
+        return sum(
+            self.counts[kind] * count_operations(lambda call=call: call.model(*call.args, **call.kwargs))
+            for kind, call in self.calls.items()
+        )
 
 
 @contextmanager
@@ -105,7 +108,8 @@ def _unpatched(value: Any) -> Any:
     return value
 
 
-def _count(call: Call) -> int:
+def count_operations(call: Callable[[], Any]) -> int:
+    """Operations of a call, two a multiply-add; those of Triton kernels are not seen."""
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
     def attention_on_cpu(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -116,5 +120,5 @@ def _count(call: Call) -> int:
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_on_cpu
     }
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=extra) as counter:
-        call.model(*call.args, **call.kwargs)
+        call()
     return counter.get_total_flops()

@@ -15,10 +15,12 @@ from pipelines.cli import UserError, public_name
 from pipelines.cli.provenance import model_hash, versions
 from pipelines.engine.loading import shipped_models
 from pipelines.engine.models import ModelStore
+from pipelines.engine.parameters import parse_parameters, program_of
 from pipelines.engine.settings import Limits, Settings
-from pipelines.images import MAX_SETTINGS_CHARACTERS, PARAMETERS_CHUNK, read_settings
+from pipelines.images import PARAMETERS_CHUNK, SETTINGS_CHUNK, settings_of
 from pipelines.methods.catalogue import METHODS
 from pipelines.methods.options import MEDIATORS, UNCHANGED
+from pipelines.png_text import read_texts
 
 MAX_BYTES = 64 * 2**20
 # Packages whose version decides a picture.
@@ -32,10 +34,12 @@ class Recalled:
     Attributes:
         settings: checked; enough to draw the picture again.
         notes: why the new picture may differ from the old one; empty where nothing speaks for that.
+        missing: name of the model, where it is none of those here; the settings have the first one instead.
     """
 
     settings: Settings
     notes: list[str] = field(default_factory=list)
+    missing: str | None = None
 
 
 def recall(path: str | Path, models: ModelStore, limits: Limits | None = None) -> Recalled:
@@ -56,17 +60,17 @@ def recall(path: str | Path, models: ModelStore, limits: Limits | None = None) -
         raise UserError(f"the file cannot be read: {error.strerror}") from error
     if size > MAX_BYTES:
         raise UserError(f"the file has {size:,} bytes, more than the {MAX_BYTES:,} that are read")
-    try:
-        data = read_settings(path)
-    except ValueError as error:
-        data = _foreign(path)
-        if data is None:
-            raise UserError(f"this file cannot be recalled: {str(error).replace(f'{path} ', 'it ')}") from error
     notes: list[str] = []
+    try:
+        texts = read_texts(path)
+        data = settings_of(texts) if SETTINGS_CHUNK in texts else _foreign(texts)
+    except ValueError as error:
+        raise UserError(f"this file cannot be recalled: {error}") from error
     given = _settings_of(data, notes)
+    missing = _missing_model(data, models)
     given["model"] = _model_of(data, models, notes)
     _compare_versions(data, notes)
-    return Recalled(Settings.from_dict(given).checked(limits or Limits()), notes)
+    return Recalled(Settings.from_dict(given).checked(limits or Limits()), notes, missing)
 
 
 def _settings_of(data: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -96,6 +100,13 @@ def _method_of(data: Mapping[str, Any], notes: list[str]) -> tuple[Any, Any]:
     return UNCHANGED, {}
 
 
+def _missing_model(data: Mapping[str, Any], models: ModelStore) -> str | None:
+    """The name of a file's model if that is none of those here; "" where the file names none."""
+    name = data.get("model")
+    name = name if isinstance(name, str) else ""
+    return None if name in {public_name(known) for known in models.names} else name[:100]
+
+
 def _model_of(data: Mapping[str, Any], models: ModelStore, notes: list[str]) -> str:
     """The model of that name here; where there is none the first one, and a note."""
     name, wanted = data.get("model"), data.get("model_hash")
@@ -121,34 +132,18 @@ def _compare_versions(data: Mapping[str, Any], notes: list[str]) -> None:
         notes.append(f"The file was drawn with {', '.join(other)}; the new image may differ a little")
 
 
-def _foreign(path: Path) -> dict[str, Any] | None:
-    """What the `parameters` text of another program says, or None."""
-    from PIL import Image
+def _foreign(texts: Mapping[str, str]) -> dict[str, Any]:
+    """What the `parameters` text of another program holds.
 
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            text = image.info.get(PARAMETERS_CHUNK)
-    except Exception:  # a crafted file raises many kinds, not all of them OSError
-        return None
-    if not isinstance(text, str) or len(text) > MAX_SETTINGS_CHARACTERS:
-        return None
-    return parse_parameters(text)
-
-
-def parse_parameters(text: str) -> dict[str, Any] | None:
-    """Prompt, negative prompt, steps, guidance, seed and size from a `parameters` text; None if it is none."""
-    head, _, last = text.strip().rpartition("\n")
-    pairs = dict(re.findall(r"([A-Z][\w ]{0,40}): ([^,\n]{1,200})(?:,|$)", last))
-    if not {"Steps", "Seed"} <= set(pairs):
-        return None
-    prompt, _, negative = head.partition("\nNegative prompt: ")
-    found: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative, "model": pairs.get("Model", "")}
-    try:
-        found["steps"], found["seed"] = int(pairs["Steps"]), int(pairs["Seed"])
-        if "CFG scale" in pairs:
-            found["guidance_scale"] = float(pairs["CFG scale"])
-    except ValueError:
-        return None
-    if "Size" in pairs:
-        found["size"] = pairs["Size"]
-    return found
+    Raises:
+        UserError: naming the program, if there is none.
+    """
+    data = parse_parameters(texts.get(PARAMETERS_CHUNK, ""))
+    if data is not None:
+        return data
+    program = program_of(texts)
+    if program is not None:
+        raise UserError(
+            f"this picture was made by {program}, whose settings are not read here; type its prompt instead"
+        )
+    raise UserError("this picture cannot be recalled: it holds no settings")

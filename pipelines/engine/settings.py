@@ -29,6 +29,7 @@ class Limits:
         characters: of a prompt.
         seed: largest one.
         guidance_scale: largest one.
+        seconds: of work on one request, for programs that bound it.
     """
 
     pixels: int = 4096 * 4096
@@ -37,6 +38,7 @@ class Limits:
     characters: int = 4000
     seed: int = MAX_SEED
     guidance_scale: float = 100.0
+    seconds: float = math.inf
 
 
 # For programs, whose user pays for what they ask; torch takes seeds of 63 bits.

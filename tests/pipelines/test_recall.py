@@ -5,9 +5,11 @@ import pytest
 
 from pipelines.cli import UserError
 from pipelines.engine.models import ModelStore
-from pipelines.engine.recall import parse_parameters, recall
+from pipelines.engine.parameters import parse_parameters
+from pipelines.engine.recall import recall
 from pipelines.engine.results import save
-from pipelines.images import read_settings, save_png
+from pipelines.images import parameters_text, read_settings, save_png
+from pipelines.png_text import read_texts
 from tests.pipelines.engines import drawn, last, pixels
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
@@ -69,15 +71,105 @@ def test_recall_of_other_programs_files(engine, tmp_path):
     assert len(found.notes) == 2 and found.settings.method == "none"
 
 
-def test_recall_of_a_foreign_parameters_text():
-    pairs = "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 42, Size: 512x768, Model: x"
-    text = f"a fox, in snow\nNegative prompt: cat\n{pairs}"
+COMMON = "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 42, Size: 512x768, Model: x"
+FOUND = {"model": "x", "steps": 20, "seed": 42, "guidance_scale": 7.0, "size": "512x768"}
+HIRES = 'Hires prompt: "a fox, Steps: 3, Seed: 9", ControlNet 0: "Module: canny, Weight: 1", Lora hashes: "a: 1, b: 2"'
+TEXTS = {
+    "whole": (f"a fox, in snow\nNegative prompt: cat\n{COMMON}", "a fox, in snow", "cat"),
+    "no prompt": (f"Negative prompt: cat\n{COMMON}", "", "cat"),
+    "nothing but settings": (COMMON, "", ""),
+    "several lines": (f"a fox,\nin snow\nNegative prompt: cat,\ndog\n{COMMON}", "a fox,\nin snow", "cat,\ndog"),
+    "CRLF": (f"a fox\r\nNegative prompt: cat\r\n{COMMON}\r\n", "a fox", "cat"),
+    "lines after the settings": (f"a fox\n{COMMON}\nTemplate: a {{x}}, Seed: 1\nNegative Template: b", "a fox", ""),
+    "settings over two lines": ("a fox\n" + COMMON.replace(", Seed", ",\nSeed"), "a fox", ""),
+    "quoted values with commas": (f"a fox\n{COMMON.replace(', Size', f', {HIRES}, Size')}", "a fox", ""),
+    "a prompt about steps": (f"Steps: 3 of them, in stone\n{COMMON}", "Steps: 3 of them, in stone", ""),
+    "size with blanks": (f"a fox\n{COMMON.replace('512x768', '512 x 768')}", "a fox", ""),
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_parameters_texts_as_people_have_them(kind):
+    text, prompt, negative = TEXTS[kind]
+    assert parse_parameters(text) == {**FOUND, "prompt": prompt, "negative_prompt": negative}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "hello", "Steps: 20", "Steps: x, Seed: 1", "a\nSteps: 1, Seed: y", "Steps: 1, Seed: 2" + "x" * 70_000]
+)
+def test_texts_that_hold_no_settings(text):
+    assert parse_parameters(text) is None
+
+
+def test_our_own_text_alone_restores_the_method():
+    text = parameters_text({
+        "prompt": "face", "steps": 4, "seed": 1, "model": 'my, "own" model', "method": "mediators",
+        "mediators": "1:1,0.5:4",
+    })  # fmt: skip
     found = parse_parameters(text)
-    assert found == {
-        "prompt": "a fox, in snow", "negative_prompt": "cat", "model": "x", "steps": 20, "seed": 42,
-        "guidance_scale": 7.0, "size": "512x768",
-    }  # fmt: skip
-    assert parse_parameters("hello") is None
+    assert (found["model"], found["method"], found["mediators"]) == ('my, "own" model', "mediators", "1:1,0.5:4")
+
+
+def written(path, texts, behind=()):
+    """A PNG with these texts, those of `behind` after the pixels."""
+    import io
+    import struct
+    import zlib
+
+    from PIL import Image, PngImagePlugin
+
+    chunks, content = PngImagePlugin.PngInfo(), io.BytesIO()
+    for keyword, text in texts.items():
+        chunks.add_text(keyword, text)
+    Image.new("RGB", (4, 4)).save(content, "PNG", pnginfo=chunks)
+    data = content.getvalue()
+    end = data.rindex(b"IEND") - 4
+    more = b""
+    for keyword, text in behind:
+        body = b"iTXt" + keyword.encode() + b"\0\1\0\0\0" + zlib.compress(text.encode())
+        more += struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    path.write_bytes(data[:end] + more + data[end:])
+    return path
+
+
+def test_text_behind_the_pixels_is_read(tmp_path):
+    path = written(tmp_path / "x.png", {}, [("parameters", f"flag\n{COMMON.replace('Model: x', 'Model: emoji')}")])
+    found = recall(path, ModelStore())
+    assert found.settings.seed == 42 and found.missing is None
+
+
+@pytest.mark.parametrize(
+    ("texts", "named"),
+    [
+        ({"prompt": "{}", "workflow": "{}"}, "ComfyUI"),
+        ({"parameters": '{"prompt": "a fox"}', "fooocus_scheme": "fooocus"}, "Fooocus"),
+        ({"invokeai_metadata": "{}"}, "InvokeAI"),
+        ({"comment": "hello"}, "holds no settings"),
+        ({"parameters": "hello"}, "holds no settings"),
+    ],
+)
+def test_other_programs_are_named(tmp_path, texts, named):
+    with pytest.raises(UserError, match=named):
+        recall(written(tmp_path / "x.png", texts), ModelStore())
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\xff\xd8\xff\xe0JFIF"])
+def test_no_png_and_no_path_in_the_message(tmp_path, content):
+    path = tmp_path / "x.png"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="no PNG picture") as refused:
+        recall(path, ModelStore())
+    assert str(tmp_path) not in str(refused.value)
+
+
+def test_the_name_of_a_model_that_is_not_here(tmp_path):
+    found = recall(written(tmp_path / "x.png", {"parameters": f"a fox\n{COMMON}"}), ModelStore())
+    assert found.missing == "x"
+
+
+def test_a_text_that_inflates_without_end_is_left_out(tmp_path):
+    path = written(tmp_path / "x.png", {}, [("parameters", "x" * (1 << 22))])
+    assert read_texts(path) == {}
 
 
 HOSTILE = [
