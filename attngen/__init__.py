@@ -8,9 +8,9 @@ from diffusers import ModelMixin, SchedulerMixin  # noqa: F401
 
 from attngen import functional
 from attngen.calibration import calibrate
-from attngen.hosts.hooks import AttnGenWarning
 from attngen.hosts.register import register_model
 from attngen.hosts.registry import register
+from attngen.hosts.seen import AttnGenWarning
 from attngen.learned.file import LearnedLayers
 from attngen.learned.methods import LearnedLinear, LearnedMediators
 from attngen.methods import (

@@ -26,6 +26,7 @@ from attngen.hosts.install import (
     patchable_layers,
     refused_layers,
 )
+from attngen.hosts.reference_plans import check_takes_references, in_step, references_plan
 from attngen.kernels.dispatch import AUTO, Kernel, check_kernel
 from attngen.learned.file import SUFFIX, LearnedLayers
 from attngen.learned.methods import LearnedMethod
@@ -49,6 +50,7 @@ def apply(
     seed: int = 0,
     switch: ChangeSchedule | None = None,
     kernel: Kernel = AUTO,
+    references: AttentionMethod | Plan | None = None,
     **options: Any,
 ) -> AttentionPatch:
     """Change the attention of a diffusers pipeline or model in place. `handle.remove()` restores it, bit for bit.
@@ -67,6 +69,8 @@ def apply(
             pipeline as `callback_on_step_end`. It resets at the start of each generation.
         kernel: the path that computes agent and linear attention: "auto" takes the one measured to be fastest, any
             other is taken wherever it can run. The report names the one a layer takes, and why not the one asked for.
+        references: reduces the keys and values of reference images alone: `DownsampledKV(factor=2)`, or a `Plan` of it
+            by time and layer. Image and text stay as the method has them.
         options: values for the options of a preset's methods, such as `num_agents=64`.
 
     Returns:
@@ -87,14 +91,19 @@ def apply(
     check_count("seed", seed, at_least=0)
     check_kernel(kernel)
     _check_switch(switch, plan)
+    reduced = references_plan(references)
+    if switch is not None and reduced is not None and len(reduced.stages) > 1:
+        raise ValueError("a switch chooses between the stages of the plan; references have one method beside it")
     models = denoisers_of(target)
     if learned is not None:
         models = learned.models_of(models)
     for name, model in models.items():
         _check_patchable(model, name or type(model).__name__)
     _check_patterns(plan, models.values())
+    if reduced is not None:
+        check_takes_references(models)
     cores = {} if learned is None else _cores(learned, models)
-    patch = AttentionPatch(target, models, plan, seed, switch, kernel, cores)
+    patch = AttentionPatch(target, models, plan, seed, switch, kernel, cores, reduced)
     _warn_of_others(target, models)
     patch._install()  # pyright: ignore[reportPrivateUsage]
     return patch
@@ -122,8 +131,11 @@ class AttentionPatch:
         switch: ChangeSchedule | None = None,
         kernel: str = AUTO,
         cores: Mapping[str, Mapping[str, HiddenModule]] | None = None,
+        references: Plan | None = None,
     ) -> None:
         self.plan = plan
+        # Both plans by the stages of either; the handle has the plan as it was given.
+        self._plan, self._references = (plan, None) if references is None else in_step(plan, references)
         self._cores = cores or {}
         self._models, self._seed, self._switch, self._kernel = dict(models), seed, switch, kernel
         self._clock = Clock(None if isinstance(target, nn.Module) else target)
@@ -211,11 +223,11 @@ class AttentionPatch:
             seen, grids = hook.last_seen or default_call(model), hooks.seen_grids(model)
             if grid is not None:
                 seen, grids = seen._replace(grid=grid, tokens=grid[0] * grid[1]), {}
-            patched += rows_of(model, name, self.plan.starts, seen, grids)
+            patched += rows_of(model, name, self._plan.starts, seen, grids)
             left += [left_alone(name, layer, reason) for layer, reason in refused_layers(model, patched=True).items()]
         if self.is_applied:
             left += [left_alone(name, "", reason) for name, reason in self._unknown.items()]
-        return Report(patched + left, self.plan.starts)
+        return Report(patched + left, self._plan.starts)
 
     def trace(self) -> Trace:
         """Start to count what each layer really runs, and return the counts; the running ones where it has started.
@@ -249,14 +261,15 @@ class AttentionPatch:
 
     def _patching(self, component: str) -> Patching:
         return Patching(
-            self.plan,
+            self._plan,
             self._id,
-            Review(self.plan.starts),
+            Review(self._plan.starts),
             self._clock,
             self._seed,
             self._switch,
             self._kernel,
             self._cores.get(component, {}),
+            references=self._references,
         )
 
 

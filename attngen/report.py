@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -17,8 +17,10 @@ from torch import nn
 
 from attngen.checks import Grid
 from attngen.hosts import hooks
-from attngen.hosts.core import core_enter, core_layer, why_unreachable
+from attngen.hosts.core import core_enter
 from attngen.hosts.families import default_grid, family_of, halved, halvings
+from attngen.hosts.product import core_layer, why_missed, why_unreachable
+from attngen.hosts.references import num_cells
 from attngen.hosts.spec import MASKED, LayerSpec, decide, spec_of
 from attngen.kernels.crossovers import TOLERANCE
 from attngen.kernels.like import Like
@@ -44,6 +46,7 @@ class StageReport:
         speedup: how many times faster than the best softmax attention its attention was measured to be at sizes like
             these, without projections; None where that was not measured.
         why_not_kernel: why it is not the kernel that was asked for, or None.
+        references: what reduces the keys of reference images, or None.
     """
 
     start: float
@@ -54,8 +57,12 @@ class StageReport:
     kernel: str | None = None
     speedup: float | None = None
     why_not_kernel: str | None = None
+    references: str | None = None
 
     def __str__(self) -> str:
+        return f"{self._image()}{'' if self.references is None else f', references {self.references}'}"
+
+    def _image(self) -> str:
         if self.why_exact is not None:
             return f"exact: {self.why_exact}"
         agents = "" if self.agents is None else f" ({self.agents})"
@@ -99,7 +106,7 @@ class LayerReport:
     @property
     def is_active(self) -> bool:
         """Whether a method other than exact attention runs in some stage."""
-        return any(stage.why_exact is None for stage in self.stages)
+        return any(stage.why_exact is None or stage.references is not None for stage in self.stages)
 
     @property
     def path(self) -> str:
@@ -363,12 +370,29 @@ def _stage_row(
 ) -> StageReport:
     method = spec.methods[stage]
     tokens = Like((seen.batch, seen.tokens, layer.channels), seen.dtype, seen.device, seen.requires_grad)
-    why = f"decided per call: {MASKED}" if seen.masked else why_unreachable(layer) if spec.core else None
+    why = f"decided per call: {MASKED}" if seen.masked else _why_not_caught(layer.attn) if spec.core else None
     route = decide(layer, Call(str(stage), seen.grid, context=seen.text), layer.like(tokens), why)
+    factor = spec.reduction_at(stage) if seen.reference_grids and why is None else None
+    references, others = (None, 0) if factor is None else (spec.references[stage].label, _left_out(seen, factor))
+    kept = replace(shape, context=shape.context - others)
+    flops = kept.exact_flops() if route.kernel == EXACT else method.flops(kept, route.kernel)
+    # The tokens of the references that give no key are projected, and ask themselves.
+    flops += shape.projection_flops(0, 0) - kept.projection_flops(0, 0)
+    flops += 4 * shape.width * others * (shape.tokens + kept.context)
     if route.kernel == EXACT:
-        return StageReport(start, method.kind, None, shape.exact_flops(), route.why)
-    flops = method.flops(shape, route.kernel)
-    return StageReport(start, method.kind, route.agents, flops, None, route.kernel, route.speedup, route.why)
+        return StageReport(start, method.kind, None, flops, route.why, references=references)
+    how = route.kernel, route.speedup, route.why, references
+    return StageReport(start, method.kind, route.agents, flops, None, *how)
+
+
+def _left_out(seen: hooks.Seen, factor: int) -> int:
+    """Tokens of reference images that give no key of their own."""
+    return seen.references - num_cells(seen.reference_grids, factor)
+
+
+def _why_not_caught(attn: Any) -> str | None:
+    enter = core_enter(attn)
+    return why_missed(attn) if enter is not None and enter.missed else why_unreachable(attn)
 
 
 def layer_shape(layer: Layer, grid: Grid) -> LayerShape:

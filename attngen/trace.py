@@ -29,6 +29,7 @@ class TraceRow:
         kernel: what computed it: "exact", a path of attngen, or an attention backend.
         agents: number of agents, or None.
         why: why it was exact, or None.
+        references: what reduced the keys of reference images, or None.
     """
 
     model: str
@@ -38,11 +39,13 @@ class TraceRow:
     kernel: str
     agents: int | None
     why: str | None
+    references: str | None = None
 
     def __str__(self) -> str:
+        reduced = "" if self.references is None else f", references {self.references}"
         if self.kernel == EXACT:
-            return f"exact: {self.why}"
-        return f"{self.kernel}{'' if self.agents is None else f' ({self.agents} agents)'}"
+            return f"exact: {self.why}{reduced}"
+        return f"{self.kernel}{'' if self.agents is None else f' ({self.agents} agents)'}{reduced}"
 
 
 class Trace:
@@ -142,4 +145,5 @@ class Trace:
 
 def _row(component: str, layer: str, starts: tuple[float, ...], noted: Noted, calls: int | None) -> TraceRow:
     agents = int(noted.agents) if noted.agents else None
-    return TraceRow(component, layer, starts[int(noted.stage)], calls, noted.kernel, agents, noted.why or None)
+    why, references = noted.why or None, noted.references or None
+    return TraceRow(component, layer, starts[int(noted.stage)], calls, noted.kernel, agents, why, references)

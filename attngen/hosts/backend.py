@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
     dispatch_attention_fn,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
+from attngen.hosts.calls import PRODUCTS
 from attngen.layers.layer import FusedAttention
 
 
@@ -72,3 +75,55 @@ def _chosen_backend(processor: Any, original: Any) -> AttentionBackendName | Non
     if active != AttentionBackendName.NATIVE:
         return AttentionBackendName(active)
     return AttentionBackendName.XFORMERS if type(original).__name__.startswith("XFormers") else None
+
+
+_TORCHS = frozenset(
+    (
+        AttentionBackendName.NATIVE,
+        AttentionBackendName._NATIVE_CUDNN,
+        AttentionBackendName._NATIVE_EFFICIENT,
+        AttentionBackendName._NATIVE_FLASH,
+        AttentionBackendName._NATIVE_MATH,
+    )
+)
+"""Backends that end in torch's `scaled_dot_product_attention`, where the core host catches them."""
+
+
+class CaughtBackend:
+    """A backend's function in diffusers' registry: products of patched layers go through their route.
+
+    Args:
+        name: of the backend.
+        function: its own; it computes everything else, and whatever of these products is exact.
+    """
+
+    def __init__(self, name: AttentionBackendName, function: Callable[..., Tensor]) -> None:
+        self.name, self.function = name, function
+
+    def __call__(self, **given: Any) -> Tensor:
+        product = PRODUCTS.now
+        return self.function(**given) if product is None else product.dispatched(self, given)
+
+
+_CAUGHT: WeakSet[nn.Module] = WeakSet()
+
+
+def catch_backends(model: nn.Module) -> None:
+    """Have the products of attention backends that are not torch's caught, for a patched model; done at each call.
+
+    The registry is of the process: while some model is patched, its functions are `CaughtBackend`s.
+    """
+    _CAUGHT.add(model)
+    backends: dict[Any, Any] = _AttentionBackendRegistry._backends
+    for name, function in backends.items():
+        if name not in _TORCHS and not isinstance(function, CaughtBackend):
+            backends[name] = CaughtBackend(name, function)
+
+
+def release_backends(model: nn.Module) -> None:
+    """The end of `catch_backends` for a model; after that of the last one the registry is as it was."""
+    _CAUGHT.discard(model)
+    backends: dict[Any, Any] = _AttentionBackendRegistry._backends
+    for name, function in backends.items() if not _CAUGHT else ():
+        if isinstance(function, CaughtBackend):
+            backends[name] = function.function

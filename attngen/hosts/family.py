@@ -57,6 +57,8 @@ class Family:
         rotary: whether layers rotate queries and keys by position.
         mask: name of the forward argument whose value reaches self-attention as a mask, or None.
         core: where the image is in the attention products of a core host, or None for a layer host.
+        references: (model, arguments by name) -> (height, width) in tokens of each reference image, which follow the
+            image; None where the class has none, or attngen cannot find them.
     """
 
     sample: str
@@ -69,6 +71,7 @@ class Family:
     rotary: bool = False
     mask: str | None = None
     core: Core | None = None
+    references: Callable[[nn.Module, dict[str, Any]], tuple[Grid, ...]] | None = None
 
 
 def discrete(timestep: float) -> float:

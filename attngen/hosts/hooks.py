@@ -7,12 +7,10 @@ a patch added to a model can be found on the model itself.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -20,12 +18,15 @@ from torch import Tensor, nn
 
 from attngen.checks import Grid
 from attngen.hosts import core
+from attngen.hosts.backend import catch_backends, release_backends
 from attngen.hosts.calls import Calls
 from attngen.hosts.clock import Clock
 from attngen.hosts.families import Family, family_of, slots
 from attngen.hosts.flux import FluxAttnGenProcessor
 from attngen.hosts.image import AttnGenProcessor
 from attngen.hosts.joint import JointAttnGenProcessor
+from attngen.hosts.seen import AttnGenWarning as AttnGenWarning
+from attngen.hosts.seen import Seen, warn
 from attngen.hosts.spec import spec_of
 from attngen.kernels.autocast import autocast_dtype
 from attngen.layers.call import CHANNEL_KEY, Call
@@ -36,40 +37,6 @@ PROCESSORS = (AttnGenProcessor, JointAttnGenProcessor, FluxAttnGenProcessor)
 INNER_HOOK = -1  # torch numbers hooks from 0
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class AttnGenWarning(UserWarning):
-    """Something attngen did not do that was probably expected."""
-
-
-class Seen(NamedTuple):
-    """The properties of a denoiser call that decide what its layers run.
-
-    Attributes:
-        grid: (height, width) of the latents of a UNet, of the tokens of a transformer.
-        text: text tokens in joint attention, else 0.
-        tokens: image tokens; other than the grid holds where another tool changed their number.
-        batch: samples, both halves of guidance counted.
-        dtype: of the latents.
-        device: of the latents.
-        records: whether gradients were recorded.
-        requires_grad: whether the latents have one.
-        autocast: its dtype, or None.
-        masked: whether the model was given a mask for self-attention.
-        references: tokens of reference images, which follow the image and are context.
-    """
-
-    grid: Grid
-    text: int
-    tokens: int
-    batch: int
-    dtype: torch.dtype
-    device: torch.device
-    records: bool = False
-    requires_grad: bool = False
-    autocast: torch.dtype | None = None
-    masked: bool = False
-    references: int = 0
 
 
 class Hook:
@@ -89,6 +56,7 @@ class RootHook(Hook):
         seed: of the random numbers.
         switch: chooses the stage instead of the time, or None.
         review: called once for each new `Seen`, with (model, seen); returns a warning or None.
+        references: whether keys of reference images are reduced, so that their grids are read.
 
     Attributes:
         paused: whether every layer is exact, bit for bit, for as long as this is set.
@@ -107,11 +75,13 @@ class RootHook(Hook):
         seed: int,
         switch: ChangeSchedule | None,
         review: Callable[[nn.Module, Seen], str | None],
+        references: bool = False,
     ) -> None:
         family = family_of(model)
         assert family is not None
         self.patch_id, self.starts, self.draws, self.layers = patch_id, tuple(starts), tuple(draws), tuple(layers)
         self.clock, self.seed, self.switch, self.review = clock, seed, switch, review
+        self.references = references
         places = slots(model)
         self.sample, self.time = places[family.sample], places[family.time]
         self.channel = None if family.channel is None else places[family.channel]
@@ -136,6 +106,8 @@ class RootHook(Hook):
             if self.calls is not None:
                 self.calls.push(None)
             return args, kwargs
+        if self.calls is not None:
+            catch_backends(model)
         extra = {name: place.get(args, kwargs) for name, place in self.extra.items()}
         stage = self._stage(times)
         grid = self._grid(model, family, {**extra, family.sample: sample})
@@ -143,7 +115,8 @@ class RootHook(Hook):
             assert self.calls is not None
             self.calls.push(None)
             return args, kwargs
-        seen = self._see(model, family, grid, sample, extra)
+        references = self._references(model, family, extra)
+        seen = self._see(model, family, grid, sample, extra, references)
         if self.trace is not None:
             COUNTS[self.trace].call(str(stage))
         call = Call(
@@ -152,6 +125,7 @@ class RootHook(Hook):
             context=seen.text if family.rotary else 0,
             draws=self._draws(seen.grid, times, seen.device) if self.draws[stage] else None,
             trace=self.trace,
+            references=references,
         )
         if self.calls is not None:
             self.calls.push(call)
@@ -194,17 +168,36 @@ class RootHook(Hook):
             return None
         return math.prod(frames) * height, width
 
-    def _see(self, model: nn.Module, family: Family, grid: Grid, given: Any, extra: dict[str, Any]) -> Seen:
+    def _references(self, model: nn.Module, family: Family, arguments: dict[str, Any]) -> tuple[Grid, ...]:
+        """The grids of the reference images whose keys are reduced; none where a row cannot read them."""
+        if not self.references or family.references is None:
+            return ()
+        try:
+            return family.references(model, arguments)
+        except Exception as error:
+            self._warn_once(f"references of {type(model).__name__} stay exact: they cannot be read: {error!r}")
+            return ()
+
+    def _see(
+        self,
+        model: nn.Module,
+        family: Family,
+        grid: Grid,
+        given: Any,
+        extra: dict[str, Any],
+        reference_grids: tuple[Grid, ...],
+    ) -> Seen:
         """The properties of the call; warns once where nothing is active at this size, or processors were replaced."""
         sample: Tensor = given if isinstance(given, Tensor) else given[0]  # a list of samples
         text = extra.get(family.text) if family.text else None
         packed = sample.ndim == 3 and family.core is None
         tokens = int(sample.shape[1]) if packed else grid[0] * grid[1]
         references = max(0, tokens - grid[0] * grid[1]) if family.rotary else 0
+        references = references or sum(map(math.prod, reference_grids))
         seen = Seen(
             grid,
             0 if text is None else int(text.shape[1]),
-            tokens - references,
+            grid[0] * grid[1] if reference_grids else tokens - references,
             len(given),
             sample.dtype,
             sample.device,
@@ -213,6 +206,7 @@ class RootHook(Hook):
             autocast_dtype(sample.device.type),
             family.mask is not None and extra.get(family.mask) is not None,
             references,
+            reference_grids,
         )
         self.last_seen = seen
         if seen not in self._reviewed:
@@ -251,14 +245,6 @@ class RootHook(Hook):
             if not isinstance(processor, PROCESSORS):
                 return type(processor).__name__
         return None
-
-
-def warn(message: str) -> None:
-    """Warn at the line of the user's code: the nearest one outside of attngen, diffusers and torch."""
-    frame, level = inspect.currentframe(), 1
-    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("attngen", "diffusers", "torch"):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, AttnGenWarning, stacklevel=level)
 
 
 class EndHook(Hook):
@@ -361,12 +347,13 @@ def core_hooks(layers: Iterable[nn.Module], root: RootHook, place: core.Core) ->
     """Hooks on the attention modules of a core host."""
     calls = root.calls
     assert calls is not None
-    return [(attn, hook) for attn in layers for hook in (core.Enter(calls, place), core.Leave(calls))]
+    return [(attn, hook) for attn in layers for hook in (core.Enter(calls, place), core.Leave())]
 
 
 def remove_hooks(model: nn.Module) -> list[tuple[nn.Module, Any]]:
     """Remove all hooks of a patch from a model and return them with their modules."""
     removed: list[tuple[nn.Module, Any]] = []
+    release_backends(model)
     for module in model.modules():
         before = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
         after = module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called

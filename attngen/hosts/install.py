@@ -52,6 +52,7 @@ class Patching:
         kernel: which of attngen's kernels computes the methods.
         cores: learned weights by layer.
         metric: whether transformer blocks pass on their input even where the plan does not need it.
+        references: a plan with the same stages for keys of reference images, or None.
     """
 
     plan: Plan
@@ -63,6 +64,7 @@ class Patching:
     kernel: str = "auto"
     cores: Mapping[str, HiddenModule] = field(default_factory=dict)
     metric: bool = False
+    references: Plan | None = None
 
 
 @dataclass
@@ -173,6 +175,7 @@ def _install(model: nn.Module, patching: Patching, backends: Mapping[int, Any]) 
         patching.seed,
         patching.switch,
         patching.review,
+        patching.references is not None and family.references is not None,
     )
     if family.core is not None:
         inner += hooks.core_hooks(layers.values(), root, family.core)
@@ -200,7 +203,8 @@ def _specs(model: nn.Module, family: Family, layers: Mapping[str, Any], patching
     for name, attn in layers.items():
         methods, level = plan.methods_for(name), levels.index(halvings(model, name))
         sizes = tuple(getattr(attn, size, None) for size in ("heads", "inner_dim", "query_dim", "pre_only"))
-        group = groups.setdefault((methods, level, sizes), name)
+        references = () if patching.references is None else patching.references.methods_for(name)
+        group = groups.setdefault((methods, references, level, sizes), name)
         original, rotary = _original(attn), family.rotary
         specs[name] = LayerSpec(
             name,
@@ -213,6 +217,7 @@ def _specs(model: nn.Module, family: Family, layers: Mapping[str, Any], patching
             rotary,
             patching.kernel,
             core=family.core is not None,
+            references=references,
         )
     return specs
 

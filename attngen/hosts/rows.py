@@ -17,6 +17,8 @@ from attngen.hosts.family import (
     packed,
     steps_to_data,
 )
+from attngen.hosts.references import Reader as ReferenceReader
+from attngen.hosts.references import packed_references, shaped_references
 
 Arguments = dict[str, Any]
 Reader = Callable[[nn.Module, Arguments], tuple[int, ...]]
@@ -89,15 +91,19 @@ def _row(
     sample: str = "hidden_states",
     time: str = "timestep",
     encoder: str | None = None,
+    references: ReferenceReader | None = None,
 ) -> Family:
-    return Family(sample, time, None, clock, grid, text=encoder, rotary=rotary, core=Core(layers, text))
+    core = Core(layers, text)
+    return Family(sample, time, None, clock, grid, text=encoder, rotary=rotary, core=core, references=references)
 
 
 _TEXT = "encoder_hidden_states"
 _IMAGE, _VIDEO = _patched("bchw"), _patched("bcfhw")
 _WAN = _row(_VIDEO, "none", "blocks.*.attn1")
-_FLUX = _row(_packed, "first", "*transformer_blocks.*.attn", clock=continuous, encoder=_TEXT)
-_QWEN = _row(_shapes, "first", "*.attn", clock=continuous, encoder=_TEXT)
+_FLUX = _row(
+    _packed, "first", "*transformer_blocks.*.attn", clock=continuous, encoder=_TEXT, references=packed_references
+)
+_QWEN = _row(_shapes, "first", "*.attn", clock=continuous, encoder=_TEXT, references=shaped_references)
 _HUNYUAN_DIT = _row(_IMAGE, "none", "*.attn1")
 
 CORE_ROWS: dict[str, Family] = {
@@ -114,7 +120,7 @@ CORE_ROWS: dict[str, Family] = {
     # Its text may begin with a token of the control mode, and there are no references.
     "FluxControlNetModel": _row(_packed, "first", "*transformer_blocks.*.attn", clock=continuous),
     "LongCatImageTransformer2DModel": _row(
-        _long_cat, "first", "*transformer_blocks.*.attn", clock=continuous, encoder=_TEXT
+        _long_cat, "first", "*transformer_blocks.*.attn", clock=continuous, encoder=_TEXT, references=packed_references
     ),
     "Krea2Transformer2DModel": _row(_krea, "first", "transformer_blocks.*.attn", clock=continuous),
     "AuraFlowTransformer2DModel": _row(_IMAGE, "first", "*.attn", clock=continuous, rotary=False),

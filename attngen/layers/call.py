@@ -28,6 +28,7 @@ class Call(NamedTuple):
         draws: (K,) random whole numbers for this timestep, where a method needs them.
         method: runs in place of the plan's method, or None: calibration compares methods on one call.
         trace: key of the running trace, see `attngen.layers.trace`, or None.
+        references: (height, width) in tokens of each reference image, where the patch reduces their keys.
     """
 
     stage: str
@@ -37,3 +38,4 @@ class Call(NamedTuple):
     draws: Tensor | None = None
     method: AttentionMethod | None = None
     trace: str | None = None
+    references: tuple[Grid, ...] = ()

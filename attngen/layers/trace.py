@@ -27,6 +27,7 @@ class Noted(NamedTuple):
         kernel: see `Route`.
         agents: number of agents as text, "" for none.
         why: why it is exact, "" where it is not.
+        references: what reduced the keys of reference images, "" for nothing.
     """
 
     layer: str
@@ -34,6 +35,7 @@ class Noted(NamedTuple):
     kernel: str
     agents: str
     why: str
+    references: str = ""
 
 
 class Counts:
@@ -72,7 +74,7 @@ COUNTS: dict[str, Counts] = {}
 """By `Call.trace`, the key of a patched model."""
 
 
-def note(trace: str, name: str, stage: str, route: Route) -> None:
+def note(trace: str, name: str, stage: str, route: Route, references: str = "") -> None:
     """Note the route of a layer.
 
     Args:
@@ -80,16 +82,17 @@ def note(trace: str, name: str, stage: str, route: Route) -> None:
         name: of the layer; in compiled code of the group of layers equal to it.
         stage: of the call.
         route: that runs.
+        references: what reduces the keys of reference images, "" for nothing.
     """
     why = route.why if route.run is None and route.why is not None else ""
     agents = "" if route.agents is None else str(route.agents)
     if torch.compiler.is_compiling():
-        _note_compiled(trace, name, stage, route.kernel, agents, why)
+        _note_compiled(trace, name, stage, route.kernel, agents, why, references)
     else:
-        COUNTS[trace].note(Noted(name, stage, route.kernel, agents, why))
+        COUNTS[trace].note(Noted(name, stage, route.kernel, agents, why, references))
 
 
 @torch.compiler.assume_constant_result
-def _note_compiled(trace: str, group: str, stage: str, kernel: str, agents: str, why: str) -> int:
-    COUNTS[trace].compiled.add(Noted(group, stage, kernel, agents, why))
+def _note_compiled(trace: str, group: str, stage: str, kernel: str, agents: str, why: str, references: str) -> int:
+    COUNTS[trace].compiled.add(Noted(group, stage, kernel, agents, why, references))
     return 0

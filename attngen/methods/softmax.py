@@ -12,6 +12,8 @@ from attngen.layers.layer import Layer
 from attngen.layers.route import Route, exact
 from attngen.methods.base import AttentionMethod, LayerShape, Preset
 
+ASKED_FOR = "the plan asks for softmax attention"
+
 
 @dataclass(frozen=True)
 class SoftmaxAttention(AttentionMethod):
@@ -23,7 +25,7 @@ class SoftmaxAttention(AttentionMethod):
     presets: ClassVar[Mapping[str, Preset]] = {"softmax": Preset()}
 
     def route(self, layer: Layer, call: Call, like: Like) -> Route:
-        return exact("the plan asks for softmax attention")
+        return exact(ASKED_FOR)
 
     def flops(self, shape: LayerShape, kernel: str = "") -> int:
         return shape.exact_flops()

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
 
 import attngen
@@ -158,24 +157,6 @@ def test_methods_that_need_the_layers_input_say_so(name):
     assert any("needs the layer's input" in reason for reason in reasons)
     handle.remove()
     assert torch.equal(predicted(name, grid), want)
-
-
-def test_a_backend_that_is_not_torchs_stays_exact_and_says_so():
-    name, grid = "WanTransformer3DModel", ZOO["WanTransformer3DModel"].grids[0]
-    model = ZOO[name].model()
-    want = predicted(name, grid, model=model)
-    handle = attngen.apply(model, AgentAttention(num_agents=4))
-    assert {layer.left_alone for layer in handle.report().layers} >= {"its tokens are known after the first call"}
-    predicted(name, grid, model=model)
-    for attn in (block.attn1 for block in model.blocks):
-        attn.processor._attention_backend = AttentionBackendName.XFORMERS
-    reasons = {stage.why_exact for layer in handle.report().patched for stage in layer.stages}
-    assert reasons == {"the attention backend xformers computes its product"}
-    for attn in (block.attn1 for block in model.blocks):
-        attn.processor._attention_backend = AttentionBackendName.NATIVE
-    with handle.trace() as trace:
-        assert not torch.equal(predicted(name, grid, model=model), want)
-    assert {row.kernel for row in trace.rows} == {"sdpa"}
 
 
 def test_stages_copies_and_gradients():
