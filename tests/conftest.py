@@ -8,6 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub, which reads it once
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["ATTNGEN_MEASURE"] = "0"  # the same kernels on every machine; tests of measuring turn it on
 
 from pathlib import Path
 

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "files": (),
     "schedule": (),
     "tokens": ("checks",),
-    "kernels": ("checks", "tokens"),
+    "kernels": ("checks", "files", "tokens", "version"),
     "layers": _GROUND,
     "methods": (*_GROUND, "layers"),
     "functional": ("tokens", "methods"),

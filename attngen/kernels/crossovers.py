@@ -9,8 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from attngen.kernels.machine import device_name
+
 TOLERANCE = 0.98
 """A kernel with less than this share of softmax attention's speed counts as slower than it."""
+
+GAIN = 1.02
+"""A kernel that was measured here is worth its error where it is this many times as fast as softmax attention."""
 
 
 class Choice(NamedTuple):
@@ -20,16 +25,23 @@ class Choice(NamedTuple):
         kernel: its name.
         speedup: how many times faster than the best softmax attention, or None where that was not measured.
         reason: why the kernel that was asked for does not run, or None.
+        here: whether it was measured on this machine, at these sizes.
     """
 
     kernel: str
     speedup: float | None = None
     reason: str | None = None
+    here: bool = False
 
     @property
     def is_slower(self) -> bool:
         """Whether softmax attention was measured to be faster."""
         return self.speedup is not None and self.speedup < TOLERANCE
+
+    @property
+    def is_in_vain(self) -> bool:
+        """Whether softmax attention is as fast here."""
+        return self.here and self.speedup is not None and self.speedup < GAIN
 
 
 class AbsorbedCost(NamedTuple):
@@ -44,6 +56,49 @@ class AbsorbedCost(NamedTuple):
     narrow: float = 1.25
     own: float = 3.0
     kept: float = 1.0
+
+
+class AbsorbedSize(NamedTuple):
+    """Sizes that decide whether absorbing a layer's projections pays.
+
+    Attributes:
+        num_agents: M.
+        head_dim: D.
+        num_heads: H.
+        channels: C.
+        tokens: N, of one sample.
+        kept_projections: products of all tokens by C × C weights that stay: 1 with a shortcut or a convolution of the
+            input, 2 with one of the values.
+    """
+
+    num_agents: int
+    head_dim: int
+    num_heads: int
+    channels: int
+    tokens: int
+    kept_projections: int = 0
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the absorbed layer for one sample, two a multiply-add."""
+        channels, width, tokens = self.channels, self.num_heads * self.head_dim, self.tokens
+        kept = self.kept_projections * tokens * width * channels
+        if self.kept_projections == 1:  # through W_v and W_o: one after the other, or their product made first
+            kept = min(2 * kept, channels * width * channels + tokens * channels * channels)
+        narrow, own = 4 * self.num_agents * self.num_heads * tokens * channels, 5 * self.num_agents * channels * width
+        return 2 * (narrow + own + kept)
+
+    def gain(self, cost: AbsorbedCost) -> float:
+        """How many times faster the absorbed layer is than projections and agent attention, estimated.
+
+        Compares multiply-adds a token, weighted as they were measured. That is about M < 0.8 · D for many tokens.
+        """
+        width = self.num_heads * self.head_dim
+        direct = 4 * width * (self.channels + self.num_agents)
+        narrow = 4 * self.num_agents * self.num_heads * self.channels
+        own = 5 * self.num_agents * self.channels * width / self.tokens
+        kept = self.kept_projections * self.channels * width
+        return direct / (cost.narrow * narrow + cost.own * own + cost.kept * kept)
 
 
 class Crossovers:
@@ -104,8 +159,18 @@ def _capability(index: int | None) -> str:
 
 
 @torch.compiler.assume_constant_result
+def is_known(device: torch.device) -> bool:
+    """Whether the measurements of its kind are of this very device; a capability is one of CUDA devices alike."""
+    table = _tables().get(device_key(device))
+    if table is None:
+        return False
+    named = table.machine.get("device")
+    return device.type == "cuda" or named is None or named == device_name(device)
+
+
+@torch.compiler.assume_constant_result
 def axes(device: str, kind: str) -> tuple[tuple[int, ...], ...]:
-    """The sizes measured on a device for a kind of call. This and the next two are constants for torch.compile."""
+    """The sizes measured on a device for a kind of call. Constants for torch.compile, as the others."""
     table = _tables().get(device)
     return () if table is None else table.axes(kind)
 

@@ -1,8 +1,8 @@
 """The choice between kernels that compute the same formula, by shape, dtype, device, gradient and bias.
 
-The choice is looked up in `crossovers.json`, measured by `python -m benchmarks.crossovers`. On a device that is not in
-it two fused attention calls run, and no speed is claimed. The argument `kernel` of the functions and of
-`attngen.apply` overrides it.
+The choice is looked up in `crossovers.json`, measured by `python -m benchmarks.crossovers`; for a device or size that
+is not in it, it is measured at the first such call, see `attngen.kernels.measured`. Where neither is possible two fused
+attention calls run, and no speed is claimed. The argument `kernel` overrides the choice.
 """
 
 from __future__ import annotations
@@ -14,22 +14,27 @@ import torch
 from torch import Tensor
 
 from attngen.checks import check_choice
-from attngen.kernels import crossovers, matmul, reference, sdpa
+from attngen.kernels import crossovers, measured, reference
 from attngen.kernels.autocast import autocast_dtype
-from attngen.kernels.crossovers import AbsorbedCost, Choice, call_kind, device_key, layer_kind
+from attngen.kernels.candidates import ABSORBED, Shape
+from attngen.kernels.crossovers import AbsorbedCost, AbsorbedSize, Choice, call_kind, device_key, layer_kind
 from attngen.kernels.like import Like
+from attngen.kernels.paths import AGENT_PATHS
 from attngen.kernels.reference import NO_BIASES, AgentScales, Biases, Convolution
 from attngen.kernels.triton import agent as triton_agent
 from attngen.kernels.triton import linear as triton_linear
 
-Kernel = Literal["auto", "reference", "sdpa", "matmul", "triton", "absorbed"]
+Kernel = Literal["auto", "table", "reference", "sdpa", "matmul", "triton", "absorbed"]
 
 AUTO: Kernel = "auto"
+TABLE: Kernel = "table"
+"""As "auto", but nothing is measured: for an unknown device or size the nearest committed measurement counts."""
+CHOOSING = (AUTO, TABLE)
 AGENT_KERNELS = ("reference", "sdpa", "matmul", "triton")
 LINEAR_KERNELS = ("reference", "triton")
-LAYER_KERNELS = ("absorbed",)
+LAYER_KERNELS = (ABSORBED,)
 """Kernels of a whole layer, projections included; see `attngen.kernels.absorbed`."""
-KERNELS = (AUTO, *AGENT_KERNELS, *LAYER_KERNELS)
+KERNELS = (*CHOOSING, *AGENT_KERNELS, *LAYER_KERNELS)
 
 
 class Problem(NamedTuple):
@@ -67,9 +72,9 @@ def agent_attention(
     kernel: str = AUTO,
 ) -> Tensor:
     """`reference.agent_attention` by `kernel`, one that `choose_agent_kernel` gave; "auto" chooses here."""
-    if kernel == AUTO:
-        kernel = choose_agent_kernel(query, key, value, agents, biases, correction=scales.correction).kernel
-    return _AGENT_PATHS[kernel](query, key, value, agents, scales, biases, convolution)
+    if kernel in CHOOSING:
+        kernel = choose_agent_kernel(query, key, value, agents, biases, kernel, scales.correction).kernel
+    return AGENT_PATHS[kernel](query, key, value, agents, scales, biases, convolution)
 
 
 def choose_agent_kernel(
@@ -80,28 +85,45 @@ def choose_agent_kernel(
     biases: Sequence[Tensor | Like | None] = (None, None),
     kernel: str = AUTO,
     correction: str | None = None,
+    absorbed: AbsorbedSize | None = None,
 ) -> Choice:
-    """The kernel for these tensors, or for tensors like these."""
+    """The kernel for these tensors, or for tensors like these.
+
+    Args:
+        query: (B, H, N, D), as the next three are in `agent_attention`.
+        key: (B, H, L, D).
+        value: (B, H, L, E).
+        agents: (B, H, M, D).
+        biases: position biases.
+        kernel: the one asked for, from `KERNELS`.
+        correction: between the softmaxes.
+        absorbed: sizes of the layer, where its projections can be absorbed too; the choice may be "absorbed" then.
+    """
     tensors = [query, key, value, agents, *(bias for bias in biases if bias is not None)]
-    problem = Problem(
-        device_key(query.device),
-        _computing_dtype(query),
-        query.shape[0] * query.shape[1],
-        max(query.shape[2], key.shape[2]),
-        agents.shape[2],
-        query.shape[3],
-        _records(tensors),
-        len(tensors) > 4,
-    )
+    trains, bias, dtype = _records(tensors), len(tensors) > 4, _computing_dtype(query)
+    batch, heads, queries, head_dim = query.shape
+    tokens = max(queries, key.shape[2])
+    problem = Problem(device_key(query.device), dtype, batch * heads, tokens, agents.shape[2], head_dim, trains, bias)
     choice = choose_for_agents(problem, kernel, lambda: triton_agent.why_not(query, key, value, agents, correction))
-    # The kernels were measured without a correction between their softmaxes.
-    return choice if correction is None else choice._replace(speedup=None)
+    if correction is not None:  # the table has none
+        choice = choice._replace(speedup=None)
+    if kernel in CHOOSING and absorbed is not None:
+        cost = absorbed_cost(query)
+        if cost is not None and absorbed.gain(cost) > 1:
+            choice = Choice(ABSORBED)
+    if kernel != AUTO or (correction is None and _is_known("agent", problem, query.device)):
+        return choice
+    layer = (absorbed.channels, absorbed.kept_projections) if absorbed is not None else (0, 0)
+    sizes = batch, heads, queries, key.shape[2], agents.shape[2], head_dim
+    return measured.find(
+        Shape("agent", _exact_dtype(query), *sizes, trains, bias, correction or "", *layer), query.device, choice
+    )
 
 
 def choose_for_agents(
     problem: Problem, kernel: str = AUTO, why_not_triton: Callable[[], str | None] = lambda: None
 ) -> Choice:
-    """The kernel for agent attention of given sizes.
+    """The kernel for agent attention of given sizes by the committed measurements.
 
     Args:
         problem: the sizes.
@@ -132,8 +154,8 @@ def linear_attention(
         eps: see `attngen.functional.linear_attention`.
         kernel: the kernel.
     """
-    if kernel == AUTO:
-        kernel = choose_linear_kernel(query, key, value, feature_map).kernel
+    if kernel in CHOOSING:
+        kernel = choose_linear_kernel(query, key, value, feature_map, kernel).kernel
     if kernel == "triton":
         return triton_linear.linear_attention(query, key, value, feature_map, eps)
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -144,16 +166,15 @@ def choose_linear_kernel(
     query: Tensor | Like, key: Tensor | Like, value: Tensor | Like, feature_map: str, kernel: str = AUTO
 ) -> Choice:
     """The kernel for these tensors, or for tensors like these."""
-    problem = Problem(
-        device_key(query.device),
-        _computing_dtype(query),
-        query.shape[0] * query.shape[1],
-        max(query.shape[2], key.shape[2]),
-        0,
-        query.shape[3],
-        _records((query, key, value)),
-    )
-    return choose_for_linear(problem, kernel, lambda: triton_linear.why_not(query, key, value, feature_map))
+    batch, heads, queries, head_dim = query.shape
+    trains, tokens = _records((query, key, value)), max(queries, key.shape[2])
+    problem = Problem(device_key(query.device), _computing_dtype(query), batch * heads, tokens, 0, head_dim, trains)
+    why_not = triton_linear.why_not(query, key, value, feature_map) if query.is_cuda else "there is one path on a CPU"
+    choice = choose_for_linear(problem, kernel, lambda: triton_linear.why_not(query, key, value, feature_map))
+    if kernel != AUTO or why_not is not None or _is_known("linear", problem, query.device):
+        return choice
+    sizes = batch, heads, queries, key.shape[2], 0, head_dim
+    return measured.find(Shape("linear", _exact_dtype(query), *sizes, trains), query.device, choice)
 
 
 def choose_for_linear(
@@ -184,9 +205,9 @@ def _settle(
     reason = why_not_triton() if kernel == "triton" else None
     if reason is not None:
         kernel = default if found.kernel == "triton" else found.kernel
-    elif not named and wanted not in (AUTO, *LAYER_KERNELS):
+    elif not named and wanted not in (*CHOOSING, *LAYER_KERNELS):
         reason = f"there is no such path; there is {' and '.join(known)}"
-    asked = reason if wanted != AUTO else None
+    asked = None if wanted in CHOOSING else reason
     return Choice(kernel, found.speedup if kernel == found.kernel else None, asked)
 
 
@@ -195,11 +216,24 @@ def _look_up(method: str, problem: Problem) -> Choice | None:
     axes = crossovers.axes(problem.device, kind)
     if not axes:
         return None
-    sizes = [problem.batch_heads, problem.head_dim, problem.tokens, *([problem.agents] if problem.agents else [])]
     cell = crossovers.cell(
-        problem.device, kind, *[_nearest(size, axis) for size, axis in zip(sizes, axes, strict=True)]
+        problem.device, kind, *[_nearest(size, axis) for size, axis in zip(_sizes(problem), axes, strict=True)]
     )
     return None if cell is None else Choice(*cell)
+
+
+def _is_known(method: str, problem: Problem, device: torch.device) -> bool:
+    """Whether the table was measured on this device, at sizes that are at most twice or half of these."""
+    if not crossovers.is_known(device):
+        return False
+    axes = crossovers.axes(problem.device, call_kind(method, problem.dtype, problem.training, problem.bias))
+    sizes = _sizes(problem)
+    return bool(axes) and all(a[0] <= 2 * n and n <= 2 * a[-1] for n, a in zip(sizes, axes, strict=True))
+
+
+def _sizes(problem: Problem) -> list[int]:
+    """Along the axes of the table."""
+    return [problem.batch_heads, problem.head_dim, problem.tokens, *([problem.agents] if problem.agents else [])]
 
 
 def _nearest(size: int, axis: Iterable[int]) -> int:
@@ -213,21 +247,18 @@ def _nearest(size: int, axis: Iterable[int]) -> int:
 
 
 def _computing_dtype(x: Tensor | Like) -> str:
-    """The dtype that attention over `x` runs in, or the measured dtype in which kernels rank alike."""
-    wanted = None if x.dtype == torch.float64 else autocast_dtype(x.device.type)
-    dtype = wanted or x.dtype
-    if dtype == torch.float16:
+    """The dtype that attention over `x` runs in, or the dtype of the table in which kernels rank alike."""
+    dtype = _exact_dtype(x)
+    if dtype == "float16":
         return "bfloat16" if x.device.type == "cuda" else "float32"  # CPUs compute float16 in float32
-    return "float32" if dtype == torch.float64 else str(dtype).removeprefix("torch.")
+    return "float32" if dtype == "float64" else dtype
+
+
+def _exact_dtype(x: Tensor | Like) -> str:
+    """The dtype that attention over `x` runs in."""
+    wanted = None if x.dtype == torch.float64 else autocast_dtype(x.device.type)
+    return str(wanted or x.dtype).removeprefix("torch.")
 
 
 def _records(tensors: Iterable[Tensor | Like]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-_AGENT_PATHS: dict[str, Callable[..., Tensor]] = {
-    "reference": reference.agent_attention,
-    "sdpa": sdpa.agent_attention,
-    "matmul": matmul.agent_attention,
-    "triton": triton_agent.agent_attention,
-}

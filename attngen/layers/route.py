@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from attngen.checks import Grid
-from attngen.kernels import dispatch
+from attngen.kernels import dispatch, measured
 from attngen.kernels.absorbed import Projection, absorbed_agent_attention
-from attngen.kernels.dispatch import AUTO, AbsorbedCost
+from attngen.kernels.crossovers import AbsorbedSize
+from attngen.kernels.dispatch import CHOOSING
 from attngen.kernels.like import Like
 from attngen.kernels.reference import AgentScales
 from attngen.layers.call import Call
@@ -42,7 +43,7 @@ class Route(NamedTuple):
         why: why it is exact, or why the kernel is not the one asked for; None otherwise.
         agents: number of agents, or None for a method without.
         speedup: how many times faster than the best softmax attention its attention was measured to be at sizes like
-            these, without projections; None where that was not measured.
+            these, without projections where they are computed; None where that was not measured.
     """
 
     run: Run | None
@@ -80,49 +81,6 @@ class Agents(NamedTuple):
         return 1 if self.scales is not None and self.scales.shortcut else 0
 
 
-class AbsorbedSize(NamedTuple):
-    """Sizes that decide whether absorbing a layer's projections pays.
-
-    Attributes:
-        num_agents: M.
-        head_dim: D.
-        num_heads: H.
-        channels: C.
-        tokens: N, of one sample.
-        kept_projections: products of all tokens by C × C weights that stay: 1 with a shortcut or a convolution of the
-            input, 2 with one of the values.
-    """
-
-    num_agents: int
-    head_dim: int
-    num_heads: int
-    channels: int
-    tokens: int
-    kept_projections: int = 0
-
-    @property
-    def flops(self) -> int:
-        """Floating-point operations of the absorbed layer for one sample, two a multiply-add."""
-        channels, width, tokens = self.channels, self.num_heads * self.head_dim, self.tokens
-        kept = self.kept_projections * tokens * width * channels
-        if self.kept_projections == 1:  # through W_v and W_o: one after the other, or their product made first
-            kept = min(2 * kept, channels * width * channels + tokens * channels * channels)
-        narrow, own = 4 * self.num_agents * self.num_heads * tokens * channels, 5 * self.num_agents * channels * width
-        return 2 * (narrow + own + kept)
-
-    def gain(self, cost: AbsorbedCost) -> float:
-        """How many times faster the absorbed layer is than projections and agent attention, estimated.
-
-        Compares multiply-adds a token, weighted as they were measured. That is about M < 0.8 · D for many tokens.
-        """
-        width = self.num_heads * self.head_dim
-        direct = 4 * width * (self.channels + self.num_agents)
-        narrow = 4 * self.num_agents * self.num_heads * self.channels
-        own = 5 * self.num_agents * self.channels * width / self.tokens
-        kept = self.kept_projections * self.channels * width
-        return direct / (cost.narrow * narrow + cost.own * own + cost.kept * kept)
-
-
 def agent_route(
     layer: Layer, like: Like, agents: Agents, projected: Callable[..., Tensor], absorbs: bool = True
 ) -> Route:
@@ -137,8 +95,8 @@ def agent_route(
         absorbs: whether the agents are pooled, so that a kernel may absorb the projections.
     """
     number = math.prod(agents.cells)
-    why = _why_not_absorbed(layer, like, agents) if absorbs else "agents that are not pooled need projections"
-    if why is None:
+    why = _why_not_absorbed(layer, agents) if absorbs else "agents that are not pooled need projections"
+    if why is None and layer.wanted == "absorbed":
         return Route(partial(_absorbed, agents=agents), "absorbed", None, number)
     # Position biases fit no attention backend, so attngen's paths run whatever the user chose for exact layers.
     kernel = layer.wanted if agents.mixer is not None else layer.kernel
@@ -150,35 +108,28 @@ def agent_route(
     pooled = like.sized(batch, layer.heads, number, layer.head_dim)
     biases = (None, None) if agents.mixer is None else (like.sized(1, 1, 1, 1),) * 2
     correction = None if agents.scales is None else agents.scales.correction
-    choice = dispatch.choose_agent_kernel(queries, keys, keys, pooled, biases, kernel, correction)
+    size = None
+    if why is None:
+        size = AbsorbedSize(number, layer.head_dim, layer.heads, layer.channels, tokens, agents.kept_projections)
+    choice = dispatch.choose_agent_kernel(queries, keys, keys, pooled, biases, kernel, correction, size)
+    if choice.is_in_vain and agents.mixer is None and not measured.is_shared_job():
+        return exact(f"{number} agents are not faster than softmax here: {choice.speedup:.2f} times its speed")
+    if choice.kernel == "absorbed":
+        return Route(partial(_absorbed, agents=agents), choice.kernel, None, number, choice.speedup)
     reason = why if kernel == "absorbed" else choice.reason
     return Route(partial(projected, kernel=choice.kernel), choice.kernel, reason, number, choice.speedup)
 
 
-def _why_not_absorbed(layer: Layer, like: Like, agents: Agents) -> str | None:
-    """The reason why the layer computes its projections; None where they are absorbed."""
+def _why_not_absorbed(layer: Layer, agents: Agents) -> str | None:
+    """The reason why the layer has to compute its projections; None where they can be absorbed."""
     if layer.context_tokens:
         return "text takes part in the layer"
     if agents.scales is not None and agents.scales.correction is not None:
         return f"a {agents.scales.correction} correction needs projections"
     if layer.kernel is None and agents.mixer is None:
         return "an attention backend was chosen"
-    if layer.wanted not in (AUTO, "absorbed"):
+    if layer.wanted not in (*CHOOSING, "absorbed"):
         return f"the kernel {layer.wanted!r} was asked for"
-    if layer.wanted == AUTO:
-        cost = dispatch.absorbed_cost(like)
-        if cost is None:
-            return f"absorbing was not measured on {dispatch.device_key(like.device)}"
-        size = AbsorbedSize(
-            math.prod(agents.cells),
-            layer.head_dim,
-            layer.heads,
-            layer.channels,
-            like.shape[1],
-            agents.kept_projections,
-        )
-        if size.gain(cost) <= 1:
-            return f"{size.num_agents} agents are too many for heads of {size.head_dim} to absorb"
     return layer.why_not_matrices()
 
 

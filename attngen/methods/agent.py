@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attngen.checks import Grid, check_bias, check_choice, check_heads
 from attngen.kernels import dispatch
-from attngen.kernels.dispatch import AGENT_KERNELS, AUTO, Kernel
+from attngen.kernels.dispatch import AGENT_KERNELS, AUTO, CHOOSING, Kernel
 from attngen.kernels.like import Like
 from attngen.kernels.reference import AgentScales, between
 from attngen.layers.call import Call
@@ -77,7 +77,7 @@ def agent_attention(
     check_choice("correction", correction, (None, *get_args(Correction)))
     if correction is not None and (aggregation_bias is not None or broadcast_bias is not None):
         raise ValueError(f"the correction {correction!r} takes no position biases")
-    dispatch.check_kernel(kernel, (AUTO, *AGENT_KERNELS))
+    dispatch.check_kernel(kernel, (*CHOOSING, *AGENT_KERNELS))
     num_queries, num_keys, num_agents = query.shape[2], key.shape[2], agents.shape[2]
     check_bias("aggregation_bias", aggregation_bias, (*query.shape[:2], num_agents, num_keys))
     check_bias("broadcast_bias", broadcast_bias, (*query.shape[:2], num_queries, num_agents))
@@ -85,7 +85,7 @@ def agent_attention(
         raise ValueError(f"a shortcut needs as many queries as values, got {num_queries} queries and {num_keys} values")
     scale, biases = float(query.shape[-1] ** -0.5) if scale is None else scale, (aggregation_bias, broadcast_bias)
     choice = dispatch.choose_agent_kernel(query, key, value, agents, biases, kernel, correction)
-    if kernel != AUTO and choice.reason is not None:
+    if kernel not in CHOOSING and choice.reason is not None:
         raise ValueError(f"the kernel {kernel!r} cannot run here: {choice.reason}")
     scales = AgentScales(scale, scale if broadcast_scale is None else broadcast_scale, shortcut, gain, correction)
     return dispatch.agent_attention(query, key, value, agents, scales, biases, kernel=choice.kernel)

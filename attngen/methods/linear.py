@@ -21,7 +21,7 @@ from torch import Tensor
 
 from attngen.checks import check_choice, check_heads, check_number
 from attngen.kernels import dispatch
-from attngen.kernels.dispatch import AUTO, LINEAR_KERNELS, Kernel
+from attngen.kernels.dispatch import AUTO, CHOOSING, LINEAR_KERNELS, Kernel
 from attngen.kernels.like import Like
 from attngen.layers.call import Call
 from attngen.layers.layer import Layer, Selection
@@ -100,11 +100,11 @@ def linear_attention(
             or cannot run on these tensors.
     """
     check_heads(query, key, value)
-    dispatch.check_kernel(kernel, (AUTO, *LINEAR_KERNELS))
+    dispatch.check_kernel(kernel, (*CHOOSING, *LINEAR_KERNELS))
     features = resolve_feature_map(feature_map)
     name = feature_map if isinstance(feature_map, str) else ""
     choice = dispatch.choose_linear_kernel(query, key, value, name, kernel)
-    if kernel != AUTO and choice.reason is not None:
+    if kernel not in CHOOSING and choice.reason is not None:
         raise ValueError(f"the kernel {kernel!r} cannot run here: {choice.reason}")
     return dispatch.linear_attention(query, key, value, name, features, eps, choice.kernel)
 

@@ -23,10 +23,10 @@ def machine(device: str) -> dict[str, Any]:
     import torch
 
     import attngen
+    from attngen.kernels.machine import device_name
 
-    on_cpu = torch.device(device).type == "cpu"
     return {
-        "device": processor() if on_cpu else torch.cuda.get_device_name(device),
+        "device": device_name(torch.device(device)),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": version("triton"),
@@ -69,17 +69,6 @@ def commit() -> str | None:
     revision = git("rev-parse", "--short", "HEAD")
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "attngen", "benchmarks/*.py")
     return f"{revision}+changes" if revision and changed else revision
-
-
-def processor() -> str:
-    """The name of the CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        import platform
-
-        return platform.processor() or platform.machine()
 
 
 def model_hash(model: str | Path) -> str | None:

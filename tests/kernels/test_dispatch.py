@@ -142,7 +142,7 @@ def test_triton_that_cannot_run_is_not_chosen(measured):
 @pytest.mark.parametrize("kernel", dispatch.KERNELS)
 def test_the_argument_prefers_a_path(kernel):
     choice = dispatch.choose_for_agents(problem(), kernel, why_not_triton=lambda: "no such thing")
-    runs = {"auto": "sdpa", "absorbed": "sdpa", "triton": "sdpa"}.get(kernel, kernel)
+    runs = {"auto": "sdpa", "table": "sdpa", "absorbed": "sdpa", "triton": "sdpa"}.get(kernel, kernel)
     assert choice.kernel == runs
     assert choice.reason == ("no such thing" if kernel == "triton" else None)
 
@@ -154,9 +154,9 @@ def test_a_path_that_a_method_does_not_have():
 
 def test_unknown_paths_are_named():
     query = normal(1, 1, 8, 4)
-    with pytest.raises(ValueError, match="unknown kernel 'cuda'; known: auto, reference, sdpa, matmul, triton"):
+    with pytest.raises(ValueError, match="unknown kernel 'cuda'; known: auto, table, reference, sdpa, matmul, triton"):
         F.agent_attention(query, query, query, query[:, :, :2], kernel="cuda")
-    with pytest.raises(ValueError, match="unknown kernel 'sdpa'; known: auto, reference, triton"):
+    with pytest.raises(ValueError, match="unknown kernel 'sdpa'; known: auto, table, reference, triton"):
         F.linear_attention(query, query, query, kernel="sdpa")
     with pytest.raises(ValueError, match="unknown kernel 'fast'.*absorbed"):
         attngen.apply(fresh("sd15"), "agent", kernel="fast")
