@@ -17,7 +17,8 @@ from attngen.layers.layer import Layer
 from attngen.layers.route import Route, exact
 from attngen.layers.trace import note
 from attngen.methods.base import AttentionMethod
-from attngen.methods.softmax import SoftmaxAttention
+from attngen.methods.downsample import DownsampledKV
+from attngen.methods.softmax import ASKED_FOR, SoftmaxAttention
 
 SPEC = "attngen"
 """Attribute of an attention module that holds its `LayerSpec`."""
@@ -39,6 +40,8 @@ class LayerSpec:
         max_levels: only layers whose level is below it take part; None for all.
         rotary: whether the layer rotates queries and keys by position.
         kernel: which of attngen's kernels computes the methods, see `attngen.kernels.dispatch`.
+        core: whether the layer's own processor runs, see `attngen.hosts.core`.
+        references: what reduces keys of reference images, one a stage; empty where they stay exact.
     """
 
     name: str
@@ -51,13 +54,27 @@ class LayerSpec:
     rotary: bool = False
     kernel: str = AUTO
     core: bool = False
+    references: tuple[AttentionMethod, ...] = ()
+
+    def method(self, call: Call) -> AttentionMethod:
+        """The method of a call."""
+        return self.methods[int(call.stage)] if call.method is None else call.method
+
+    def reduction(self, call: Call) -> int | None:
+        """The factor by which keys of reference images are reduced in a call, or None where none are."""
+        return self.reduction_at(int(call.stage)) if call.references else None
+
+    def reduction_at(self, stage: int) -> int | None:
+        """The factor by which a stage reduces keys of reference images, or None where they stay exact."""
+        method = self.references[stage] if self.references else None
+        return method.factor if isinstance(method, DownsampledKV) and method.factor > 1 else None
 
     def why_exact(self, method: AttentionMethod, grid: Grid, tokens: int) -> str | None:
         """The reason why the plan or the tokens leave the layer exact; None where its method decides."""
         if grid[0] * grid[1] != tokens:
             return f"{tokens} tokens do not fill its grid of {grid[0]} x {grid[1]}"
         if isinstance(method, SoftmaxAttention):
-            return None
+            return ASKED_FOR
         if self.max_levels is not None and self.level >= self.max_levels:
             return f"not among the {self.max_levels} finest level(s)"
         if tokens < self.min_tokens:
@@ -93,7 +110,7 @@ def decide(layer: Layer, call: Call | None, like: Like, why: str | None = None) 
         return exact(why)
     if _scores_skipped(layer.attn):
         return exact("a guider skips its attention")
-    method = spec.methods[int(call.stage)] if call.method is None else call.method
+    method = spec.method(call)
     why = spec.why_exact(method, call.grid, like.shape[1])
     return exact(why) if why is not None else _explained(method.route(layer, call, like), layer, method)
 
@@ -107,14 +124,15 @@ def _explained(route: Route, layer: Layer, method: AttentionMethod) -> Route:
     return route._replace(why=f"{method.kind} attention has no path {layer.wanted!r} here")
 
 
-def noted(route: Route, attn: nn.Module, call: Call | None) -> Route:
-    """`route`, counted where a trace runs."""
+def noted(route: Route, attn: nn.Module, call: Call | None, reduces: bool = False) -> Route:
+    """`route`, counted where a trace runs; `reduces` where it has fewer keys of reference images."""
     if call is not None and call.trace is not None:
         spec = spec_of(attn)
         if spec is not None:
             # Names differ from layer to layer, and a guard on them would keep blocks from sharing a compiled graph.
             name = spec.group if torch.compiler.is_compiling() else spec.name
-            note(call.trace, name, call.stage, route)
+            references = spec.references[int(call.stage)].label if reduces else ""
+            note(call.trace, name, call.stage, route, references)
     return route
 
 
