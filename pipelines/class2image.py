@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import cli
-from pipelines.engine.loading import DEFAULT_MODEL, is_hub_id, read_index, shipped_models
+from pipelines.engine.loading import DEFAULT_MODEL, class_name, is_hub_id, read_index, shipped_models
+from pipelines.engine.runs import describe as read_run
+from pipelines.engine.runs import is_checkpoint, resolve
 from pipelines.methods.counts import counts_argument
 from pipelines.methods.options import MEDIATORS, method_help
 
@@ -106,14 +108,15 @@ def find_model(name: str | None) -> str:
         if shipped is None:
             raise cli.UserError("this copy of the package came without its model; give one with --model")
         return os.fspath(shipped)
-    if not Path(name).exists():
+    path = resolve(name)
+    if not Path(path).exists():
         if is_hub_id(name):
             return name
         raise cli.UserError(f"there is no folder {name!r}, and it is not a hub id (owner/name)")
-    kind = read_index(Path(name)).get("_class_name")
+    kind = class_name(path)
     if kind != "SiTPipeline":
         raise cli.UserError(f"{name} holds a {kind}, not a SiTPipeline; try python -m pipelines.text2image")
-    return name
+    return path
 
 
 def read_labels(model: str) -> dict[int, str]:
@@ -123,7 +126,8 @@ def read_labels(model: str) -> dict[int, str]:
         UserError: if the model has no names.
     """
     if Path(model).is_dir():
-        names = read_index(Path(model)).get("id2label")
+        index = read_run(Path(model)) if is_checkpoint(Path(model)) else read_index(Path(model))
+        names = index.get("id2label")
     else:
         from pipelines.engine.models import ModelStore
 

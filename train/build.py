@@ -26,7 +26,7 @@ def build_model(config: TrainingConfig, data: Data, objective: Objective) -> SiT
         return build_unet(config, data)
     needed = objective.model_config
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)  # torch.manual_seed seeds GPUs too
         return SiTTransformer2DModel(
             sample_size=data.sample_size,
             patch_size=config.patch_size,

@@ -16,6 +16,8 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipelines import cli
+
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
 
@@ -290,7 +292,7 @@ def picture_size(text: str) -> int:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="python -m train.build_emoji", description="Draw the emoji data set.")
+    parser = cli.Parser("train.build_emoji", "Draw the emoji data set.")
     parser.add_argument("--font", default=DEFAULT_FONT, help="colour emoji font (default: %(default)s)")
     parser.add_argument("--emoji-test", default=DEFAULT_EMOJI_TEST, help="Unicode's list (default: %(default)s)")
     parser.add_argument("--out", default=ROOT / "train" / "data" / "emoji.zip", type=Path, help="zip file to write")

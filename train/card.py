@@ -5,7 +5,6 @@ Every number comes from the run's own files: its configuration, its log and the 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -13,9 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines import cli
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.card", description=(__doc__ or "").splitlines()[0])
+    parser = cli.Parser("train.card", (__doc__ or "").splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="folder that train.sit wrote")
     parser.add_argument("--pipeline", type=Path, required=True, help="folder of the pipeline; the card goes into it")
     parser.add_argument("--commands", nargs="+", required=True, help="the commands of the run, in order")

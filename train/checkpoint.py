@@ -29,9 +29,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep: int,
+    keep_every: int = 0,
 ) -> Path:
-    """Write `folder`/step-NNNNNNNN and then drop all but the newest `keep`.
+    """Write `folder`/step-NNNNNNNN and then drop all but the newest `keep` and the milestones.
 
     Args:
         folder: the run's checkpoint folder, made if missing.
@@ -39,6 +44,7 @@ def save_checkpoint(
         tensors: file stem -> tensors by name.
         state: JSON values; written last, so a checkpoint with it is whole.
         keep: checkpoints to keep, at least 1.
+        keep_every: those of steps that are multiples of it are kept for good; 0: none.
     """
     final = folder / f"step-{step:08d}"
     temporary = folder / f".tmp-step-{step:08d}"
@@ -56,7 +62,8 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in list_checkpoints(folder)[:-keep]:
-        _remove(old)
+        if not keep_every or step_of(old) % keep_every:
+            _remove(old)
     return final
 
 
@@ -66,6 +73,11 @@ def _remove(checkpoint: Path) -> None:
         aside = checkpoint.with_name(f".old-{checkpoint.name}")
         os.replace(checkpoint, aside)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimiser steps done at a checkpoint, from the name of its folder."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

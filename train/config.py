@@ -92,7 +92,7 @@ class TrainingConfig:
         cooldown: fraction of the steps, at the end, with linear decay to zero.
         max_grad_norm: clip the gradient norm to this value; 0 disables.
         ema_decay: EMA decay; the averaged weights are sampled and exported.
-        ema_stds: relative widths of further, power-function averages, such as 0.05 0.1; see `train.ema`.
+        ema_stds: relative widths of further, power-function averages, such as 0.05 0.1; see `train.export`.
         batch_size: global batch size, over all processes and gradient accumulation steps.
         accumulate: gradient accumulation steps.
         steps: optimiser steps.
@@ -105,6 +105,7 @@ class TrainingConfig:
         sample_every: steps between sample grids; 0: at the end only.
         save_every: steps between checkpoints; 0: at the end only.
         keep: number of checkpoints kept.
+        keep_every: steps between checkpoints that are kept for good, a multiple of `save_every`; 0: none.
         sample_steps: network evaluations per sample (NFE).
         guidance_scale: guidance scale of the samples.
         fd_every: steps between Fréchet distances; 0: at the end only, -1: never.
@@ -163,6 +164,7 @@ class TrainingConfig:
     sample_every: int = 1000
     save_every: int = 500
     keep: int = 2
+    keep_every: int = 0
     sample_steps: int = 50
     guidance_scale: float = 2.0
     fd_every: int = -1
@@ -193,9 +195,13 @@ class TrainingConfig:
         for name in (*positive, "attention_head_dim", "patch_size", "num_mediators", "image_size", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("sample_every", "save_every", "workers", "warmup_steps"):
+        for name in ("sample_every", "save_every", "keep_every", "workers", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.keep_every and (not self.save_every or self.keep_every % self.save_every):
+            raise ValueError(
+                f"keep_every must be a multiple of save_every, got {self.keep_every} and {self.save_every}"
+            )
         for name in ("augment", "balance", "class_dropout_prob", "cooldown"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")

@@ -1,7 +1,8 @@
 """Tar shards in the layout of WebDataset as a source of pictures.
 
 The headers are read once, for the place of every picture; a picture is then read by its offset. So shards have random
-access, which the package webdataset does not give, and a run is resumed at any step without reading what came before.
+access, and a run is resumed at any step without reading what came before. webdataset has that too, in
+`wids.ShardListDataset`, from an index that is made beforehand; here there is none, and a shard that was cut is refused.
 """
 
 from __future__ import annotations

@@ -16,6 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines import cli
+from pipelines.cli import UserError
+from train.record import command_of
+
 if TYPE_CHECKING:
     from attngen.learned.methods import LearnedMethod
 
@@ -33,14 +37,14 @@ methods:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.distill",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.Parser("train.distill", __doc__, EXAMPLES)
+    saved = _resumed(argv)
     add = parser.add_argument
-    add("--model", required=True, help="folder or Hub id of a pipeline, or folder of a SiTTransformer2DModel")
+    add(
+        "--model",
+        required="model" not in saved,
+        help="pipeline folder, hub id, training run (RUN or RUN@STEP), or bare SiT",
+    )
     add("--method", default="mediator:16", help="what to learn, see below (default %(default)s)")
     add(
         "--train",
@@ -59,10 +63,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--out",
         type=Path,
-        required=True,
+        required="out" not in saved,
         help="output file, .safetensors; the run's folder has the same name with .run",
     )
-    add("--resume", action="store_true", help="continue from the newest checkpoint of the run")
+    add(
+        "--resume",
+        nargs="?",
+        const=True,
+        metavar="RUN",
+        help="continue RUN with the options that it was started with; without a name continue the run of --out",
+    )
     add("--max-minutes", type=float, help="save and stop after this time; --resume continues")
     add("--threads", type=int, help="CPU threads")
     add("--cpu", action="store_true", help="do not use a GPU")
@@ -93,7 +103,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--save-every", type=int, default=200, help="steps between checkpoints (default %(default)s)")
     add("--measure", type=int, default=8, help="calls that errors are measured on (default %(default)s)")
     add("--seed", type=int, default=0)
+    parser.set_defaults(**saved)
     options = parser.parse_args(argv)
+    options.command = command_of("train.distill", argv)
     for name in ("steps", "batch_size", "accumulate", "sample_steps", "save_every", "measure"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
@@ -110,16 +122,33 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--size must be at least 1, got {options.size[0]} {options.size[1]}")
     if options.threads is not None and options.threads < 1:
         parser.error(f"--threads must be at least 1, got {options.threads}")
+    if saved and options.out != Path(saved["out"]):
+        parser.error(f"--resume {options.resume} and --out {options.out} name two runs")
     if options.out.suffix != ".safetensors":
         parser.error(f"--out must end in .safetensors, got {options.out}")
     return options
+
+
+def _resumed(argv: Sequence[str] | None) -> dict[str, Any]:
+    """The options of the run that --resume RUN names; none where there is no such word."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", nargs="?", const=True)
+    named = parser.parse_known_args(argv)[0].resume
+    if not isinstance(named, str):
+        return {}
+    file = Path(named).with_suffix(".run") / "config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {**found["arguments"], "out": str(file.parent.with_suffix(".safetensors"))}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        cli.Parser("train.distill", None).error(f"there is no run to resume in {file.parent}: {cli.first_line(error)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
     try:
         return distill(options)
-    except (ValueError, OSError) as error:
+    except (UserError, ValueError, OSError) as error:
         print(f"train.distill: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -142,11 +171,12 @@ def distill(options: argparse.Namespace) -> int:
     method = parse_method(options.method, options.train == "qkvo")
     found = list_checkpoints(options.out.with_suffix(RUN_SUFFIX) / "checkpoints")
     if (found or options.out.exists()) and not options.resume:
-        raise ValueError(f"{options.out} or its run already exists; pass --resume to continue it, or another --out")
+        raise ValueError(
+            f"{options.out} or its run already exists; --resume {options.out} continues it; or pass another --out"
+        )
     lines = None if options.prompts is None else read_lines(options.prompts)
-    pipe = load_pipeline(options.model)
+    pipe = load_pipeline(options.model, options.cpu)
     pipe.set_progress_bar_config(disable=True)
-    pipe.to("cpu" if options.cpu or not torch.cuda.is_available() else "cuda")
     name, model = next(iter(denoisers_of(pipe).items()))
     model.requires_grad_(False).eval()
     if options.gradient_checkpointing:
@@ -237,32 +267,30 @@ def read_lines(path: Path) -> tuple[str, ...]:
     return lines
 
 
-def load_pipeline(name: str) -> Any:
-    """A pipeline by folder or Hub id; a bare SiT gets one around it.
+def load_pipeline(name: str, cpu: bool) -> Any:
+    """A pipeline in full precision by any name of a model; a bare SiT gets one around it.
 
     Raises:
         ValueError: if there is none, or it is a bare model of another kind.
+        UserError: if it cannot be a model.
+        OSError: if it cannot be loaded.
     """
-    from diffusers import DiffusionPipeline
+    import torch
 
     import attngen
+    from pipelines.engine import loading
+    from pipelines.engine.runs import is_checkpoint, resolve
 
-    folder = Path(name)
-    if (folder / "pipeline" / "model_index.json").is_file():
-        raise ValueError(f"{name} is a training run; pass its pipeline, {folder / 'pipeline'}")
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
+    device = torch.device("cpu" if cpu or not torch.cuda.is_available() else "cuda")
+    folder = Path(resolve(name))
+    if folder.is_dir() and not (folder / "model_index.json").is_file() and not is_checkpoint(folder):
         config = _json(folder / "config.json")
         if config.get("_class_name") != "SiTTransformer2DModel":
             kind = config.get("_class_name", "no model")
             raise ValueError(f"{name} holds {kind}, not a pipeline; sampling and conditions need the whole pipeline")
         model = attngen.SiTTransformer2DModel.from_pretrained(folder)
-        return attngen.SiTPipeline(model, attngen.InterpolantScheduler(sampler="ode"))
-    try:
-        index: Any = DiffusionPipeline.load_config(name)
-        ours = {cls.__name__: cls for cls in (attngen.SiTPipeline, attngen.UNetClassPipeline)}
-        return ours.get(index.get("_class_name"), DiffusionPipeline).from_pretrained(name)
-    except OSError as error:
-        raise ValueError(f"cannot load the pipeline {name}: {error}") from error
+        return attngen.SiTPipeline(model, attngen.InterpolantScheduler(sampler="ode")).to(device)
+    return loading.load_pipeline(name, loading.LoadOptions(dtype="float32"), device)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from train.checkpoint import (
 )
 from train.distill_pair import PREDICTION, TINY, Pair, measure, table
 from train.meter import append_line, trim_log
+from train.record import record_start, tell_changes
 
 if TYPE_CHECKING:
     from attngen.learned.file import LearnedLayers
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 RUN_SUFFIX = ".run"
 """Of the folder with checkpoints and the log, beside the file that comes out."""
+
+FREE = ("out", "threads", "cpu", "save_every")
+"""Options that may change on resume: they decide nothing of the result."""
 
 FULL_RATE = 16
 """Channels that a learned matrix may read before its learning rate is lowered in proportion."""
@@ -63,6 +67,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(self._groups(), weight_decay=0.0)
         self.folder = self.options.out.with_suffix(RUN_SUFFIX)
         self.before: dict[str, float] = {}
+        self.before_options: dict[str, Any] = {}
 
     def _groups(self) -> list[dict[str, Any]]:
         """Parameters by learning rate."""
@@ -92,7 +97,8 @@ class Run:
         if not self.before:
             self.before = measure(self.pair, held_out)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "config.json", self.settings())
+        write_json(self.folder / "config.json", {**self.settings(), "arguments": self.arguments()})
+        self._record(step)
         started, total = time.monotonic(), self.options.steps
         bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty())
         while step < total:
@@ -109,7 +115,7 @@ class Run:
         bar.close()
         self.save(step)
         if step < total:
-            print(f"stopped after step {step} of {total}; --resume continues", file=sys.stderr)
+            print(f"stopped after step {step} of {total}; --resume {self.folder} continues", file=sys.stderr)
             return 1 if self.unsaved else 0
         after = measure(self.pair, held_out)
         print(table(self.before, after))
@@ -160,9 +166,23 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the result, as JSON values."""
-        free = {"out", "resume", "max_minutes", "threads", "cpu", "save_every"}
-        plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.options).items() if k not in free}
+        plain = {k: v for k, v in self.arguments().items() if k not in FREE}
         return {**plain, "method": self.layers.method.to_dict()}
+
+    def arguments(self) -> dict[str, Any]:
+        """The options of the command line, as JSON values."""
+        given = {k: v for k, v in vars(self.options).items() if k not in ("resume", "max_minutes", "command")}
+        return {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
+
+    def _record(self, step: int) -> None:
+        """Note this start of the run, with the options that changed since its checkpoint."""
+        now = json.loads(json.dumps(self.arguments()))
+        changed = {k: [v, now[k]] for k, v in self.before_options.items() if k in now and now[k] != v}
+        tell_changes("train.distill", changed)
+        device = str(next(self.model.parameters()).device)
+        record_start(
+            self.folder, step, self.options.command, device=device, data=str(self.options.data), changes=changed
+        )
 
     def log(self, step: int, losses: Mapping[str, float], seconds: float) -> None:
         """Append a line to the run's log. A full disk is told once."""
@@ -181,7 +201,7 @@ class Run:
             "layers": {f"{name}/{n}": t for name, core in self.cores.items() for n, t in core.state_dict().items()},
             "optimizer": optimizer_tensors(self.optimizer),
         }
-        state = {"settings": self.settings(), "before": self.before}
+        state = {"settings": self.settings(), "arguments": self.arguments(), "before": self.before}
         folder = self.folder / "checkpoints"
         try:
             save_checkpoint(folder, step, tensors, state, keep=2)
@@ -209,7 +229,7 @@ class Run:
             prefix = f"{name}/"
             core.load_state_dict({k[len(prefix) :]: t for k, t in tensors["layers"].items() if k.startswith(prefix)})
         load_optimizer(self.optimizer, tensors["optimizer"])
-        self.before = state["before"]
+        self.before, self.before_options = state["before"], state.get("arguments", {})
         trim_log(self.folder / "log.jsonl", state["step"])
         return state["step"]
 

@@ -1,4 +1,4 @@
-"""Averages of the weights over a run whose width is chosen afterwards: python -m train.ema --run runs/emoji --std 0.1
+"""Averages of the weights over a run whose width is chosen afterwards, see `train.export --weights std:X`.
 
 A run with `--ema-stds 0.05 0.1` keeps two averages with power-function profiles and saves them at every checkpoint. Any
 other width, up to any saved step, is a combination of what was saved (section 3.2 and appendix C of arXiv 2312.02696).
@@ -6,13 +6,10 @@ other width, up to any saved step, is a combination of what was saved (section 3
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -104,8 +101,8 @@ def snapshots(run: Path) -> dict[Path, Profile]:
     return found
 
 
-def reconstruct(run: Path, std: float, step: int | None = None) -> dict[str, Tensor]:
-    """The weights of the average of relative width `std` up to `step`, by default the last one kept.
+def reconstruct(run: Path, std: float, step: int | None = None) -> tuple[int, dict[str, Tensor]]:
+    """The weights of the average of relative width `std` up to `step`, by default the last one kept; and that step.
 
     Raises:
         ValueError: if the run kept no averages, or a file of them is damaged.
@@ -126,56 +123,4 @@ def reconstruct(run: Path, std: float, step: int | None = None) -> dict[str, Ten
         for name, tensor in tensors.items():
             part = share * tensor.double()
             total[name] = total[name] + part if name in total else part
-    return {name: tensor.float() for name, tensor in total.items()}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.ema", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", type=Path, required=True, help="folder of a training run")
-    parser.add_argument("--std", type=float, required=True, help="relative width of the average, such as 0.1")
-    parser.add_argument("--step", type=int, help="step up to which to average (default: the last kept)")
-    parser.add_argument("--out", type=Path, help="pipeline folder to write; (default: RUN/pipeline-std-STD)")
-    options = parser.parse_args(argv)
-    try:
-        folder = export(options.run, options.std, options.step, options.out)
-    except (ValueError, OSError) as error:
-        print(f"train.ema: {error}", file=sys.stderr)
-        return 2
-    print(folder)
-    return 0
-
-
-def export(run: Path, std: float, step: int | None, out: Path | None) -> Path:
-    """Write the pipeline of an average; returns its folder.
-
-    Raises:
-        ValueError: if the run kept no averages or has no exported pipeline, or none of that step can be made.
-    """
-    from train.samples import write_pipeline
-
-    weights = reconstruct(run, std, step)
-    pipe: Any = _exported(run)
-    network, prefix = (pipe.unet, "unet.") if hasattr(pipe, "unet") else (pipe.transformer, "")
-    network.load_state_dict({name.removeprefix(prefix): tensor.to(network.dtype) for name, tensor in weights.items()})
-    folder = out or run / f"pipeline-std-{std:g}"
-    write_pipeline(pipe, folder)
-    return folder
-
-
-def _exported(run: Path) -> Any:
-    """The pipeline that a run ended with."""
-    from attngen.sit.pipeline import SiTPipeline
-    from attngen.sit.unet_pipeline import UNetClassPipeline
-
-    index = run / "pipeline" / "model_index.json"
-    if not index.is_file():
-        raise ValueError(f"{run} has no exported pipeline to take the settings from; let the run end first")
-    kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    cls = UNetClassPipeline if kind == UNetClassPipeline.__name__ else SiTPipeline
-    return cls.from_pretrained(index.parent)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return wanted.step, {name: tensor.float() for name, tensor in total.items()}

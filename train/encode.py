@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines import cli
+
 if TYPE_CHECKING:
     import torch
     from PIL import Image
@@ -25,9 +27,7 @@ CHECKED = 16
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.encode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser("train.encode", __doc__)
     add = parser.add_argument
     add("--data", required=True, help="images, as for train.sit: a folder, hf:NAME, tar shards or emoji")
     add("--vae", required=True, help="Hub id or folder of an autoencoder of diffusers, or of a pipeline that has one")

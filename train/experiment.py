@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines import cli
 from train.config import TrainingConfig
 from train.presets import PRESETS
 
@@ -46,9 +47,7 @@ SPEED_ROUNDS = 7
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.experiment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser("train.experiment", __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--list", action="store_true", help="print the runs and their commands")
     what.add_argument("--run", nargs="*", metavar="NAME", help="train and measure these runs, or all")

@@ -6,18 +6,17 @@ distance where it was measured.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines import cli
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser("train.plot", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="image to write: .png, .svg or .pdf")
     parser.add_argument("--smooth", type=float, default=0.02, help="fraction of a run that the loss is averaged over")

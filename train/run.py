@@ -284,7 +284,7 @@ class Run:
         }
 
         def write() -> None:
-            save_checkpoint(self.out / "checkpoints", step, tensors, state, self.config.keep)
+            save_checkpoint(self.out / "checkpoints", step, tensors, state, self.config.keep, self.config.keep_every)
             for std, named in averages.items():
                 path = snapshot_path(self.out, step, std)
                 path.parent.mkdir(parents=True, exist_ok=True)

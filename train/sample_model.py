@@ -6,11 +6,11 @@ import argparse
 import inspect
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pipelines import cli
 from pipelines.engine.loading import DEFAULT_MODEL, LoadOptions, draws_classes, load_pipeline, shipped_models
+from pipelines.engine.runs import resolve
 from train.sample_subjects import Subject
 
 # Pictures in a call on a CPU: rows of a matrix product round alike for any of these, and more are no faster.
@@ -46,7 +46,7 @@ class Sampler:
 
         source = find_model(options.model)
         self.pipe = load(source, options, device)
-        self.name = cli.public_name(source) if options.model else "emoji (shipped)"
+        self.name = cli.public_name(options.model) if options.model else "emoji (shipped)"
         self.hash = model_hash(source)
         self.draws_classes = draws_classes(self.pipe)
         self.id2label = class_names(self.pipe)
@@ -131,19 +131,12 @@ class Sampler:
 
 
 def find_model(name: str | None) -> str:
-    """A pipeline folder, that of a training run, a file or a hub id.
+    """A pipeline folder, the checkpoint of a training run, a file or a hub id.
 
     Raises:
-        UserError: if it is none of these.
+        UserError: if it names a checkpoint that the run does not have.
     """
-    if name is None:
-        return os.fspath(shipped_models()[DEFAULT_MODEL])
-    path = Path(name)
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        if (path / "pipeline" / "model_index.json").is_file():
-            return os.fspath(path / "pipeline")
-        raise cli.UserError(f"{path} has neither model_index.json nor pipeline/model_index.json; is the run finished?")
-    return name
+    return os.fspath(shipped_models()[DEFAULT_MODEL]) if name is None else resolve(name)
 
 
 def load(source: str, options: argparse.Namespace, device: Any) -> Any:

@@ -155,10 +155,13 @@ def export_pipeline(model: SiTTransformer2DModel, objective: Objective, data: Da
     Args:
         model: the network; it is changed to half precision.
         objective: of the training; its sampler goes with the model.
-        data: of the training.
+        data: of the training; the autoencoder of latents goes with the model too.
         folder: to write.
     """
-    write_pipeline(pipeline_of(model.half(), objective, data), folder)
+    pipe = pipeline_of(model.half(), objective, data)
+    if getattr(pipe, "vae", None) is not None:
+        pipe.vae.half()
+    write_pipeline(pipe, folder)
 
 
 def write_pipeline(pipe: Any, folder: Path) -> None:

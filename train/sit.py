@@ -1,11 +1,13 @@
 """Train a SiT or DiT, with softmax, mediator or linear attention.
 
     python -m train.sit --preset emoji --out runs/emoji                            # about two hours on one core
+    python -m train.sit --resume runs/emoji                                        # continues it, as it was configured
+    python -m train.sit --config runs/emoji/config.json --steps 9000 --out runs/longer
     python -m train.sit --preset sit-s2-256-mediators --data latents/ --out runs/s2 --mixed-precision bf16 --compile
     accelerate launch --num_processes 8 -m train.sit --preset dit-xl2-256 --data latents/ --out runs/xl2
 
 Every random draw is a function of the seed and the step: a run that was stopped and resumed equals one that was not,
-and any number of processes sees the same batches. SIGTERM, Ctrl+C and --max-minutes save and end it with exit status 0.
+and any number of processes computes the same batches. SIGTERM, Ctrl+C and --max-minutes save and end it with status 0.
 """
 
 from __future__ import annotations
@@ -21,9 +23,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines import cli
 from train.broken import parse_max_broken
 from train.config import CHOICES, GROUPS, TrainingConfig, describe_fields
+from train.config_file import add_run_arguments, find_run, read_config
 from train.presets import PRESETS
+from train.record import command_of
 
 if TYPE_CHECKING:
     import torch
@@ -34,21 +39,21 @@ if TYPE_CHECKING:
     from train.run import Run
 
 _FLOATS = ("mediator_starts", "ema_stds")
+EPILOG = "The grouped options override the preset, the file or the resumed run; defaults shown are those of emoji."
 _METAVARS: dict[type, str] = {int: "N", float: "X", str: "NAME"}
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, TrainingConfig]:
     """Command line -> options of the program, and the configuration of the run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.sit",
-        description=__doc__,
-        epilog="The grouped options override the preset; the defaults shown are those of the preset emoji.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = cli.Parser(
+        "train.sit",
+        __doc__,
+        EPILOG,
     )
-    parser.add_argument("--preset", default="emoji", metavar="NAME", help="recipe to start from; see --list-presets")
+    parser.add_argument("--preset", metavar="NAME", help="recipe to start from (default: emoji); see --list-presets")
     parser.add_argument("--list-presets", action="store_true", help="print the names of all recipes and exit")
-    parser.add_argument("--out", type=Path, default=Path("runs/emoji"), help="folder of the run")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="JSON file like config.json of a run")
+    add_run_arguments(parser, "runs/emoji")
     parser.add_argument("--dry-run", action="store_true", help="print the model, the data and the cost, and exit")
     parser.add_argument(
         "--max-minutes", type=float, metavar="X", help="save and stop after this time; --resume continues"
@@ -71,27 +76,39 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     if options.list_presets:
         print("\n".join(PRESETS))
         parser.exit()
-    if options.preset not in PRESETS:
-        near = difflib.get_close_matches(options.preset, PRESETS, n=3)
-        parser.error(
-            f"unknown preset {options.preset!r}; {'near it: ' + ', '.join(near) if near else '--list-presets'}"
-        )
+    options.command = command_of("train.sit", argv)
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(TrainingConfig)}
     overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
-    preset = PRESETS[options.preset]
-    if overrides.get("data", preset.data) != preset.data:
-        overrides.setdefault("classes", ())  # the preset's are those of its own data
     try:
-        config = dataclasses.replace(preset, **overrides)
+        options.out = find_run(options.resume, options.out, Path("runs/emoji"))
+        base = _base(options)
+        if options.config is None and not options.resume and overrides.get("data", base.data) != base.data:
+            overrides.setdefault("classes", ())  # the preset's are those of its own data
+        config = dataclasses.replace(base, **overrides)
     except ValueError as error:
         parser.error(str(error))
     if not config.data:
-        parser.error(f"the preset {options.preset!r} needs --data: images, or latents made by train.encode")
+        parser.error(f"the preset {options.preset} needs --data: images, or latents made by train.encode")
     if options.threads is not None and options.threads < 1:
         parser.error(f"--threads must be at least 1, got {options.threads}")
     if options.max_minutes is not None and not (math.isfinite(options.max_minutes) and options.max_minutes >= 0):
         parser.error(f"--max-minutes must be a number of at least 0, got {options.max_minutes}")
     return options, config
+
+
+def _base(options: argparse.Namespace) -> TrainingConfig:
+    """The configuration that the options override: of a file, of the resumed run, or of a preset."""
+    if options.preset is not None and options.preset not in PRESETS:
+        near = difflib.get_close_matches(options.preset, PRESETS, n=3)
+        raise ValueError(
+            f"unknown preset {options.preset!r}; {'near it: ' + ', '.join(near) if near else '--list-presets'}"
+        )
+    saved = options.out / "config.json"
+    if options.config is not None:
+        return read_config(options.config, PRESETS[options.preset] if options.preset else TrainingConfig())
+    if options.resume and options.preset is None and saved.is_file():
+        return read_config(saved, TrainingConfig())
+    return PRESETS[options.preset or "emoji"]
 
 
 def _add_field(group: Any, field: dataclasses.Field[Any]) -> None:
@@ -139,7 +156,7 @@ def train(options: argparse.Namespace, config: TrainingConfig) -> int:
     """Run the training; returns the exit status."""
     import torch
 
-    from train.checkpoint import list_checkpoints
+    from train.checkpoint import list_checkpoints, step_of
     from train.data import open_data
     from train.objectives import make_objective
     from train.start import start
@@ -148,8 +165,10 @@ def train(options: argparse.Namespace, config: TrainingConfig) -> int:
         torch.set_num_threads(options.threads)
     found = list_checkpoints(options.out / "checkpoints")
     if found and not (options.resume or options.dry_run):
-        raise ValueError(f"{options.out} already holds a run; pass --resume to continue it, or another --out")
-    if found and int(found[-1].name.removeprefix("step-")) > config.steps and not options.dry_run:
+        raise ValueError(
+            f"{options.out} already holds a run; --resume {options.out} continues it; or pass another --out"
+        )
+    if found and step_of(found[-1]) > config.steps and not options.dry_run:
         raise ValueError(f"{found[-1]} is beyond --steps {config.steps}; pass more steps, or another --out")
     data = open_data(
         config.data,
@@ -216,7 +235,7 @@ def _loop(options: argparse.Namespace, run: Run, step: int, stop: StopOnSignal) 
         if config.fd_every >= 0:
             run.evaluate(step, lambda: stop.requested)
     elif accelerator.is_main_process:
-        print(f"stopped after step {step} of {config.steps}; --resume continues", file=sys.stderr)
+        print(f"stopped after step {step} of {config.steps}; --resume {options.out} continues", file=sys.stderr)
     run.end_trackers()
     return 1 if run.lost else 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,24 +14,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from train.build import build_model, build_optimizers, compile_model, make_meter
-from train.checkpoint import clean_name, load_checkpoint, load_optimizer, place_like, write_json
+from train.checkpoint import clean_name, load_checkpoint, load_optimizer, place_like, step_of, write_json
 from train.config import TrainingConfig
+from train.config_file import changes
 from train.data_base import Data
 from train.ema import PowerAverage
 from train.evaluate import open_distance
 from train.meter import trim_log
 from train.objectives import Objective
+from train.record import record_start, tell_changes
 from train.run import Run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 # Options that may change on resume: those that do not change the architecture or the objective.
-FREE = (
-    *("data", "steps", "sample_every", "save_every", "log_every", "keep", "sample_steps", "guidance_scale", "cooldown"),
-    *("balance", "augment", "flip", "max_broken", "workers", "accumulate", "mixed_precision", "tf32", "compile"),
-    *("gradient_checkpointing", "fd_every", "fd_pictures", "fd_reference", "fd_weights", "init_from"),
-    "interpolation",
+FREE = frozenset(
+    (
+        "data steps sample_every save_every log_every keep keep_every sample_steps guidance_scale cooldown balance "
+        "augment flip max_broken workers accumulate mixed_precision tf32 compile gradient_checkpointing fd_every "
+        "fd_pictures fd_reference fd_weights init_from interpolation"
+    ).split()
 )
 
 # The other processes wait while the first one draws samples and measures distances.
@@ -84,12 +86,26 @@ def start(
         options.out.mkdir(parents=True, exist_ok=True)
         write_json(options.out / "config.json", {**config.to_dict(), "id2label": data.id2label})
         trim_log(options.out / "log.jsonl", step)
+        _record(options, run, step, {} if checkpoint is None else changes(checkpoint[1]["config"], config))
         if options.resume:
             where = f"resuming from {found[-1]}" if found else f"no checkpoint in {options.out}, starting from scratch"
             print(f"train.sit: {where}", file=sys.stderr)
     if accelerator.log_with:
         accelerator.init_trackers("attngen", config={k: str(v) for k, v in config.to_dict().items()})
     return run, step
+
+
+def _record(options: argparse.Namespace, run: Run, step: int, changed: dict[str, list[Any]]) -> None:
+    tell_changes("train.sit", changed)
+    record_start(
+        options.out,
+        step,
+        options.command,
+        device=str(run.accelerator.device),
+        data=run.data.fingerprint,
+        changes=changed,
+        processes=run.accelerator.num_processes,
+    )
 
 
 def _accelerator(options: argparse.Namespace, config: TrainingConfig) -> Accelerator:
@@ -121,7 +137,7 @@ def _accelerator(options: argparse.Namespace, config: TrainingConfig) -> Acceler
 
 def check_same_checkpoint(accelerator: Any, out: Path, found: Sequence[Path]) -> None:
     """Raise ValueError unless all processes see the same newest checkpoint; nodes with disks of their own do not."""
-    mine = int(found[-1].name.removeprefix("step-")) if found else 0
+    mine = step_of(found[-1]) if found else 0
     steps = accelerator.gather(torch.tensor([mine], device=accelerator.device)).tolist()
     if len(set(steps)) > 1:
         seen = ", ".join(map(str, steps))
@@ -182,10 +198,8 @@ def _read(path: Path, config: TrainingConfig, data: Data) -> tuple[dict[str, dic
         ValueError: if it is damaged, or was made with another model or data.
     """
     tensors, state = load_checkpoint(path)
-    before = {**TrainingConfig().to_dict(), **state["config"]}
-    for name, value in json.loads(json.dumps(config.to_dict())).items():
-        was = json.loads(json.dumps(before[name]))
-        if name not in FREE and was != value:
+    for name, (was, value) in changes(state["config"], config).items():
+        if name not in FREE:
             raise ValueError(
                 f"{path} was trained with {name} = {was!r}, not {value!r}; resume with what it had, or start a new run "
                 f"from it with --init-from {path} and another --out"

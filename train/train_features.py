@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipelines import cli
+
 # As train.features has it, which takes seconds to import.
 WEIGHTS_FILE = Path(__file__).parent / "data" / "features.safetensors"
 STEPS = 1300
@@ -19,9 +21,7 @@ BATCH_SIZE = 64
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.train_features", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser("train.train_features", __doc__)
     add = parser.add_argument
     add(
         "--out",

@@ -90,7 +90,7 @@ def build_unet(config: TrainingConfig, data: Data) -> ClassUNet:
     channels, embeds = config.block_channels, data.num_classes + 1
     inner = len(channels) - 1
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)  # torch.manual_seed seeds GPUs too
         unet = UNet2DConditionModel(
             sample_size=data.sample_size,
             in_channels=data.channels,

@@ -2,10 +2,11 @@
 
     python -m train.build_emoji --size 128 --no-skin-tones --out runs/emoji-128.zip
     python -m train.vae --data runs/emoji-128.zip --out runs/vae --minutes 25
+    python -m train.vae --resume runs/vae
     python -m train.encode --data runs/emoji-128.zip --vae runs/vae/vae --image-size 128 --variants 8 --out runs/latents
 
 Every random draw is a function of the seed and the step, so with --steps a run that was stopped and resumed equals one
-that was not. SIGTERM and Ctrl+C save and end it with exit status 0; --resume continues.
+that was not. SIGTERM and Ctrl+C save and end it with exit status 0; --resume RUN continues.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines import cli
+from train.config_file import add_run_arguments, find_run, read_config
+from train.record import command_of
+
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Any]:
     """Command line -> options of the program, and the configuration of the run."""
     from train.vae_config import VaeConfig
 
-    parser = argparse.ArgumentParser(
-        prog="python -m train.vae", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/vae"), help="folder of the run")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
+    parser = cli.Parser("train.vae", __doc__)
+    add_run_arguments(parser, "runs/vae")
     parser.add_argument("--threads", type=int, help="CPU threads")
     recipe = parser.add_argument_group("the recipe")
     described = _described(VaeConfig.__doc__ or "")
@@ -39,12 +41,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     options = parser.parse_args(argv)
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(VaeConfig)}
     overrides: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
-    if overrides.get("minutes"):
-        overrides.setdefault("steps", 0)
+    for name, other in (("minutes", "steps"), ("steps", "minutes")):
+        if overrides.get(name):
+            overrides.setdefault(other, 0)
     if options.threads is not None and options.threads < 1:
         parser.error(f"--threads must be at least 1, got {options.threads}")
+    options.command = command_of("train.vae", argv)
     try:
-        return options, VaeConfig(**overrides)
+        options.out = find_run(options.resume, options.out, Path("runs/vae"))
+        saved = options.out / "config.json"
+        base = read_config(saved, VaeConfig()) if options.resume and saved.is_file() else VaeConfig()
+        return options, dataclasses.replace(base, **overrides)
     except ValueError as error:
         parser.error(str(error))
 
@@ -80,8 +87,10 @@ def train(options: argparse.Namespace, config: Any) -> int:
         torch.set_num_threads(options.threads)
     found = list_checkpoints(options.out / "checkpoints")
     if found and not options.resume:
-        raise ValueError(f"{options.out} already holds a run; pass --resume to continue it, or another --out")
-    run = start(config, read_images(config.data, config.image_size), options.out)
+        raise ValueError(
+            f"{options.out} already holds a run; --resume {options.out} continues it; or pass another --out"
+        )
+    run = start(config, read_images(config.data, config.image_size), options.out, options.command)
     if options.resume:
         where = f"resuming from {found[-1]}" if found else f"no checkpoint in {options.out}, starting from scratch"
         print(f"train.vae: {where}", file=sys.stderr)
@@ -111,7 +120,7 @@ def _loop(run: Any, stop: Any) -> None:
     if saved != run.step:
         run.save()
     if not run.is_done:
-        print(f"stopped after step {run.step}; --resume continues", file=sys.stderr)
+        print(f"stopped after step {run.step}; --resume {run.out} continues", file=sys.stderr)
         return
     run.export()
 

@@ -23,7 +23,7 @@ def build_vae(config: VaeConfig) -> AutoencoderDC:
     # The first size has no blocks of its own: the image is unshuffled to the second at once.
     channels, layers = (config.channels[0] // 2, *config.channels), (0, *config.layers)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)  # torch.manual_seed seeds GPUs too
         vae = AutoencoderDC(
             latent_channels=config.latent_channels,
             attention_head_dim=8,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -23,7 +22,9 @@ from train.checkpoint import (
     save_checkpoint,
     write_json,
 )
+from train.config_file import changes
 from train.meter import append_line, trim_log
+from train.record import record_start, tell_changes
 from train.samples import write_pipeline
 from train.vae_config import VaeConfig
 from train.vae_data import Images, make_batch
@@ -203,8 +204,14 @@ class VaeRun:
         self.lost = not self._try("the exported autoencoder", write) or self.lost
 
 
-def start(config: VaeConfig, images: Images, out: Path) -> VaeRun:
+def start(config: VaeConfig, images: Images, out: Path, command: str = "") -> VaeRun:
     """A run from its newest checkpoint, or from the beginning where there is none.
+
+    Args:
+        config: of the run.
+        images: it trains on.
+        out: its folder.
+        command: that starts it, for its record.
 
     Raises:
         ValueError: if the checkpoint is damaged, or of another configuration or other images.
@@ -230,15 +237,17 @@ def start(config: VaeConfig, images: Images, out: Path) -> VaeRun:
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", config.to_dict())
     trim_log(out / "log.jsonl", run.step)
+    changed = {} if checkpoint is None else changes(checkpoint[1]["config"], config)
+    tell_changes("train.vae", changed)
+    record_start(out, run.step, command, device="cpu", data=images.fingerprint, changes=changed)
     return run
 
 
 def _read(path: Path, config: VaeConfig, images: Images) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """A checkpoint's tensors and state; ValueError if it is of another run."""
     tensors, state = load_checkpoint(path)
-    for name, value in json.loads(json.dumps(config.to_dict())).items():
-        was = state["config"].get(name, value)
-        if name not in FREE and was != value:
+    for name, (was, value) in changes(state["config"], config).items():
+        if name not in FREE:
             raise ValueError(
                 f"{path} was trained with {name} = {was!r}, not {value!r}; resume with what it had, or pass another"
                 " --out"

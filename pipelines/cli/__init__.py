@@ -6,6 +6,7 @@ Nothing heavy is imported here or at the top of a program, so that --help answer
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import math
 import os
@@ -31,12 +32,21 @@ class UserError(Exception):
 class Parser(argparse.ArgumentParser):
     """An argument parser for `python -m program` whose errors are one sentence."""
 
-    def __init__(self, program: str, description: str, examples: str) -> None:
+    def __init__(self, program: str, description: str | None, examples: str = "") -> None:
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(
             prog=f"python -m {program}", description=description, epilog=examples, formatter_class=formatter
         )
         self.program = program
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """The options; an unknown one is an error that names the nearest."""
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+            self.error(f"unknown argument {unknown[0]!r}{f'; near it: {near[0]}' if near else ''}")
+        return options
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.program}: {message} (--help lists the options)\n")

@@ -53,8 +53,13 @@ def version(package: str) -> str | None:
         return None
 
 
-def commit() -> str | None:
-    """The short commit of this repository, or BENCHMARK_COMMIT, for copies without one."""
+def commit(*parts: str) -> str | None:
+    """The short commit of this repository, or BENCHMARK_COMMIT, for copies without one.
+
+    Args:
+        parts: paths whose changes count; by default the library and the benchmarks.
+    """
+    parts = parts or ("attngen", "benchmarks/*.py")
     if given := os.environ.get("BENCHMARK_COMMIT"):
         return given
     root = Path(__file__).parents[2]
@@ -67,7 +72,7 @@ def commit() -> str | None:
         return ran.stdout.strip() if ran.returncode == 0 else None
 
     revision = git("rev-parse", "--short", "HEAD")
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "attngen", "benchmarks/*.py")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *parts)
     return f"{revision}+changes" if revision and changed else revision
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from pipelines.cli import UserError, choose_dtype, first_line
+from pipelines.engine.runs import describe, is_checkpoint, pipeline_name, read_checkpoint, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -79,14 +80,16 @@ def check_model(model: str, allow_pickle: bool = False) -> None:
     """Check that a model can be there, before anything heavy is imported.
 
     Args:
-        model: folder, single file or hub id.
+        model: folder, single file, hub id, RUN or RUN@STEP; see `pipelines.engine.runs.resolve`.
         allow_pickle: whether a single file may be other than safetensors.
 
     Raises:
         UserError: if it is none of these.
     """
-    path = Path(model)
-    if path.is_file():
+    path = Path(resolve(model))
+    if is_checkpoint(path):
+        describe(path)
+    elif path.is_file():
         if path.suffix != ".safetensors" and not allow_pickle:
             raise UserError(f"{path} is not a .safetensors file; --allow-pickle reads others")
     elif path.is_dir():
@@ -113,7 +116,10 @@ def class_name(model: str) -> str:
     Raises:
         UserError: if the folder has no index, or a damaged one.
     """
-    return str(read_index(Path(model)).get("_class_name", "")) if Path(model).is_dir() else ""
+    path = Path(resolve(model))
+    if is_checkpoint(path):
+        return pipeline_name(path)
+    return str(read_index(path).get("_class_name", "")) if path.is_dir() else ""
 
 
 def is_hub_id(name: str) -> bool:
@@ -163,10 +169,13 @@ def pipeline_class(model: str, revision: str | None = None) -> Any:
         model: folder, single file or hub id. A single file has no index.
         revision: branch, tag or commit on the hub.
     """
+    model = resolve(model)
     if Path(model).is_file():
         return None
-    if Path(model).is_dir():
-        index: Any = read_index(Path(model))
+    if is_checkpoint(Path(model)):
+        index: Any = {"_class_name": pipeline_name(Path(model))}
+    elif Path(model).is_dir():
+        index = read_index(Path(model))
     else:
         from diffusers import DiffusionPipeline
 
@@ -206,7 +215,7 @@ def fetch(model: str, options: LoadOptions) -> None:
         UserError: if it cannot be a model.
     """
     check_model(model, options.allow_pickle)
-    if Path(model).exists():
+    if Path(resolve(model)).exists():
         return
     from diffusers import DiffusionPipeline
 
@@ -220,7 +229,7 @@ def load_pipeline(model: str, options: LoadOptions, device: torch.device) -> Any
     """The pipeline, on its device.
 
     Args:
-        model: folder, single file or hub id.
+        model: folder, single file, hub id, RUN or RUN@STEP; see `pipelines.engine.runs.resolve`.
         options: how to load it.
         device: where it draws.
 
@@ -229,6 +238,10 @@ def load_pipeline(model: str, options: LoadOptions, device: torch.device) -> Any
         UserError: if it cannot be a model, does not draw texts or classes, or `offload` is not for this device.
     """
     check_model(model, options.allow_pickle)
+    model = resolve(model)
+    if is_checkpoint(Path(model)):
+        dtype = choose_dtype(options.dtype, device)
+        return quietly(model, lambda: read_checkpoint(Path(model), dtype)).to(device)
     kind = pipeline_class(model, options.revision)
     if draws_classes(kind):
         arguments = _folder_arguments(options, choose_dtype(options.dtype, device))
@@ -276,6 +289,7 @@ def quietly(model: str, read: Callable[[], T]) -> T:
 
     Raises:
         OSError: if it cannot be loaded, in one sentence.
+        UserError: as `read` raises it.
     """
     from diffusers.utils import logging
     from huggingface_hub.utils import logging as hub_logging
@@ -291,6 +305,8 @@ def quietly(model: str, read: Callable[[], T]) -> T:
             loaded = read()
             _check_complete(loaded)
             return loaded
+    except UserError:
+        raise
     except Exception as error:  # damaged files, a missing repository, no network: each raises its own kind
         if Path(model).exists():
             raise OSError(f"cannot load {model}: {first_line(error)}") from error

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines import cli
 from pipelines.engine.loading import LoadOptions, draws_classes, fetch, load_pipeline, shipped_models
 from pipelines.engine.results import Progress
+from pipelines.engine.runs import resolve
 from pipelines.engine.turns import POLL_SECONDS, TURNS, Tell
 from pipelines.methods.catalogue import METHODS
 from pipelines.methods.options import MEDIATORS, UNCHANGED
@@ -255,12 +256,12 @@ def load_model(name: str, options: argparse.Namespace) -> Model:
     """Load a model by name; see `ModelStore.get`.
 
     Args:
-        name: of a model in the package, hub id, folder or single file.
+        name: of a model in the package, hub id, folder, single file, RUN or RUN@STEP.
         options: device, threads and what `LoadOptions` has.
     """
     from pipelines.cli.provenance import model_hash
 
-    path = str(shipped_models().get(name, name))
+    path = resolve(str(shipped_models().get(name, name)))
     device = cli.prepare_device(options)
     pipe = load_pipeline(path, LoadOptions.of(options), device)
     pipe.set_progress_bar_config(disable=True)

@@ -16,6 +16,7 @@ from pipelines.cli.provenance import model_hash, versions
 from pipelines.engine.loading import shipped_models
 from pipelines.engine.models import ModelStore
 from pipelines.engine.parameters import parse_parameters, program_of
+from pipelines.engine.runs import resolve
 from pipelines.engine.settings import Limits, Settings
 from pipelines.images import PARAMETERS_CHUNK, SETTINGS_CHUNK, settings_of
 from pipelines.methods.catalogue import METHODS
@@ -117,7 +118,7 @@ def _model_of(data: Mapping[str, Any], models: ModelStore, notes: list[str]) -> 
         found = next(iter(models.names), "")
         notes.append(f"The model {name[:100]!r} is not among those loaded here; choose it and draw again")
         return found
-    here = model_hash(shipped_models().get(found, Path(found)))
+    here = model_hash(shipped_models().get(found) or resolve(found))
     if wanted and here and wanted != here:
         notes.append(f"The file was drawn with other weights of {name} ({str(wanted)[:20]}, here {here})")
     return found

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 STATE = "state.json"
 """File of a checkpoint that is written last and describes its pipeline."""
 CHECKPOINTS, PIPELINE = "checkpoints", "pipeline"
-NETWORKS = {"SiTTransformer2DModel": "transformer", "UNet2DConditionModel": "unet"}
+# Class of the network -> its name in the pipeline, and the class of that.
+NETWORKS = {
+    "SiTTransformer2DModel": ("transformer", "SiTPipeline"),
+    "UNet2DConditionModel": ("unet", "UNetClassPipeline"),
+}
 _STEP = re.compile(r"step-(\d+)")
 _AT = re.compile(r"(.+)@(\d+)")
 
@@ -94,12 +98,9 @@ def describe(checkpoint: Path) -> dict[str, Any]:
     return described
 
 
-def pipeline_class_of(checkpoint: Path) -> Any:
-    """The class of the pipeline that a checkpoint makes."""
-    import attngen
-
-    kind = describe(checkpoint)["network"]["_class_name"]
-    return attngen.SiTPipeline if NETWORKS[kind] == "transformer" else attngen.UNetClassPipeline
+def pipeline_name(checkpoint: Path) -> str:
+    """Class of the pipeline that a checkpoint makes. Raises as `describe`."""
+    return NETWORKS[describe(checkpoint)["network"]["_class_name"]][1]
 
 
 def read_checkpoint(checkpoint: Path, dtype: torch.dtype, weights: str = "ema") -> Any:
@@ -149,7 +150,8 @@ def build_pipeline(described: Mapping[str, Any], tensors: Mapping[str, torch.Ten
         raise UserError(f"the weights do not fit the {kind} that the checkpoint describes: {error}") from error
     name = scheduler_config.pop("_class_name")
     scheduler = (getattr(attngen, name, None) or getattr(diffusers, name)).from_config(scheduler_config)
-    parts = {NETWORKS[kind]: network.eval(), "scheduler": scheduler, "id2label": described["id2label"]}
+    part, pipeline = NETWORKS[kind]
+    parts = {part: network.eval(), "scheduler": scheduler, "id2label": described["id2label"]}
     if described["vae"] is not None:
         from pipelines.engine.autoencoder import load_vae
 
@@ -157,5 +159,4 @@ def build_pipeline(described: Mapping[str, Any], tensors: Mapping[str, torch.Ten
             parts["vae"], _ = load_vae(described["vae"]["source"], described["vae"]["sha256"])
         except ValueError as error:
             raise UserError(str(error)) from error
-    cls = attngen.SiTPipeline if NETWORKS[kind] == "transformer" else attngen.UNetClassPipeline
-    return cls(**parts).to(dtype)
+    return getattr(attngen, pipeline)(**parts).to(dtype)

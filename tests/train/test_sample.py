@@ -394,7 +394,7 @@ def test_wrong_options_are_refused(model, tmp_path, arguments, message):
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is the run finished"):
+    with pytest.raises(UserError, match="is not a pipeline folder"):
         draw(tmp_path, tmp_path / "set", "--num", 2)
 
 

@@ -103,7 +103,7 @@ def test_sigterm_saves_and_exits_with_zero(tmp_path):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and "--resume continues" in errors
+    assert process.returncode == 0 and "stopped after step" in errors and "--resume" in errors
     assert len(list_checkpoints(tmp_path / "checkpoints")) == 1
 
 
@@ -241,18 +241,31 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "log.jsonl").open()]
+
+
+def assert_equal_up_to_rounding(one: Path, other: Path) -> None:
+    """The weights, by the norm of each tensor, and the losses."""
+    theirs = weights(other)["model"]
+    for name, value in weights(one)["model"].items():
+        # Softmax does not see the bias of the keys: its gradient is rounding alone, which AdamW makes into full steps.
+        if not name.endswith("to_k.bias"):
+            assert (theirs[name] - value).norm() <= 1e-4 * value.norm(), name
+    assert losses(one) == pytest.approx(losses(other), abs=1e-5)
+
+
 @pytest.mark.parametrize("options", [("--accumulate", "4"), ("--workers", "0")])
-def test_parts_of_a_batch_and_threads_change_nothing(tmp_path, options):
-    plain = ("--steps", "3", "--max-grad-norm", "0", "--optimizer", "adamw")
-    run(tmp_path / "one", *plain)
-    run(tmp_path / "other", *plain, *options)
-    for name, value in weights(tmp_path / "one")["model"].items():
-        # Adam divides by the size of the gradient: rounding of a tiny gradient moves a weight by up to a step.
-        torch.testing.assert_close(weights(tmp_path / "other")["model"][name], value, atol=2e-3, rtol=0)
-    losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / run_ / "log.jsonl").open()] for run_ in ("one", "other")
-    ]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+def test_parts_of_a_batch_and_readers_change_rounding_alone(tmp_path, options):
+    plain = ("--steps", "6", "--max-grad-norm", "0", "--sample-steps", "1")
+    for optimizer in ("adamw", "muon"):
+        one, other = tmp_path / optimizer / "one", tmp_path / optimizer / "other"
+        assert run(one, *plain, "--optimizer", optimizer) == 0
+        assert run(other, *plain, "--optimizer", optimizer, *options) == 0
+        if optimizer == "adamw":
+            assert_equal_up_to_rounding(one, other)
+        else:  # Muon orthogonalises in bfloat16, which rounds a small gradient into full steps: its losses alone agree
+            assert losses(one) == pytest.approx(losses(other), abs=1e-4)
 
 
 @pytest.mark.parametrize("count", [3, 16])
@@ -263,17 +276,14 @@ def test_a_batch_that_cannot_be_shared(tmp_path, capsys, count):
 
 def test_two_processes_equal_one(tmp_path):
     """By torchrun over gloo; `accelerate launch` sets the same variables."""
-    common = ["--preset", "emoji-tiny", "--sample-every", "0", "--steps", "3", "--trackers", "none", "--cpu"]
-    common += ["--max-grad-norm", "0", "--optimizer", "adamw"]
+    common = ["--preset", "emoji-tiny", "--sample-every", "0", "--steps", "6", "--trackers", "none", "--cpu"]
+    common += ["--max-grad-norm", "0", "--optimizer", "adamw", "--sample-steps", "1"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29713"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [*launcher, "-m", "train.sit", *common, "--out", str(tmp_path / "two")]
     subprocess.run(command, cwd=ROOT, check=True, env=environment, timeout=300)
     assert sit.main([*common, "--out", str(tmp_path / "one")]) == 0
-    for name, value in weights(tmp_path / "one")["model"].items():
-        torch.testing.assert_close(weights(tmp_path / "two")["model"][name], value, atol=2e-3, rtol=0)
-    losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").open()] for name in ("one", "two")]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert_equal_up_to_rounding(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow
@@ -288,10 +298,7 @@ def test_two_sharded_processes_stopped_and_resumed_equal_one(tmp_path):
         subprocess.run([*command, *more], cwd=ROOT, check=True, env={**os.environ, **paths}, timeout=300)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert sit.main([*common, "--out", str(tmp_path / "one")]) == 0
-    for name, value in weights(tmp_path / "one")["model"].items():
-        torch.testing.assert_close(weights(tmp_path / "two")["model"][name], value, atol=2e-3, rtol=0)
-    losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").open()] for name in ("one", "two")]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert_equal_up_to_rounding(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize(
@@ -480,22 +487,24 @@ def test_averages_of_power_profiles(tmp_path):
 
 
 def test_a_run_keeps_averages_and_makes_others(tmp_path, capsys):
-    from train import ema
+    from train import ema, export
 
     options = ("--steps", "8", "--save-every", "2", "--ema-stds", "0.05", "0.1")
     assert run(tmp_path / "whole", *options) == 0
     assert run(tmp_path / "parts", *options, "--max-minutes", "0") == 0
     assert run(tmp_path / "parts", *options, "--resume") == 0
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
-    assert ema.main(["--run", str(tmp_path / "whole"), "--std", "0.08"]) == 0
+    assert export.main([str(tmp_path / "whole"), "--weights", "std:0.08"]) == 0
     folder = Path(capsys.readouterr().out.strip())
     import attngen
 
     assert attngen.SiTPipeline.from_pretrained(folder)("face", num_inference_steps=1).images
-    made = ema.reconstruct(tmp_path / "whole", 0.1)
+    step, made = ema.reconstruct(tmp_path / "whole", 0.1)
+    assert step == 8
     for name, value in weights(tmp_path / "whole")["average_1"].items():
         torch.testing.assert_close(made[name], value, atol=1e-4, rtol=1e-3)
-    assert ema.main(["--run", str(tmp_path), "--std", "0.1"]) == 2
+    assert run(tmp_path / "none", "--steps", "1") == 0
+    assert export.main([str(tmp_path / "none"), "--weights", "std:0.1"]) == 2
     assert "--ema-stds" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"between 0 and 0\.288"):
         ema.gamma_of(0.4)

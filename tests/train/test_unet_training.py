@@ -10,7 +10,7 @@ import torch
 
 import attngen
 from tests.train.test_sit_training import assert_same, weights
-from train import ema, sit
+from train import export, sit
 from train.config import TrainingConfig
 from train.data import open_data
 from train.presets import PRESETS
@@ -95,7 +95,7 @@ def test_a_resumed_run_equals_a_whole_one_and_ends_with_a_pipeline(tmp_path):
 
 def test_averages_of_a_unet_are_exported(tmp_path):
     assert run(tmp_path / "run", "--steps", "2", "--ema-stds", "0.1", "--save-every", "1") == 0
-    assert ema.main(["--run", str(tmp_path / "run"), "--std", "0.1", "--out", str(tmp_path / "made")]) == 0
+    assert export.main([str(tmp_path / "run"), "--weights", "std:0.1", "--out", str(tmp_path / "made")]) == 0
     pipe = attngen.UNetClassPipeline.from_pretrained(tmp_path / "made", dtype=torch.float32)
     kept = weights(tmp_path / "run")["average_0"]
     for name, value in pipe.unet.state_dict().items():
