@@ -37,13 +37,14 @@ class Enter(Hook):
 
     Attributes:
         seen: heads, head size, and tokens other than the image's, of the last product that had the image; for reports.
-        missed: whether the last call of the module had no product that could be caught.
+        caught: whether a product of the module was ever caught.
+        missed: whether the module was called, and none was.
     """
 
     def __init__(self, calls: Calls, core: Core) -> None:
         self.calls, self.core = calls, core
         self.seen: tuple[int, int, int] | None = None
-        self.missed = False
+        self.caught = self.missed = False
         self._seen_in: tuple[Any, ...] | None = None
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -73,7 +74,7 @@ class Enter(Hook):
 
     def saw(self, call: Call, heads: int, head_dim: int, others: int) -> None:
         """Note the sizes of a product over the image."""
-        self.seen, self._seen_in, self.missed = (heads, head_dim, others), (call.grid, call.context), False
+        self.seen, self._seen_in = (heads, head_dim, others), (call.grid, call.context)
 
     @contextmanager
     def catching(self, module: nn.Module, call: Call) -> Generator[None]:
@@ -97,9 +98,8 @@ class Leave(Hook):
         if product is None:
             return
         product.__exit__(None, None, None)
-        if not torch.compiler.is_compiling() and not product.caught:
-            product.enter.missed = True
-            noted(exact(why_missed(module)), module, product.call)
+        if not torch.compiler.is_compiling():
+            product.left()
 
 
 class Product(TorchFunctionMode):
@@ -140,6 +140,15 @@ class Product(TorchFunctionMode):
 
         with torch._C.DisableTorchFunction():
             return self._attend(asked, exactly, BackendAttention(backend.name)).transpose(1, 2)
+
+    def left(self) -> None:
+        """The module was left: a trace has to show it where it had no product."""
+        enter = self.enter
+        enter.caught = enter.caught or self.caught
+        enter.missed = not enter.caught
+        if not self.caught:
+            why = why_missed(self.attn) if enter.missed else "a cache has its output"
+            noted(exact(why), self.attn, self.call)
 
     def _attend(self, asked: Asked, exactly: Exactly, attention: BackendAttention | None = None) -> Tensor:
         saw = None
