@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import uuid
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -27,8 +28,9 @@ from attngen.hosts.install import (
     refused_layers,
 )
 from attngen.hosts.reference_plans import check_takes_references, in_step, references_plan
+from attngen.hub import is_hub_id
 from attngen.kernels.dispatch import AUTO, Kernel, check_kernel
-from attngen.learned.file import SUFFIX, LearnedLayers
+from attngen.learned.file import SUFFIX, LearnedLayers, config_hash
 from attngen.learned.methods import LearnedMethod
 from attngen.learned.modules import HiddenModule
 from attngen.methods import AttentionMethod, SoftmaxAttention
@@ -62,7 +64,8 @@ def apply(
     Args:
         target: a pipeline (its UNet, transformers and ControlNets are patched) or a bare model.
         method: a preset's name (`attngen.PRESETS`), a method such as `AgentAttention(num_agents=64)`, a `Plan`, the
-            path of a plan file (.json), or `LearnedLayers` or the path of a file of them (.safetensors).
+            path of a plan file (.json) or its OWNER/NAME on the Hub, or `LearnedLayers` or the path of a file of them
+            (.safetensors).
         min_tokens: layers with fewer tokens stay exact; overrides the plan's.
         seed: of random token merging; the global random state is never read.
         switch: chooses the stage by the change of the latents instead of the time. Pass the same object to the
@@ -77,9 +80,9 @@ def apply(
         The handle: `.report()`, `.trace()`, `.remove()`, `.reapply()`; also a context manager that removes on exit.
 
     Raises:
-        ValueError: for an unknown method, kernel or option, a bad plan file, a plan whose patterns match no layer,
-            learned layers that do not fit, or a target without a self-attention layer that can be patched. The target
-            is then as it was before, an older patch included.
+        ValueError: for an unknown method, kernel or option, a bad plan file, a plan that was found for another model or
+            whose patterns match no layer, learned layers that do not fit, or a target without a self-attention layer
+            that can be patched. The target is then as it was before, an older patch included.
     """
     learned = _learned(method)
     plan = _resolve(method, options) if learned is None else learned.plan
@@ -87,7 +90,7 @@ def apply(
         raise ValueError(f"options such as {next(iter(options))!r} are for presets; learned layers have their own")
     if min_tokens is not None:
         check_count("min_tokens", min_tokens, at_least=0)
-        plan = Plan(plan.stages, min_tokens=min_tokens, max_levels=plan.max_levels)
+        plan = dataclasses.replace(plan, min_tokens=min_tokens)
     check_count("seed", seed, at_least=0)
     check_kernel(kernel)
     _check_switch(switch, plan)
@@ -97,6 +100,7 @@ def apply(
     models = denoisers_of(target)
     if learned is not None:
         models = learned.models_of(models)
+    _check_model(plan, models.values())
     for name, model in models.items():
         _check_patchable(model, name or type(model).__name__)
     _check_patterns(plan, models.values())
@@ -313,7 +317,7 @@ def _cores(learned: LearnedLayers, models: Mapping[str, nn.Module]) -> dict[str,
 
 
 def _resolve(method: Any, options: Mapping[str, Any]) -> Plan:
-    if isinstance(method, str) and not method.endswith(".json"):
+    if isinstance(method, str) and not method.endswith(".json") and not is_hub_id(method):
         return resolve_preset(method, options)
     if options:
         raise ValueError(
@@ -338,6 +342,15 @@ def _check_switch(switch: Any, plan: Plan) -> None:
         raise ValueError(f"switch must be a ChangeSchedule, got {switch!r}")
     if len(plan.stages) == 1:
         raise ValueError("a switch chooses between the stages of a plan, but this plan has one stage")
+
+
+def _check_model(plan: Plan, models: Iterable[nn.Module]) -> None:
+    """A plan that was found for a model is applied to that model; a ControlNet beside it may be another."""
+    if plan.model is None:
+        return
+    reasons = [plan.model.why_not(type(model).__name__, config_hash(model)) for model in models]
+    if None not in reasons:
+        raise ValueError(f"the plan {reasons[0]}; dataclasses.replace(plan, model=None) is applied all the same")
 
 
 def _check_patterns(plan: Plan, models: Iterable[nn.Module]) -> None:

@@ -33,9 +33,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     inputs.add_argument(
         "--labels", nargs="+", metavar="CLASS", help="their classes, for a model of classes: names or numbers"
     )
-    bound = parser.add_mutually_exclusive_group(required=True)
-    bound.add_argument("--max-error", type=cli.scale_number, metavar="E", help="maximum relative error of the result")
-    bound.add_argument("--speedup", type=cli.scale_number, metavar="S", help="required speed-up of attention")
+    add("--max-error", type=cli.scale_number, metavar="E", help="maximum relative error of the result")
+    add(
+        "--speedup",
+        type=cli.scale_number,
+        metavar="S",
+        help="times that the whole pipeline is to be faster; with --cost flops, fewer operations of attention",
+    )
     add(
         "--cost",
         choices=["time", "flops"],
@@ -45,9 +49,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--stages",
         type=cli.whole_number(1),
-        default=3,
         metavar="N",
-        help="maximum number of stages of the plan (default 3)",
+        help="number of stages of the plan, at most 8 (default: one a step up to 8 steps, 3 beyond)",
     )
     add("--steps", type=cli.whole_number(1), help="sampling steps (default: the pipeline's)")
     samplers.add_arguments(parser)
@@ -56,12 +59,21 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--width", type=cli.whole_number(1), help="in pixels (default: as the model was trained)")
     add("--seed", type=cli.whole_number(0), default=0, help="seed of the noise (default 0)")
     add("--out", type=json_path, default=Path("plan.json"), help="plan file to write (default plan.json)")
+    add(
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="keeps what was measured: an interrupted calibration goes on, another bound is found sooner",
+    )
     add("--heat-map", type=cli.png_path, metavar="FILE", help="heat map of errors by layer and time to write")
     add("--device", help="cpu, cuda, cuda:1, mps … (default: a GPU where there is one)")
     add("--dtype", choices=cli.DTYPES, default="auto", help="number format of the model (default: auto)")
     add("--threads", type=cli.whole_number(1), help="CPU threads (default: all cores; one for a small network)")
     add("--json", action="store_true", help="print what was found as JSON")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.max_error is None and options.speedup is None:
+        parser.error("--max-error or --speedup, or both, must be given")
+    return options
 
 
 def json_path(text: str) -> Path:
@@ -116,7 +128,7 @@ def check_outputs(options: argparse.Namespace) -> None:
 
     if options.heat_map and importlib.util.find_spec("matplotlib") is None:
         raise cli.UserError("--heat-map needs matplotlib: install it with pip install 'attngen[plot]'")
-    for path in filter(None, (options.out, options.heat_map)):
+    for path in filter(None, (options.out, options.heat_map, options.resume)):
         path.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -162,6 +174,7 @@ def find_plan(pipe: Any, options: argparse.Namespace, arguments: dict[str, Any])
             num_stages=options.stages,
             seed=options.seed,
             cost=options.cost,
+            resume=options.resume,
             **arguments,
         )
     except ValueError as error:
@@ -174,7 +187,8 @@ def report(options: argparse.Namespace, measurements: Any) -> None:
         print(measurements)
         print(options.out)
         return
-    found = {name: getattr(measurements, name) for name in ("error", "predicted_error", "speedup", "cost", "bound")}
+    names = ("seconds_exact", "seconds", "speedup", "error", "predicted_error", "attention_speedup", "why_exact")
+    found = {name: getattr(measurements, name) for name in (*names, "cost", "bound")}
     files = {"file": str(options.out), "heat_map": str(options.heat_map) if options.heat_map else None}
     print(json.dumps({**files, **found}))
 

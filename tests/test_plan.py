@@ -6,6 +6,8 @@ import os
 import pickle
 
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
 
 import attngen
 from attngen import (
@@ -19,7 +21,9 @@ from attngen import (
     Stage,
     TokenMerging,
 )
+from attngen.learned.file import config_hash
 from attngen.methods import METHOD_CLASSES, method_from_dict
+from attngen.plan import PlanModel
 from attngen.presets import resolve_preset
 
 ALL = [
@@ -197,6 +201,11 @@ BAD = {
     "bad min_tokens": (as_dict(min_tokens=-1), "min_tokens.*-1"),
     "min_tokens true": (as_dict(min_tokens=True), "min_tokens.*True"),
     "bad max_levels": (as_dict(max_levels=0), "max_levels.*0"),
+    "a model as text": (as_dict(model="UNet"), '"model" of a plan has a "class" and a "config_hash", got .UNet'),
+    "a model without hash": (as_dict(model={"class": "UNet"}), '"config_hash", got'),
+    "a model of numbers": (as_dict(model={"class": "UNet", "config_hash": 1}), "config_hash of a plan's model.*1"),
+    "bad measurements": (as_dict(measurements={"error": 0.1}), "measurements are damaged: KeyError"),
+    "measurements a list": (as_dict(measurements=[1]), "measurements are damaged"),
 }
 
 
@@ -349,3 +358,80 @@ def test_an_override_of_a_recipe_replaces_values_that_are_no_defaults_and_else_a
 def test_an_unknown_preset_or_option_is_named_with_the_nearest(name, options, message):
     with pytest.raises(ValueError, match=message):
         resolve_preset(name, options)
+
+
+# The model that a plan is for
+
+
+def small_unet(width=32):
+    with torch.random.fork_rng():
+        return UNet2DConditionModel(
+            sample_size=8, in_channels=3, out_channels=3, block_out_channels=(width, width), layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), norm_num_groups=8, attention_head_dim=8,
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=8,
+        )  # fmt: skip
+
+
+def test_a_plan_for_a_model_is_refused_by_others():
+    model = small_unet()
+    plan = dataclasses.replace(Plan.of(AgentAttention(4)), model=PlanModel("UNet2DConditionModel", config_hash(model)))
+    assert Plan.from_json(plan.to_json()) == plan != dataclasses.replace(plan, model=None)
+    attngen.apply(model, plan).remove()
+    attngen.apply(model, plan, min_tokens=16).remove()
+    with pytest.raises(ValueError, match=r"the plan was found for a UNet2DConditionModel of another configuration \("):
+        attngen.apply(small_unet(64), plan)
+    other = dataclasses.replace(plan, model=PlanModel("FluxTransformer2DModel", "0" * 64))
+    with pytest.raises(ValueError, match="was found for a FluxTransformer2DModel, and this is a UNet2DConditionModel"):
+        attngen.apply(model, other)
+    attngen.apply(model, dataclasses.replace(other, model=None)).remove()
+
+
+# Plans on the Hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A repository with two plans. Records what was asked for."""
+    asked = []
+
+    def download(repository, file):
+        asked.append((repository, file))
+        path = tmp_path / "hub" / repository / file
+        if not path.exists():
+            raise OSError(f"404: {repository} has no {file}\nand a second line")
+        return str(path)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    folder = tmp_path / "hub" / "someone" / "sdxl-plans"
+    (folder / "fast").mkdir(parents=True)
+    WRITTEN.save(folder / "plan.json")
+    Plan.of(AgentAttention(9)).save(folder / "fast" / "4.json")
+    return asked
+
+
+def test_plans_are_loaded_by_their_id(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Plan.load("someone/sdxl-plans") == WRITTEN
+    assert Plan.load("someone/sdxl-plans:fast/4.json") == Plan.of(AgentAttention(9))
+    assert hub == [("someone/sdxl-plans", "plan.json"), ("someone/sdxl-plans", "fast/4.json")]
+    model = small_unet()
+    with attngen.apply(model, "someone/sdxl-plans:fast/4.json") as handle:
+        assert handle.plan == Plan.of(AgentAttention(9))
+    with pytest.raises(
+        ValueError, match=r"^cannot fetch plan.json of someone/else from the Hub: 404: .* plan.json$"
+    ):
+        attngen.apply(model, "someone/else")
+
+
+@pytest.mark.parametrize("name", ["plans/missing.json", "a/b/c", "./a/b", "/a/b", "agent", "a\\b.json"])
+def test_other_names_are_no_ids(hub, name):
+    with pytest.raises(ValueError, match="cannot read the plan file"):
+        Plan.load(name)
+    assert not hub
+
+
+def test_a_file_that_is_there_is_no_id(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "someone").mkdir()
+    Plan.of(AgentAttention(5)).save(tmp_path / "someone" / "sdxl-plans")
+    assert Plan.load("someone/sdxl-plans") == Plan.of(AgentAttention(5)) and not hub

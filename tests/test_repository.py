@@ -37,7 +37,9 @@ MAY_IMPORT = {
     "layers": _GROUND,
     "methods": (*_GROUND, "layers"),
     "functional": ("tokens", "methods"),
-    "plan": ("checks", "files", "schedule", "methods"),
+    "hub": (),
+    "measurements": ("files", "methods"),
+    "plan": ("checks", "files", "hub", "schedule", "measurements", "methods"),
     "presets": ("methods", "plan"),
     "sit": (*_GROUND, "layers", "methods"),
     # Learned layers are found by the hosts, which attach and detach their weights.
@@ -45,8 +47,14 @@ MAY_IMPORT = {
     "learned": (*_GROUND, "files", "version", "layers", "methods", "plan", "hosts"),
     "report": (*_GROUND, "layers", "methods", "hosts", "learned"),
     "trace": ("layers", "hosts", "report"),
-    "patch": (*_GROUND, "layers", "methods", "schedule", "plan", "presets", "hosts", "learned", "report", "trace"),
-    "calibration": (*_GROUND, "files", "schedule", "layers", "methods", "plan", "hosts", "learned", "report"),
+    "patch": (
+        *(*_GROUND, "hub", "layers", "methods", "schedule", "plan", "presets", "hosts", "learned"),
+        *("report", "trace"),
+    ),
+    "calibration": (
+        *(*_GROUND, "files", "version", "schedule", "measurements", "layers", "methods"),
+        *("plan", "hosts", "learned", "report"),
+    ),
     # The programs: their own folders, and the library.
     "app": ("pipelines", "attngen"),
     "pipelines": ("attngen",),

@@ -144,3 +144,8 @@ class Chooser:
                 return picks
             _, place, i = max(gains, key=lambda gain: gain[0])
             picks = {**picks, place: i}
+
+
+def least_square(choices: Sequence[Choice]) -> int:
+    """The most exact choice that has an error at all; 0 where none has."""
+    return min((i for i, choice in enumerate(choices) if choice.square > 0), key=lambda i: choices[i].square, default=0)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,38 +17,22 @@ from torch import Tensor, nn
 
 from attngen.calibration.candidates import Probe
 from attngen.calibration.fit import Products
+from attngen.calibration.replay import Replay, prediction_of
+from attngen.calibration.sums import Recorded, Sums
+from attngen.calibration.timing import Stopwatch
 from attngen.hosts.clock import Clock
-from attngen.hosts.core import core_enter, core_layer
 from attngen.hosts.families import family_of, slots
 from attngen.hosts.hooks import patched_layers
-from attngen.hosts.spec import decide
-from attngen.layers.call import CHANNEL_KEY, Call
-from attngen.layers.layer import Layer
-from attngen.layers.route import EXACT, Route, exact
-from attngen.methods import AttentionMethod, SoftmaxAttention
-from attngen.report import layer_shape
+from attngen.layers.route import EXACT
+from attngen.methods import SoftmaxAttention
 from attngen.schedule import stage_at
 
-TIMING_ROUNDS = 5
+TIMING_ROUNDS = 4
+"""Rounds after the first two: one warms up, and one shows what is far too slow."""
+TOO_SLOW = 1.5
+"""Times the seconds of exact attention at which a candidate is not timed again."""
 SMALLEST_PROBE = 1e-3
 """A layer's influence is measured with an error of at least this share of its output, which rounding cannot be."""
-
-
-@dataclass
-class Sums:
-    """Sums over the measured calls of one layer in one stage.
-
-    Attributes:
-        exact: sum of the squares of its exact output.
-        squares: sum of squared errors, by probe.
-        products: for the probes that are fitted.
-        influence: relative error of the model's prediction by relative error of this layer; NaN until measured.
-    """
-
-    exact: float = 0.0
-    squares: dict[int, float] = field(default_factory=dict)
-    products: dict[int, Products] = field(default_factory=dict)
-    influence: float = float("nan")
 
 
 class ClockHook:
@@ -93,8 +75,11 @@ class Recorder:
         probes: `WITHOUT`, `VALUES`, then the others.
         starts: of the stages.
         chosen: for each model, the numbers of the calls to measure at, and whether influence is measured there.
-        timed: whether to measure times.
-        tell: called after every call of a network.
+        watch: measures times; None where they are not a cost.
+        group: number of neighbouring layers whose influence is measured in one call.
+        recorded: what was measured before, and where new numbers go; its calls are not measured again.
+        step: called after every layer that was measured, and every call that measures influence.
+        keep: called after every call of a network that was measured.
     """
 
     def __init__(
@@ -104,21 +89,19 @@ class Recorder:
         probes: Sequence[Probe],
         starts: Sequence[float],
         chosen: Mapping[str, Mapping[int, bool]],
-        timed: bool,
-        tell: Callable[[], None],
+        watch: Stopwatch | None,
+        group: int,
+        recorded: Recorded,
+        step: Callable[[], None],
+        keep: Callable[[], None],
     ) -> None:
         self.models, self.clock, self.probes, self.starts, self.chosen = models, clock, probes, starts, chosen
-        self.timed, self.tell = timed, tell
-        self.sums: dict[tuple[str, int], Sums] = {}
-        self.active: dict[str, set[int]] = {}
-        self.tokens: dict[str, int] = {}
-        self.operations: dict[str, dict[int, float]] = {}  # by layer; probe -1 is exact
-        self.times: dict[str, dict[int, float]] = {}  # by layer; probe -1 is exact
+        self.watch, self.group, self.recorded, self.step, self.keep = watch, group, recorded, step, keep
         self._timed_shapes: dict[tuple[Any, ...], dict[int, float]] = {}
         self._counts = dict.fromkeys(models, 0)
         self._stage: int | None = None  # of the call that is measured, or None
         self._errors: dict[str, dict[int, float]] = {}  # of the call, by layer and probe
-        self._replaced: tuple[nn.Module, int] | None = None  # a layer whose output is a probe's
+        self._replaced: dict[nn.Module, int] = {}  # layers whose output is a probe's
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -138,51 +121,63 @@ class Recorder:
 
     def _before(self, name: str) -> Callable[[float], None]:
         def listen(moment: float) -> None:
-            if self._replaced is not None:
+            if self._replaced:
                 return
-            measured = self._counts[name] in self.chosen[name]
-            self._stage = stage_at(self.starts, moment) if measured else None
+            number = self._counts[name]
+            wanted = number in self.chosen[name] and number not in self.recorded.done.get(name, [])
+            self._stage = stage_at(self.starts, moment) if wanted else None
             self._errors = {}
 
         return listen
 
     def _after(self, name: str) -> Callable[..., None]:
         def listen(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if self._replaced is not None:
+            if self._replaced:
                 return
-            self.tell()
-            if self._stage is not None and self.chosen[name][self._counts[name]]:
-                self._measure_influence(model, args, kwargs, output)
+            number = self._counts[name]
             self._counts[name] += 1
+            if self._stage is None:
+                return
+            if self.chosen[name][number]:
+                self._measure_influence(model, args, kwargs, output)
+            self.recorded.done.setdefault(name, []).append(number)
             self._stage = None
+            self.keep()
 
         return listen
 
     def _on_layer(self, layer: str) -> Callable[..., Any]:
         def listen(attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if self._replaced is not None:
-                replaced, probe = self._replaced
-                return Replay(attn, args, kwargs).output(self.probes[probe].method) if replaced is attn else None
+            if self._replaced:
+                probe = self._replaced.get(attn)
+                return None if probe is None else Replay(attn, args, kwargs).output(self.probes[probe].method)
             if self._stage is not None:
                 self._measure(layer, Replay(attn, args, kwargs), output)
+                self.step()
             return None
 
         return listen
 
     def _measure(self, layer: str, replay: Replay, output: Any) -> None:
         """Measure one call of a layer."""
+        found = self.recorded
         routes = {i: replay.route(probe.method) for i, probe in enumerate(self.probes)}
         active = [i for i, route in routes.items() if route.kernel != EXACT]
-        self.active.setdefault(layer, set()).update(active)
-        if layer not in self.operations:
-            self.tokens[layer] = replay.tokens
-            self.operations[layer] = replay.operations([probe.method for probe in self.probes], routes)
+        if layer not in found.operations:
+            found.tokens[layer] = replay.tokens
+            found.operations[layer] = replay.operations([probe.method for probe in self.probes], routes)
+        if active and self.watch is not None:
+            if layer not in found.times:
+                found.times[layer] = self._time(replay, active, self.watch)
+            active = self._faster(active, found.times[layer])
+        found.active.setdefault(layer, set()).update(active)
         if not active:
             return
         assert self._stage is not None
-        if self.timed and layer not in self.times:
-            self.times[layer] = self._time(replay, active)
-        sums = self.sums.setdefault((layer, self._stage), Sums())
+        self._compare(layer, found.sums.setdefault((layer, self._stage), Sums()), replay, active, output)
+
+    def _compare(self, layer: str, sums: Sums, replay: Replay, active: Sequence[int], output: Any) -> None:
+        """Add the errors of the probes in one call of a layer."""
         exact = replay.of_image(output).float()
         length = float(exact.double().square().sum())
         sums.exact += length
@@ -205,8 +200,17 @@ class Recorder:
     def _only_timed(self, probe: Probe) -> bool:
         return not probe.fitted and any(p.fitted and p.candidate == probe.candidate for p in self.probes)
 
-    def _time(self, replay: Replay, active: Sequence[int]) -> dict[int, float]:
-        """Seconds of exact attention (-1) and of the first fitted and all other probes, taken in turn, medians."""
+    def _faster(self, active: Sequence[int], times: Mapping[int, float]) -> list[int]:
+        """The probes of candidates that are faster than exact attention: the others are in no plan."""
+        faster = {self.probes[i].candidate for i, seconds in times.items() if i >= 0 and seconds < times[-1]}
+        return [i for i in active if self.probes[i].candidate in faster or faster and self.probes[i].candidate < 0]
+
+    def _time(self, replay: Replay, active: Sequence[int], watch: Stopwatch) -> dict[int, float]:
+        """Seconds of exact attention (-1) and of the first fitted and all other probes.
+
+        They are taken in turn. A probe's seconds are the median of its share of the exact time over the rounds, so that
+        a machine that gets slower meanwhile changes them little. Those that are far too slow drop out after a round.
+        """
         wanted, seen = [-1], set()
         for i in active:
             probe = self.probes[i]
@@ -217,126 +221,51 @@ class Recorder:
         key = (*replay.shape, tuple(wanted))
         if key not in self._timed_shapes:
             seconds: dict[int, list[float]] = {i: [] for i in wanted}
-            for _ in range(1 + TIMING_ROUNDS):
+            for turn in range(2 + TIMING_ROUNDS):
                 for i in wanted:
-                    seconds[i].append(replay.seconds(SoftmaxAttention() if i < 0 else self.probes[i].method))
-            self._timed_shapes[key] = {i: statistics.median(values[1:]) for i, values in seconds.items()}
+                    method = SoftmaxAttention() if i < 0 else self.probes[i].method
+                    seconds[i].append(watch(lambda method=method: replay.output(method))[1])
+                if turn == 1:
+                    wanted = [i for i in wanted if seconds[i][1] < TOO_SLOW * seconds[-1][1]]
+            found = {i: [own / max(base, 1e-12) for own, base in _paired(seconds, i)] for i in seconds}
+            exact = statistics.median(seconds[-1][1:])
+            self._timed_shapes[key] = {i: exact * statistics.median(shares) for i, shares in found.items()}
         return self._timed_shapes[key]
 
     def _measure_influence(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Call the model again for each layer with that layer's output replaced; measure the prediction's change."""
+        """Call the model again with the outputs of each group of layers replaced; measure the change."""
         assert self._stage is not None
-        exact = _prediction(output)
+        exact = prediction_of(output)
         length = float(exact.norm())
-        for layer, attn in patched_layers(model).items():
-            errors = {i: error for i, error in self._errors.get(layer, {}).items() if error > 0}
-            if not errors:
+        layers = list(patched_layers(model).items())
+        for first in range(0, len(layers), self.group):
+            probes = {layer: self._probe_of(layer) for layer, _ in layers[first : first + self.group]}
+            replaced = {attn: probes[layer] for layer, attn in layers[first : first + self.group] if layer in probes}
+            self._replaced = {attn: probe for attn, probe in replaced.items() if probe is not None}
+            if not self._replaced:
                 continue
-            large = {i: error for i, error in errors.items() if error >= SMALLEST_PROBE}
-            probe = min(large, key=lambda i: large[i]) if large else max(errors, key=lambda i: errors[i])
-            self._replaced = (attn, probe)
             try:
-                changed = _prediction(model(*args, **kwargs))
+                changed = prediction_of(model(*args, **kwargs))
             finally:
-                self._replaced = None
-            self.tell()
+                self._replaced = {}
+            self.recorded.influence_calls += 1
+            self.step()
+            used = {layer: self._errors[layer][probe] for layer, probe in probes.items() if probe is not None}
             share = float((changed - exact).norm()) / max(length, 1e-30)
-            self.sums[layer, self._stage].influence = share / errors[probe]
+            for layer in used:
+                # Their squares add up, so layers of one group have one influence.
+                influence = share / math.sqrt(sum(error * error for error in used.values()))
+                self.recorded.sums[layer, self._stage].influence = influence
+
+    def _probe_of(self, layer: str) -> int | None:
+        """The probe of the smallest error that rounding cannot be, in this call; None where none has an error."""
+        errors = {i: error for i, error in self._errors.get(layer, {}).items() if error > 0}
+        large = {i: error for i, error in errors.items() if error >= SMALLEST_PROBE}
+        if large:
+            return min(large, key=lambda i: large[i])
+        return max(errors, key=lambda i: errors[i]) if errors else None
 
 
-class Replay:
-    """One call of a layer, to be computed again by other methods."""
-
-    def __init__(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.attn, self.args, self.kwargs = attn, args, kwargs
-        self.enter = core_enter(attn)  # of a core host, or None
-        self.call: Call | None = kwargs.get(CHANNEL_KEY) if self.enter is None else self.enter.calls.now
-        first = args[0] if args else next(iter(kwargs.values()))
-        self.hidden_states: Tensor = kwargs.get("hidden_states", first)
-        text = kwargs.get("encoder_hidden_states")
-        in_front = 0 if self.call is None or text is not None else self.call.context
-        self.context_tokens: int = in_front if text is None else text.shape[1]
-        self.tokens: int = self.hidden_states.shape[1] - in_front
-        if self.call is not None and (self.enter is not None or self.tokens > math.prod(self.call.grid)):
-            # Reference images follow the image, and are context.
-            self.context_tokens += self.tokens - math.prod(self.call.grid)
-            self.tokens = math.prod(self.call.grid)
-
-    @property
-    def layer(self) -> Layer:
-        """The layer as its host sees it."""
-        if self.enter is not None and self.enter.seen is not None:
-            return core_layer(self.attn, *self.enter.seen)
-        return self.attn.processor.layer(self.attn, self.context_tokens)
-
-    @property
-    def shape(self) -> tuple[Any, ...]:
-        """The sizes that its time depends on."""
-        layer = self.layer
-        sizes = tuple(self.hidden_states.shape), self.context_tokens, layer.heads, layer.width
-        return (*sizes, None if self.call is None else self.call.grid)
-
-    def route(self, method: AttentionMethod) -> Route:
-        """The layer's route with a method."""
-        if self.enter is not None and self.enter.seen is None:
-            return exact("its product was not over the image")
-        layer = self.layer
-        like = layer.like(self.hidden_states)
-        like = like.sized(like.shape[0], self.tokens, *like.shape[2:])
-        return decide(layer, None if self.call is None else self.call._replace(method=method), like)
-
-    def operations(self, methods: Sequence[AttentionMethod], routes: Mapping[int, Route]) -> dict[int, float]:
-        """Of one sample and call, by probe; -1 is exact."""
-        assert self.call is not None
-        if all(route.kernel == EXACT for route in routes.values()):
-            return dict.fromkeys((-1, *routes), 0.0)
-        shape = layer_shape(self.layer, self.call.grid)
-        found = {-1: float(shape.exact_flops())}
-        for i, route in routes.items():
-            found[i] = shape.exact_flops() if route.kernel == EXACT else methods[i].flops(shape, route.kernel)
-        return found
-
-    def output(self, method: AttentionMethod) -> Any:
-        """The layer's output with a method. Its own hooks are not called."""
-        assert self.call is not None
-        call = self.call._replace(method=method, trace=None)
-        if self.enter is None:
-            return self.attn.forward(*self.args, **{**self.kwargs, CHANNEL_KEY: call})
-        with self.enter.catching(self.attn, call):
-            return self.attn.forward(*self.args, **self.kwargs)
-
-    def image(self, method: AttentionMethod) -> Tensor:
-        """The image tokens of that output; of a core host's layer all of it, since their order is the model's."""
-        return self.of_image(self.output(method))
-
-    def of_image(self, output: Any) -> Tensor:
-        """The part of an output that errors are measured on."""
-        if self.enter is not None:
-            return _prediction(output)
-        return output[0] if isinstance(output, tuple) else output
-
-    def seconds(self, method: AttentionMethod) -> float:
-        """The time that computing it takes."""
-        _wait(self.hidden_states.device)
-        start = time.perf_counter()
-        self.output(method)
-        _wait(self.hidden_states.device)
-        return time.perf_counter() - start
-
-
-def _prediction(output: Any) -> Tensor:
-    """All tensors of a model's output, flat: a ControlNet has many."""
-    values: list[Any] = [output]
-    if isinstance(output, (tuple, list)):
-        values = list(output)
-    elif not isinstance(output, Tensor) and hasattr(output, "values"):
-        values = list(output.values())
-    flat: list[Tensor] = []
-    for value in values:
-        flat += [x for x in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(x, Tensor)]
-    return torch.cat([x.detach().float().flatten() for x in flat])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _paired(seconds: Mapping[int, Sequence[float]], probe: int) -> Iterator[tuple[float, float]]:
+    """Seconds of a probe and of exact attention in the same rounds; the first round warms up."""
+    return zip(seconds[probe][1:], seconds[-1][1:], strict=False)

@@ -10,9 +10,8 @@ from torch import nn
 
 from attngen.calibration.candidates import Probe
 from attngen.calibration.choose import Choice
-from attngen.calibration.measurements import Trial
-from attngen.calibration.record import Recorder, Sums
-from attngen.hosts.hooks import patched_layers
+from attngen.calibration.sums import Recorded, Sums
+from attngen.measurements import Trial
 from attngen.methods import AgentAttention, AttentionMethod, SoftmaxAttention
 from attngen.schedule import stage_at
 
@@ -22,47 +21,40 @@ Place = tuple[str, int]
 
 @dataclass
 class Layers:
-    """All recorded numbers, by layer.
+    """What was measured of layers, as numbers to choose by.
 
     Attributes:
-        tokens: of each layer that is patchable, in the order of the model.
+        recorded: sums, operations and times.
         probes: that were run.
-        active: probes that are not exact in a layer.
-        operations: of each layer by probe, -1 is exact; of one sample and call.
-        times: seconds of each layer by probe, where they were measured.
-        sums: by layer and stage.
         calls: of each layer in each stage.
     """
 
-    tokens: dict[str, int]
+    recorded: Recorded
     probes: Sequence[Probe]
-    active: dict[str, set[int]]
-    operations: dict[str, dict[int, float]]
-    times: dict[str, dict[int, float]]
-    sums: dict[Place, Sums]
     calls: dict[Place, int]
 
     @classmethod
     def of(
         cls,
         models: Mapping[str, nn.Module],
-        recorder: Recorder,
+        recorded: Recorded,
+        probes: Sequence[Probe],
         moments: Mapping[str, Sequence[float]],
         starts: Sequence[float],
     ) -> Layers:
-        """Collect the results of a recorder; models that share names of layers share their methods, as in a plan."""
-        tokens, operations = recorder.tokens, recorder.operations
-        layers = cls(tokens, recorder.probes, recorder.active, operations, recorder.times, recorder.sums, {})
+        """Count the calls; models that share names of layers share their methods, as in a plan."""
+        calls: dict[Place, int] = {}
         for name, model in models.items():
-            for layer in patched_layers(model):
-                for i in range(len(starts)) if layer in tokens else ():
+            modules = dict(model.named_modules())
+            for layer in recorded.tokens:
+                for i in range(len(starts)) if layer in modules else ():
                     number = sum(stage_at(starts, moment) == i for moment in moments[name])
-                    layers.calls[layer, i] = layers.calls.get((layer, i), 0) + number
-        return layers
+                    calls[layer, i] = calls.get((layer, i), 0) + number
+        return cls(recorded, probes, calls)
 
     def influence(self, place: Place) -> float:
         """Relative error of the prediction by that of the layer; 0 where nothing was to be measured."""
-        sums = self.sums.get(place)
+        sums = self.recorded.sums.get(place)
         return 0.0 if sums is None or math.isnan(sums.influence) else sums.influence
 
     def choice(self, place: Place, trial: Trial, gain: float) -> Choice:
@@ -72,26 +64,27 @@ class Layers:
     def costs(self, layer: str, kind: str) -> dict[int, float]:
         """Cost of one call by probe; -1 is exact."""
         if kind == "flops":
-            return self.operations[layer]
-        return self.times.get(layer, {})
+            return self.recorded.operations[layer]
+        return self.recorded.times.get(layer, {})
 
 
 def make_trials(layers: Layers, candidates: Sequence[AttentionMethod], cost: str) -> dict[Place, list[Trial]]:
     """Trials by layer and stage; the first is exact attention."""
     return {
         (layer, stage): _trials_at(layers, (layer, stage), candidates, cost)
-        for layer in layers.tokens
+        for layer in layers.recorded.tokens
         for stage in sorted({stage for _, stage in layers.calls})
     }
 
 
 def _trials_at(layers: Layers, place: Place, candidates: Sequence[AttentionMethod], cost: str) -> list[Trial]:
-    costs, sums = layers.costs(place[0], cost), layers.sums.get(place)
+    costs, sums = layers.costs(place[0], cost), layers.recorded.sums.get(place)
+    active = layers.recorded.active[place[0]]
     trials = [Trial(SoftmaxAttention(), 0.0, costs.get(-1, 0.0))]
     if sums is None or sums.exact == 0 or math.isnan(sums.influence):
         return trials
     for i, candidate in enumerate(candidates):
-        numbers = [n for n, probe in enumerate(layers.probes) if probe.candidate == i and n in layers.active[place[0]]]
+        numbers = [n for n, probe in enumerate(layers.probes) if probe.candidate == i and n in active]
         if not numbers:
             continue
         if isinstance(candidate, AgentAttention):
@@ -132,3 +125,14 @@ def _exponent(layers: Layers, probe: int) -> float:
 
 def _relative(square: float, sums: Sums) -> float:
     return math.sqrt(max(0.0, square) / sums.exact)
+
+
+def front(trials: Sequence[Trial], chosen: int) -> tuple[tuple[Trial, ...], int]:
+    """Exact attention, the chosen trial, and those that no other beats in both error and cost; and where it now is."""
+    kept = [0]
+    for i, trial in enumerate(trials[1:], start=1):
+        better = (other.error <= trial.error and other.cost <= trial.cost for other in trials[1:i])
+        later = (other.error <= trial.error and other.cost <= trial.cost for other in trials[i + 1 :] if other != trial)
+        if i == chosen or not (any(better) or any(later)):
+            kept.append(i)
+    return tuple(trials[i] for i in kept), kept.index(chosen)

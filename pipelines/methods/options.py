@@ -7,7 +7,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,7 +171,7 @@ def method_help(*others: str) -> str:
 
 
 def checked_plan(value: Any) -> dict[str, Any]:
-    """A plan, given as a JSON text or object, as an object.
+    """A plan, given as a JSON text or object, as an object without measurements.
 
     Raises:
         UserError: if it is no plan, with the reason.
@@ -184,7 +184,7 @@ def checked_plan(value: Any) -> dict[str, Any]:
     if len(text) > MAX_PLAN_CHARACTERS:
         raise UserError(f"a plan has at most {MAX_PLAN_CHARACTERS} characters, got {len(text)}")
     try:
-        return Plan.from_json(text).to_dict()
+        return replace(Plan.from_json(text), measurements=None).to_dict()
     except ValueError as error:
         raise UserError(f"the plan cannot be used: {error}") from error
 

@@ -7,7 +7,6 @@ import json
 import pytest
 
 from attngen import Plan
-from attngen.calibration import Measurements
 from pipelines import calibrate
 from tests.builders.programs import save_sit
 
@@ -28,7 +27,25 @@ def test_plan_measurements_and_heat_map(model, tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed["speedup"] >= 1.2 and printed["file"] == str(plan) and printed["bound"] == {"speedup": 1.2}
     assert Plan.load(plan).stages and heat_map.read_bytes().startswith(b"\x89PNG")
-    assert Measurements.load(plan.with_suffix(".measurements.json")).error == printed["error"]
+    assert Plan.load(plan).measurements.error == printed["error"]
+
+
+def test_seconds_first_and_a_file_to_go_on_from(model, tmp_path, capsys):
+    """Agents in 64 tokens are not faster: exact attention is returned, with the reason."""
+    arguments = ("--model", model, "--labels", "face", "--max-error", 0.5, "--steps", 2, "--threads", 1)
+    files = ("--out", tmp_path / "p.json", "--resume", tmp_path / "kept" / "measured.json")
+    assert run(*arguments, *files, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["bound"] == {"max_error": 0.5} and printed["cost"] == "time"
+    if printed["why_exact"] is None:
+        assert printed["speedup"] >= 1.02 and printed["seconds"] < printed["seconds_exact"]
+    else:
+        assert printed["speedup"] == 1 and printed["error"] == 0
+    assert run(*arguments, *files) == 0
+    said = capsys.readouterr().out
+    assert "exact attention everywhere: " in said or " s exact, " in said
+    assert run(*arguments, *files, "--seed", 1) == 2
+    assert "is of another calibration: its seed is 0, not 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -43,7 +60,7 @@ def test_calibrated_with_the_sampler_that_will_draw(model, tmp_path, capsys, arg
     sampling = ("--steps", 2, *arguments)
     asked = ("--labels", "face", "--speedup", 1.2, "--cost", "flops", "--stages", 1, "--out", tmp_path / "p.json")
     assert run("--model", model, *asked, *sampling, "--json") == 0
-    assert Measurements.load(tmp_path / "p.measurements.json").calls == (calls,)
+    assert Plan.load(tmp_path / "p.json").measurements.calls == (calls,)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +70,11 @@ def test_calibrated_with_the_sampler_that_will_draw(model, tmp_path, capsys, arg
         (("--labels", "dragon", "--speedup", 2), "dragon"),
         (("--labels", "face", "--speedup", 0.5), "above 1, got 0.5"),
         (("--labels", "face", "--speedup", 900, "--steps", 3, "--cost", "flops"), "the most these candidates reach"),
-        (("--labels", "face", "--max-error", 0.1, "--steps", 2), "3 stages need as many steps"),
+        (("--labels", "face", "--max-error", 0.1, "--steps", 2, "--stages", 3), "3 stages need as many steps"),
+        (
+            ("--labels", "face", "--max-error", 0.1, "--stages", 9),
+            "num_stages must be a whole number from 1 to 8",
+        ),
         (
             ("--labels", "face", "--speedup", 2, "--scheduler", "NoScheduler"),
             "diffusers has no scheduler 'NoScheduler'",
@@ -77,7 +98,6 @@ def test_one_sentence_for_what_cannot_be(model, tmp_path, monkeypatch, capsys, a
     [
         ("--model", "x", "--labels", "face"),
         ("--model", "x", "--speedup", 2),
-        ("--model", "x", "--labels", "face", "--speedup", 2, "--max-error", 0.1),
         ("--model", "x", "--labels", "face", "--speedup", 2, "--out", "plan.png"),
     ],
 )

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 import attngen
 from attngen import AgentAttention, LearnedMediators, Plan, SiTTransformer2DModel, Stage, TokenMerging
+from attngen.calibration.notes import Notes
 from attngen.learned.file import LearnedLayers
 from attngen.sit.pipeline import SiTPipeline
 from attngen.sit.scheduler import InterpolantScheduler
@@ -65,6 +66,14 @@ class Reader:
 def _write_plan(path: Path) -> None:
     stages = (Stage(1.0, {"*": TokenMerging(0.5)}), Stage(0.5, {"a.*": AgentAttention(num_agents=4)}))
     Plan(stages, min_tokens=4).save(path)
+
+
+def _write_measured(path: Path) -> None:
+    notes = Notes(path, {"seed": 0})
+    notes.exact, notes.runs = (3.5, 0.25), 2
+    notes.recorded.tokens, notes.recorded.times = {"a": 16}, {"a": {-1: 0.5, 3: 0.25}}
+    notes.errors = {Plan.of(AgentAttention(num_agents=4)): 0.125}
+    notes.keep()
 
 
 def _write_learned(path: Path) -> None:
@@ -198,6 +207,7 @@ def _read_shard(path: Path) -> Any:
 
 READERS = {
     "plan": Reader("plan.json", _write_plan, Plan.load),
+    "measured": Reader("measured.json", _write_measured, lambda path: Notes(path, {"seed": 0})),
     "learned": Reader("layers.safetensors", _write_learned, lambda path: attngen.apply(fresh("dit"), path)),
     "picture": Reader("picture.png", _write_picture, _read_picture),
     "run-weights": Reader("run", _write_run, _read_run, "step-00000007/model.safetensors"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attngen.calibration.measurements import Cell, Measurements
+    from attngen.measurements.data import Cell, Measurements
 
 CHEAP = 0.5
 """A layer's difficulty is the smallest error at this share of its exact cost, or that of its cheapest method."""
@@ -31,8 +31,8 @@ def draw(measurements: Measurements, path: Path) -> None:
     left.invert_yaxis()
     shares = [[cell.taken.cost / max(cell.trials[0].cost, 1e-30) for cell in row] for row in cells]
     _panel(figure, right, measurements, shares, "share of the exact cost", [[_name(cell) for cell in r] for r in cells])
-    saved = "as fast" if measurements.cost == "time" else "fewer operations"
-    right.set_title(f"the plan: error {measurements.error:.3g}, attention {measurements.speedup:.2f} times {saved}")
+    saved = "as fast" if measurements.cost == "time" else "fewer operations in attention"
+    right.set_title(f"the plan: error {measurements.error:.3g}, {measurements.speedup:.2f} times {saved}")
     _save(figure, path)
 
 

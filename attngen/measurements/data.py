@@ -1,18 +1,17 @@
-"""The measurements of a calibration, as data: JSON, a table, and a heat map of layers over time."""
+"""The measurements of a calibration: JSON values, a table, and a heat map of layers over time."""
 
 from __future__ import annotations
 
 import json
 import os
+import statistics
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from attngen.calibration import plot
-from attngen.files import write_file
+from attngen.measurements import plot
 from attngen.methods import AttentionMethod, method_from_dict
-
-FORMAT, VERSION = "attngen-measurements", 1
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,15 @@ class Measurements:
         cost: "time" (seconds) or "flops" (operations).
         error: relative error of the pipeline's final latents with the plan, measured by running it.
         predicted_error: the same, as it was predicted from the layers.
-        speedup: cost of all attention layers over all calls, exact by planned.
-        bound: the one that was given: {"max_error": ...} or {"speedup": ...}.
+        speedup: what the plan was chosen for. With cost="time" how many times faster than exact attention the whole
+            pipeline is, the median of `rounds`; with "flops" how many times fewer operations its attention layers need.
+        attention_speedup: cost of all attention layers over all calls, exact by planned.
+        bound: those that were given, of "max_error" and "speedup".
+        rounds: seconds of a whole run of the pipeline, (exact, with the plan), measured in turn; none with "flops" and
+            for a plan that is exact everywhere.
+        why_exact: why the plan is exact attention everywhere, or None.
         checks: every plan that was run: {"predicted": ..., "error": ..., "speedup": ...}.
-        settings: seed, device, dtype, number of runs.
+        settings: steps, seed, device, dtype, threads, number of runs.
     """
 
     layers: tuple[LayerMeasurements, ...]
@@ -92,9 +96,22 @@ class Measurements:
     error: float
     predicted_error: float
     speedup: float
+    attention_speedup: float
     bound: dict[str, float]
+    rounds: tuple[tuple[float, float], ...] = ()
+    why_exact: str | None = None
     checks: tuple[dict[str, float], ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seconds_exact(self) -> float | None:
+        """Median seconds of a whole run with exact attention, or None where none was timed."""
+        return statistics.median(exact for exact, _ in self.rounds) if self.rounds else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Median seconds of a whole run with the plan, or None where none was timed."""
+        return statistics.median(own for _, own in self.rounds) if self.rounds else None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
@@ -103,7 +120,7 @@ class Measurements:
             for cell, cell_data in zip(layer.cells, data["cells"], strict=True):
                 for trial, trial_data in zip(cell.trials, cell_data["trials"], strict=True):
                     trial_data["method"] = trial.method.to_dict()
-        return {"format": FORMAT, "version": VERSION, **json.loads(json.dumps(content))}
+        return json.loads(json.dumps(content))
 
     @classmethod
     def from_dict(cls, data: Any) -> Measurements:
@@ -112,28 +129,15 @@ class Measurements:
         Raises:
             ValueError: if it is something else.
         """
-        if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
-            raise ValueError(f'not a measurements file: expected "format": "{FORMAT}", "version": {VERSION}')
         try:
-            content = {name: value for name, value in data.items() if name not in ("format", "version")}
+            content = dict(data)
             content["layers"] = tuple(_layer_from_dict(layer) for layer in content["layers"])
             for name in ("starts", "calls", "checks"):
                 content[name] = tuple(content[name])
+            content["rounds"] = tuple((float(exact), float(own)) for exact, own in content["rounds"])
             return cls(**content)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"these measurements are damaged: {error!r}") from error
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write them as JSON."""
-        write_file(Path(path), (json.dumps(self.to_dict(), indent=1) + "\n").encode())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Measurements:
-        """Read a file that `save` wrote; raises ValueError, naming the file, if it is missing or something else."""
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot read the measurements {os.fspath(path)}: {error}") from error
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Write the heat map, a PNG: layers over time, how hard each is to approximate, and the plan's method there.
@@ -150,12 +154,21 @@ class Measurements:
             rows.append((layer.name, str(layer.tokens), *(_describe(cell) for cell in layer.cells)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        saved = "as fast" if self.cost == "time" else "fewer operations"
-        lines.append(
-            f"relative error {self.error:.4f} (predicted {self.predicted_error:.4f}), "
-            f"{self.speedup:.2f} times {saved} in attention layers"
+        return "\n".join([*lines, self.summary()])
+
+    def summary(self) -> str:
+        """The outcome in one line: seconds first."""
+        if self.why_exact is not None:
+            return f"exact attention everywhere: {self.why_exact}"
+        error = f"relative error {self.error:.4f} (predicted {self.predicted_error:.4f})"
+        if self.cost == "flops":
+            return f"{error}, {self.speedup:.2f} times fewer operations in attention layers"
+        ratios = sorted(exact / own for exact, own in self.rounds)
+        spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} rounds"
+        return (
+            f"{self.seconds_exact:.2f} s exact, {self.seconds:.2f} s with the plan: {self.speedup:.2f} times as fast"
+            f" ({spread}); {error}; attention layers {self.attention_speedup:.2f} times as fast"
         )
-        return "\n".join(lines)
 
 
 def _describe(cell: Cell) -> str:
@@ -163,7 +176,7 @@ def _describe(cell: Cell) -> str:
     return "exact" if cell.chosen == 0 else f"{taken.method.label} ({taken.error:.3f})"
 
 
-def _layer_from_dict(data: dict[str, Any]) -> LayerMeasurements:
+def _layer_from_dict(data: Mapping[str, Any]) -> LayerMeasurements:
     cells = tuple(
         Cell(
             cell["start"],
