@@ -8,8 +8,10 @@ import torch
 import attngen
 from attngen import AgentAttention, DownsampledKV, LinearAttention, Plan, Stage, TokenMerging
 from attngen.hosts.backend import BackendAttention
+from attngen.hosts.families import FAMILIES
 from attngen.hosts.hooks import INNER_HOOK
 from tests.builders.hosts import ACTIVE, HOSTS, fresh, slim, snapshot
+from tests.builders.zoo import ZOO
 
 pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning")
 AGENTS = AgentAttention(num_agents=4)
@@ -150,6 +152,41 @@ def test_inductor():
     with torch.no_grad():
         for time in TIMES[:2]:
             close(host(run, time=time), host(eager, time=time), 1e-4)
+
+
+# Core hosts
+
+
+def core_run(name, model, time=0.9):
+    """Qwen-Image without its mask of text, which its pipeline leaves out where no text is padded."""
+    tiny = ZOO[name]
+    inputs = {**tiny.inputs(tiny.grids[0], 1), FAMILIES[name].time: torch.tensor([time])}
+    if "Qwen" in name:
+        inputs["encoder_hidden_states_mask"] = None
+    return tiny.drawn(model(**inputs))
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("Flux2Transformer2DModel", "aot_eager"),
+        ("QwenImageTransformer2DModel", "aot_eager"),
+        ("WanTransformer3DModel", "aot_eager"),
+        ("ZImageTransformer2DModel", "aot_eager"),
+        ("WanTransformer3DModel", "inductor"),
+    ],
+)
+@pytest.mark.slow
+def test_core_hosts_in_one_graph_a_stage(name, backend):
+    model, plan = ZOO[name].model(), Plan((Stage(1.0, {"*": AGENTS}), Stage(0.5, {"*": DownsampledKV(2)})))
+    scale = 1000 if "Wan" in name else 1
+    times = (scale * 0.9, scale * 0.8, scale * 0.2)
+    with torch.no_grad(), attngen.apply(model, plan, kernel="sdpa"):
+        eager = [core_run(name, model, time) for time in times]
+        assert not torch.equal(eager[0], core_run(name, ZOO[name].model(), times[0]))
+        run = whole(model, backend)
+        for time, want in zip(times, eager, strict=True):
+            close(core_run(name, run, time), want, 1e-4 if backend == "inductor" else 1e-5)
 
 
 # Gradients
