@@ -290,7 +290,7 @@ def picture_size(text: str) -> int:
     return size
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.Parser("train.build_emoji", "Draw the emoji data set.")
     parser.add_argument("--font", default=DEFAULT_FONT, help="colour emoji font (default: %(default)s)")
@@ -310,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         0, or 2 if an input is missing or cannot be used.
     """
-    args = parse_args(argv)
+    args = parse_arguments(argv)
     needed = ((args.font, "fonts-noto-color-emoji"), (args.emoji_test, "unicode-data"))
     for path, package in needed:
         if not Path(path).is_file():

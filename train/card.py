@@ -1,11 +1,14 @@
-"""Model card of a training run: python -m train.card --run runs/emoji --pipeline attngen/assets/emoji
+"""Model card of a training run: python -m train.card --run runs/emoji
 
-Every number comes from the run's own files: its configuration, its log and the pictures beside the nearest training picture.
+Every line comes from the run's own files: configuration, starts and log, the weights, and for the emoji the images drawn
+beside the nearest training image. What the images look like is for a person to write.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -13,26 +16,43 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import cli
+from train.record import STARTS
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = cli.Parser("train.card", (__doc__ or "").splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True, help="folder that train.sit wrote")
+    parser.add_argument("--pipeline", type=Path, help="folder of the pipeline, for the card (default: RUN/pipeline)")
+    parser.add_argument("--pictures", type=int, default=130, help="emoji drawn to search for copies of training images")
+    options = parser.parse_args(argv)
+    options.pipeline = options.pipeline or options.run / "pipeline"
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser("train.card", (__doc__ or "").splitlines()[0])
-    parser.add_argument("--run", type=Path, required=True, help="folder that train.sit wrote")
-    parser.add_argument("--pipeline", type=Path, required=True, help="folder of the pipeline; the card goes into it")
-    parser.add_argument("--commands", nargs="+", required=True, help="the commands of the run, in order")
-    parser.add_argument(
-        "--pictures", type=int, default=130, help="images drawn to search for copies of training images"
-    )
-    options = parser.parse_args(argv)
+    """Run the program; returns its exit status."""
+    options = parse_arguments(argv)
+    return cli.run("train.card", lambda: write_card(options.run, options.pipeline, options.pictures))
 
-    from attngen.files import write_file  # after --help has been answered
+
+def write_card(run: Path, pipeline: Path, pictures: int) -> None:
+    """Write README.md and training.json into the folder of a pipeline.
+
+    Raises:
+        UserError: if the run or the pipeline cannot be read.
+    """
+    from attngen.files import write_file
     from train.checkpoint import write_json
 
-    facts = {**training_facts(options.run), **copying_facts(options.pipeline, options.run, options.pictures)}
-    facts["commands"] = options.commands
-    write_json(options.pipeline / "training.json", facts)
-    write_file(options.pipeline / "README.md", card(facts).encode())
-    return 0
+    try:
+        facts = {**training_facts(run), **pipeline_facts(pipeline)}
+        if facts["config"]["data"] == "emoji":
+            facts |= copying_facts(pipeline, run, pictures)
+    except (OSError, ValueError, KeyError) as error:
+        raise cli.UserError(f"no card can be made of {run} and {pipeline}: {error}") from error
+    write_json(pipeline / "training.json", facts)
+    write_file(pipeline / "README.md", card(facts).encode())
 
 
 def training_facts(run: Path) -> dict[str, Any]:
@@ -55,7 +75,32 @@ def training_facts(run: Path) -> dict[str, Any]:
         "loss_first": round(statistics.mean(losses[:window]), 4),
         "loss_last": round(statistics.mean(losses[-window:]), 4),
         "loss_window": window,
+        **_starts(run),
     }
+
+
+def _starts(run: Path) -> dict[str, Any]:
+    """The commands of a run, in order, and the machine, as far as it noted them."""
+    file = run / STARTS
+    starts = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    machines = dict.fromkeys(f"{start['processes']} x {start['device']}" for start in starts)
+    return {
+        "commands": [f"{start['command']}    # from step {start['step']}" for start in starts],
+        "machine": f" on {', then '.join(machines)}" if machines else "",
+    }
+
+
+def pipeline_facts(pipeline: Path) -> dict[str, Any]:
+    """Number of weights of the network, and the class of the autoencoder if there is one: from the pipeline's files."""
+    from safetensors import safe_open
+
+    index = json.loads((pipeline / "model_index.json").read_text())
+    part = "unet" if "unet" in index else "transformer"
+    weights = 0
+    for file in sorted((pipeline / part).glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            weights += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())
+    return {"parameters": weights, "vae": (index.get("vae") or [None, None])[1]}
 
 
 def copying_facts(pipeline: Path, run: Path, pictures: int) -> dict[str, Any]:
@@ -86,7 +131,6 @@ def copying_facts(pipeline: Path, run: Path, pictures: int) -> dict[str, Any]:
     nearest = _nearest(drawn * 2 - 1, torch.tensor(labels), train)
     held_out = _nearest(to_float(test.pixel_values), test.labels, train)
     return {
-        "parameters": sum(parameter.numel() for parameter in weights.parameters()),
         "pictures": pictures,
         "nearest_training_picture": round(nearest.median().item(), 4),
         "nearest_of_held_out": round(held_out.median().item(), 4),
@@ -109,106 +153,76 @@ def _nearest(images: Any, labels: Any, train: Any) -> Any:
 
 
 def card(facts: dict[str, Any]) -> str:
-    """The card as Markdown."""
+    """The card as Markdown: facts of the run, and no judgement of its pictures."""
     config = facts["config"]
-    described = _unet(facts) if config.get("architecture") == "unet" else _sit(facts)
+    side, network = config["image_size"], "UNet" if config.get("architecture") == "unet" else "SiT"
+    rows = {
+        "network": f"{_network(facts)}, {facts['parameters'] / 1e6:.1f} million weights",
+        "attention": _attention(config),
+        "classes": ", ".join(config["id2label"].values()),
+        "data": _data(config),
+        "objective": f"{config['objective']} on the {config['path']} path, {config['time_sampling']} times, labels dropped with "
+        f"probability {config['class_dropout_prob']:g}",
+        "optimiser": f"{_optimizer(config)}, batches of {config['batch_size']}, moving average {config['ema_decay']:g}",
+        "length": f"{facts['steps']:,} steps, {facts['images']:,} images, {facts['hours']:.2f} hours{facts['machine']}",
+        "loss": f"{facts['loss_first']:.3f} over the first {facts['loss_window']} lines of the log, "
+        f"{facts['loss_last']:.3f} over the last",
+    }
+    table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
     commands = "\n".join(facts["commands"])
-    side = config["image_size"]
-    return f"""---
-license: apache-2.0
-library_name: attngen
-tags: {described["tags"]}
----
-
-# {described["title"]}, {side} x {side} pixels{described["subtitle"]}
-
-A small {described["kind"]} that draws emoji by class. It ships with attngen so that {described["purpose"]} can be tried without a
-download. It is a demonstration, not a product: the pictures are tiny, and it knows {len(config["id2label"])} classes.
-
-![{described["sheet"]}](samples.png)
-
-| | |
-|---|---|
-| network | {described["network"]}, {facts["parameters"] / 1e6:.1f} million weights, half precision |
-| attention | {described["attention"]} |
-| classes | {", ".join(config["id2label"].values())} |
-| data | the training part of attngen's [emoji](../../../train/data/README.md): Noto Color Emoji on white, without skin tones |
-| objective | {config["objective"]} on the {config["path"]} path, {config["time_sampling"]} times, labels dropped with \
-probability {config["class_dropout_prob"]:g} |
-| optimiser | {config["optimizer"]} ({config["muon_learning_rate"]:g} for the {described["matrices"]}, {config["learning_rate"]:g} for the rest), \
-batches of {config["batch_size"]}, moving average {config["ema_decay"]:g} |
-| length | {facts["steps"]:,} steps, {facts["images"]:,} pictures, {facts["hours"]:.1f} hours on one busy CPU core, no GPU |
-| loss | {facts["loss_first"]:.3f} over the first {described["logged"]}, {facts["loss_last"]:.3f} over the last |
-
-```bash
-{commands}
-```
-
-## What it can and cannot do
-
-{described["can"]}
-
-With so few training pictures some results are near a known one. Of {facts["pictures"]} pictures drawn, \
-{facts["near_copies"]:.0%} are within a mean squared error of 0.01 (pixels in [-1, 1]) of a training picture of their class; \
-of the held-out emoji it is {facts["held_out_near_copies"]:.0%}. The median distance is {facts["nearest_training_picture"]:.3f}, \
-for held-out emoji {facts["nearest_of_held_out"]:.3f}.
-
-The emoji are Noto Color Emoji, under the SIL Open Font License 1.1 (`LICENSES/OFL-1.1.txt`).
-"""
+    parts = [
+        f"---\nlicense: apache-2.0\nlibrary_name: attngen\ntags: [diffusers, {network.lower()}]\n---",
+        f"# {network} for {side} x {side} pixels, {len(config['id2label'])} classes",
+        f"| | |\n|---|---|\n{table}",
+        f"```bash\n{commands}\n```",
+    ]
+    if "pictures" in facts:
+        parts.append(_copying(facts))
+    if config["data"] == "emoji":
+        parts.append("The emoji are Noto Color Emoji, under the SIL Open Font License 1.1.")
+    return "\n\n".join(parts) + "\n"
 
 
-def _sit(facts: dict[str, Any]) -> dict[str, str]:
-    """What the card says of a SiT alone."""
-    config = facts["config"]
-    counts = ", ".join(map(str, config["mediator_counts"]))
+def _network(facts: dict[str, Any]) -> str:
+    config, space = facts["config"], f"in the latents of {facts['vae']}" if facts.get("vae") else "in pixel space"
+    if config.get("architecture") == "unet":
+        channels = ", ".join(map(str, config["block_channels"]))
+        return f"UNet {space}, {channels} channels, heads of {config['attention_head_dim']}"
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    tokens = (config["image_size"] // config["patch_size"]) ** 2
-    return {
-        "tags": "[diffusers, sit, attention-mediators, emoji]",
-        "title": "SiT for emoji",
-        "subtitle": ", elastic mediators",
-        "kind": "diffusion transformer",
-        "purpose": "everything",
-        "sheet": "Samples: a row a class, groups of columns with different numbers of mediators",
-        "network": f"SiT in pixel space, {config['num_layers']} blocks of width {width}, {config['num_attention_heads']} "
-        f"heads, patches of {config['patch_size']} ({tokens} tokens)",
-        "attention": f"mediators; their number was drawn from {counts} in every step, and any number works at sampling",
-        "matrices": "blocks' matrices",
-        "logged": f"{facts['loss_window']} steps",
-        "can": """\
-Faces, hearts, clocks, flags, people, fruit, plants, buildings and vehicles are recognised at a glance. Signs are signs without a
-meaning, and many flags are of no country. Animals and dishes are the weakest: right in colour and outline, seldom a particular
-thing. Guidance of about 2 helps.""",
-    }
+    return (
+        f"SiT {space}, {config['num_layers']} blocks of width {width}, {config['num_attention_heads']} heads, patches of "
+        f"{config['patch_size']}"
+    )
 
 
-def _unet(facts: dict[str, Any]) -> dict[str, str]:
-    """What the card says of a UNet alone."""
-    config = facts["config"]
-    channels, side = config["block_channels"], config["image_size"]
-    levels = " and ".join(f"{side >> i} x {side >> i}" for i in range(len(channels) - 1))
-    return {
-        "tags": "[diffusers, unet, emoji]",
-        "title": "UNet for emoji",
-        "subtitle": "",
-        "kind": "UNet, diffusers' `UNet2DConditionModel`,",
-        "purpose": "changes of attention without training",
-        "sheet": "Samples: a row a class",
-        "network": f"UNet in pixel space, {', '.join(map(str, channels))} channels, heads of {config['attention_head_dim']}",
-        "attention": f"softmax, to itself and to the class, at {levels} pixels and in the middle",
-        "matrices": "attention blocks' matrices",
-        "logged": f"{facts['loss_window']} lines of the log",
-        "can": """\
-It was trained for about an hour on a shared core, so that attention can be swapped in a network that draws: faces are round and
-yellow with marks for eyes and mouth, hearts are hearts, clocks are discs, flags are waving and of no country. Fine detail is
-missing. Guidance of about 2 helps.
+def _attention(config: dict[str, Any]) -> str:
+    if config["attention"] != "mediator":
+        return config["attention"]
+    if not config["mediator_counts"]:
+        return f"{config['num_mediators']} mediators"
+    counts = ", ".join(map(str, config["mediator_counts"]))
+    return f"mediators; their number was {'set by time to' if config['mediator_starts'] else 'drawn from'} {counts}"
 
-```python
-pipe = attngen.UNetClassPipeline.from_pretrained("attngen/assets/emoji_unet", dtype=torch.float32)
-with attngen.apply(pipe, attngen.AgentAttention(num_agents=64)) as handle:
-    pipe(["heart", "clock"], guidance_scale=2.0).images
-```""",
-    }
+
+def _data(config: dict[str, Any]) -> str:
+    if config["data"] == "emoji":
+        return "the training part of attngen's emoji (train/data/README.md): Noto Color Emoji on white"
+    return Path(config["data"]).name or config["data"]
+
+
+def _optimizer(config: dict[str, Any]) -> str:
+    if config["optimizer"] != "muon":
+        return f"AdamW at {config['learning_rate']:g}"
+    return f"Muon at {config['muon_learning_rate']:g} for the blocks' matrices, AdamW at {config['learning_rate']:g} for the rest"
+
+
+def _copying(facts: dict[str, Any]) -> str:
+    return (
+        f"Of {facts['pictures']} images drawn, {facts['near_copies']:.0%} are within a mean squared error of 0.01 (pixels in "
+        f"[-1, 1]) of a training image of their class; of the held-out emoji {facts['held_out_near_copies']:.0%} are. The "
+        f"median distance to the nearest is {facts['nearest_training_picture']:.3f}, for held-out emoji "
+        f"{facts['nearest_of_held_out']:.3f}."
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m train.experiment --list                 # the runs and their commands
     python -m train.experiment --run                  # train and measure those that are not done
-    python -m train.experiment --run elastic --steps 5000 --out runs/long --results runs/long
-    python -m train.experiment --table                # docs/experiment.md and its plot, from the results
+    python -m train.experiment --run elastic --steps 5000 --out runs/long
+    python -m train.experiment --table                # a page and a plot of the results
 
 A run that was stopped goes on, and one that was measured is not run again. The results are JSON, one file a run.
 """
@@ -39,25 +39,35 @@ RUNS: Mapping[str, tuple[str, ...]] = {
     "elastic-input": (*ELASTIC, "--convolution", "input"),
     "linear": ("--attention", "linear"),
 }
-RESULTS = Path("docs/experiment")
 SPEED = "speed"
 # Noises and times that the loss of every picture is measured at.
 LOSS_DRAWS = 16
 SPEED_ROUNDS = 7
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of the command line."""
     parser = cli.Parser("train.experiment", __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--list", action="store_true", help="print the runs and their commands")
     what.add_argument("--run", nargs="*", metavar="NAME", help="train and measure these runs, or all")
     what.add_argument("--table", action="store_true", help="write the table and the plot from the results")
     parser.add_argument("--out", type=Path, default=Path("runs/experiment"), help="folder of the runs")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results, one JSON file per run")
-    parser.add_argument("--page", type=Path, default=Path("docs/experiment.md"), help="what --table writes")
+    parser.add_argument(
+        "--results", type=Path, help="folder of the results, one JSON file per run (default: OUT/results)"
+    )
+    parser.add_argument("--page", type=Path, help="what --table writes (default: OUT/experiment.md)")
     parser.add_argument("--steps", type=int, default=PRESETS[PRESET].steps, help="optimiser steps per run")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     options = parser.parse_args(argv)
+    options.results = options.results or options.out / "results"
+    options.page = options.page or options.out / "experiment.md"
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status."""
+    options = parse_arguments(argv)
     try:
         return _act(options)
     except (ValueError, OSError, ImportError) as error:

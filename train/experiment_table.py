@@ -33,7 +33,7 @@ _FOOT = """
 
 ![Loss by step](PLOT_PATH)
 
-`python -m train.experiment --run` trains, resumes and measures. Its commands:
+`python -m train.experiment --run` trains, resumes and measures in `runs/experiment`. Its commands:
 
 ```bash
 {commands}

@@ -6,6 +6,7 @@ distance where it was measured.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ from typing import Any
 from pipelines import cli
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of the command line."""
     parser = cli.Parser("train.plot", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="image to write: .png, .svg or .pdf")
@@ -23,6 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if not 0 <= options.smooth < 1:
         parser.error(f"--smooth must be in [0, 1), got {options.smooth}")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status."""
+    options = parse_arguments(argv)
     try:
         names = _short_names(options.runs)
         logs = {name: read_log(run) for name, run in zip(names, options.runs, strict=True)}

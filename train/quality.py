@@ -7,13 +7,14 @@
 The first row is what the others are compared with. Every row draws the same pictures, each from a seed of its own, with
 `train.sample`; a set that is there is not drawn again, so a run that was stopped goes on. Models of the emoji are
 measured by FD-emoji, any other against --reference by FID (see `train.fid`). The results are JSON, with the first
-pictures of each row beside it, and --table makes docs/quality.md and its plots of them.
+pictures of each row beside it, and --table makes a page and plots of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from train.quality_rows import Row
 
 PROGRAM = "train.quality"
-RESULTS = Path("docs/quality")
 SHOWN, SHOWN_SIZE = 12, 64
 """Pictures of a row that are shown, and their least side in pixels."""
 EXAMPLES = """
@@ -40,12 +40,12 @@ examples:
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(PROGRAM, "Measure what each attention method costs in quality.", EXAMPLES)
     add = parser.add_argument
-    add("--table", action="store_true", help="write docs/quality.md and its plots from the results, and stop")
-    add("--results", type=Path, default=RESULTS, help=f"folder of the results (default {RESULTS})")
-    add("--page", type=Path, default=Path("docs/quality.md"), help="what --table writes (default docs/quality.md)")
+    add("--table", action="store_true", help="write a page and plots of the results, and stop")
+    add("--results", type=Path, help="folder of the results (default: OUT/results)")
+    add("--page", type=Path, help="what --table writes (default: OUT/quality.md)")
     add("--model", help="pipeline folder, training run or hub id")
     add("--name", help="name of the results, NAME.json (default: the model's)")
-    add("--out", type=Path, default=Path("runs/quality"), help="folder of the images (default runs/quality)")
+    add("--out", type=Path, default=Path("runs/quality"), help="folder of all that is written (default runs/quality)")
     add("--rows", nargs="+", metavar="ROW", help="only these rows; the first is the baseline")
     add("--plan", action="append", default=[], type=_named_plan, metavar="NAME=FILE", help="a further row: a plan file")
     add("--pictures", type=cli.whole_number(2), default=1024, help="images per set (default 1024)")
@@ -66,6 +66,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=cli.whole_number(1), default=5, help="timing rounds (default 5)")
     add("--device", help="cpu, cuda, cuda:1 … (default: a GPU where there is one)")
     options = parser.parse_args(argv)
+    options.results = options.results or options.out / "results"
+    options.page = options.page or options.out / "quality.md"
     if not options.table and not options.model:
         parser.error("give --model, or --table")
     return options
@@ -97,7 +99,7 @@ def measure(options: argparse.Namespace) -> None:
 
     from pipelines.images import write_file
     from train.quality_cost import costs
-    from train.quality_rows import rows_of
+    from train.quality_rows import rows_of, shown
 
     sampler = load_sampler(options)
     try:
@@ -117,11 +119,12 @@ def measure(options: argparse.Namespace) -> None:
         done[row.name] = {"row": row.name, "kind": row.kind, **_means(sets), **cost[row.name]}
         path.parent.mkdir(parents=True, exist_ok=True)
         done = in_order(done, rows)
-        write_file(path, json.dumps({**settings, "rows": list(done.values())}, indent=1).encode())
+        told = {**settings, "command": command(options, list(done))}
+        write_file(path, json.dumps({**told, "rows": list(done.values())}, indent=1).encode())
     if done:
         write_sheet(options.out / name, list(in_order(done, rows)), path.with_suffix(".png"))
     for record in done.values():
-        print(f"{record['row']}: {record['metric']} {record['mean']:.3f} ± {record['spread']:.3f}")
+        print(f"{record['row']}: {record['metric']} {shown(record)}")
 
 
 def in_order(done: dict[str, dict[str, Any]], rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
@@ -196,12 +199,11 @@ def describe(options: argparse.Namespace, sampler: Any) -> dict[str, Any]:
         "reference": None if options.reference is None else options.reference.name,
         "device": torch.cuda.get_device_name() if sampler.pipe.device.type == "cuda" else "cpu",
         "versions": versions(),
-        "command": command(options),
     }
 
 
-def command(options: argparse.Namespace) -> str:
-    """The command that gives these results, without folders of this machine."""
+def command(options: argparse.Namespace, rows: Sequence[str]) -> str:
+    """The command that gives these rows. Paths are as they were given; of absolute ones the last part is left."""
     given = {
         "--model": cli.public_name(options.model),
         "--name": options.name,
@@ -214,10 +216,20 @@ def command(options: argparse.Namespace) -> str:
         "--scheduler": options.scheduler,
         "--height": options.height,
         "--width": options.width,
+        "--class-names": options.class_names,
+        "--reference": options.reference,
+        "--inception-weights": options.inception_weights,
+        "--rounds": options.rounds,
     }
-    parts = [f"{flag} {value}" for flag, value in given.items() if value is not None]
-    parts += [f"--plan {name}={path.name}" for name, path in options.plan]
-    return " ".join(["python -m train.quality", *parts])
+    words = [word for flag, value in given.items() if value is not None for word in (flag, _public(value))]
+    for name, path in options.plan:
+        words += ["--plan", f"{name}={_public(path)}"]
+    return shlex.join(["python", "-m", PROGRAM, *words, "--rows", *rows])
+
+
+def _public(value: Any) -> str:
+    """A value of an option, without folders of this machine."""
+    return cli.public_name(str(value)) if isinstance(value, Path) else str(value)
 
 
 def read_results(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -234,7 +246,7 @@ def read_results(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, An
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise cli.UserError(f"{path} cannot be read as results of this program: {error!r}") from error
     for name, value in settings.items():
-        if name not in ("command", "versions", "device") and found.get(name) != value:
+        if name not in ("versions", "device") and found.get(name) != value:
             raise cli.UserError(
                 f"{path} was measured with {name} = {found.get(name)!r}, not {value!r}; choose another --name"
             )
@@ -328,7 +340,7 @@ def _means(sets: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "metric": sets[0]["metric"],
         "values": [round(value, 5) for value in values],
         "mean": statistics.fmean(values),
-        "spread": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "spread": statistics.stdev(values) if len(values) > 1 else None,  # one set has none
         "floor": sets[0]["floor"],
     }
 

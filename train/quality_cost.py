@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from attngen import Report
     from attngen.kernels.dispatch import Kernel
+    from pipelines.engine.calls import Call, CallWatch
     from train.quality_rows import Row
 
 
@@ -58,20 +59,26 @@ def operations(sampler: Any, row: Row, options: argparse.Namespace) -> dict[str,
         seen = report()
     with drawn_with(sampler, row, kernel="reference"):
         flops = watch.count_flops()
-    now, exact = _attention(seen, watch.counts, sampler, options)
+    now, exact = _attention(seen, watch)
     return {"gflop": None if flops is None else flops / 1e9, "attention_gflop": now, "attention_exact": exact}
 
 
-def _attention(report: Report | None, counts: dict[Any, int], sampler: Any, options: argparse.Namespace) -> Any:
+def _attention(report: Report | None, watch: CallWatch) -> tuple[float | None, float | None]:
     """GFLOP of the patched layers over all calls of a picture, as they are and exact."""
     if report is None:
         return None, None
-    guided = 2 if (options.guidance_scale or 1.0) > 1 else 1
     now = exact = 0.0
-    for (_, stage, _, _), calls in counts.items():
-        now += calls * guided * report.flops[int(stage or 0)]
-        exact += calls * guided * report.flops_exact
+    for kind, calls in watch.counts.items():
+        stage, samples = kind[1], calls * _samples(watch.calls[kind])
+        now += samples * report.flops[int(stage or 0)]
+        exact += samples * report.flops_exact
     return now / 1e9, exact / 1e9
+
+
+def _samples(call: Call) -> int:
+    """Samples in a call of the network: two a picture where the pipeline guides it, whoever chose the scale."""
+    tensors = (x for x in (*call.args, *call.kwargs.values()) if hasattr(x, "ndim"))
+    return next(len(x) for x in tensors if x.ndim >= 3)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,12 @@ class Row:
     plan: Plan | None = None
     mediators: str | None = None
     kind: str = ""
+
+
+def shown(record: Mapping[str, Any]) -> str:
+    """The mean of a row, and its spread where there are several sets."""
+    spread = record["spread"]
+    return f"{record['mean']:.3f}" if spread is None else f"{record['mean']:.3f} ± {spread:.3f}"
 
 
 def rows_of(pipe: Any, plans: Sequence[tuple[str, Path]] = ()) -> list[Row]:

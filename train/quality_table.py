@@ -1,4 +1,4 @@
-"""docs/quality.md and its plots, made of the results of `train.quality`. Nothing in them is written by hand."""
+"""The page of `train.quality` and its plots, made of its results. Nothing in them is written by hand."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.cli import UserError
+from train.quality_rows import shown
 
 INTRODUCTION = """\
 # What each attention method costs in quality
 
-Written by `python -m train.quality --table` from the files in `docs/quality`; change nothing by hand.
+Written by `python -m train.quality --table --results docs/quality --page docs/quality.md`; change nothing by hand.
 
 Every row draws the same pictures from the same noise, so rows of a table can be compared with each other. `FD-emoji` is
 the Fréchet distance to the training pictures in the features of a small classifier of emoji: lower is better, it is not
@@ -145,7 +146,7 @@ def _scheduler(result: Mapping[str, Any]) -> str:
 def _cells(row: Mapping[str, Any], first: Mapping[str, Any], with_attention: bool) -> list[str]:
     cells = [
         f"`{row['row']}`",
-        f"{row['mean']:.3f} ± {row['spread']:.3f}",
+        shown(row),
         _against(row, first),
         "" if row["gflop"] is None else f"{row['gflop']:.2f}",
         f"{row['speedup']:.2f}",
@@ -204,6 +205,7 @@ def _draw_kind(axes: Any, kind: str, rows: Sequence[Mapping[str, Any]]) -> None:
     points = sorted((_operations(row), row["mean"], row["spread"], row["row"]) for row in rows)
     x, y, spread, names = zip(*points, strict=True)
     joined = "-" if kind in ("agents", "fixed", "calibrated") else ""
-    axes.errorbar(x, y, yerr=spread, marker="o", linestyle=joined, linewidth=1, capsize=3, label=kind or "rows")
+    bars = None if None in spread else spread
+    axes.errorbar(x, y, yerr=bars, marker="o", linestyle=joined, linewidth=1, capsize=3, label=kind or "rows")
     for at, value, name in zip(x, y, names, strict=True):
         axes.annotate(name, (at, value), textcoords="offset points", xytext=(5, 4), fontsize=7)

@@ -55,6 +55,18 @@ def test_a_done_run_is_not_run_again_and_a_failed_one_is_told(tmp_path, capsys, 
     assert experiment.main(["--table", "--results", str(tmp_path / "none")]) == 2
 
 
+def test_results_are_written_beside_the_runs(tmp_path, monkeypatch):
+    """The committed results of the repository are no results of the user's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs" / "experiment").mkdir(parents=True)
+    (tmp_path / "docs" / "experiment" / "softmax.json").write_text("{}")
+    ran = []
+    monkeypatch.setattr(experiment, "_train", ran.append)
+    monkeypatch.setattr(experiment, "measure", lambda run: {"measured": run.name})
+    assert experiment.main(["--run", "softmax"]) == 0
+    assert len(ran) == 1 and (tmp_path / "runs/experiment/results/softmax.json").is_file()
+
+
 def test_the_loss_is_at_fixed_noise_and_counts_every_picture():
     config = dataclasses.replace(PRESETS[experiment.PRESET], classes=("heart",), image_size=16)
     objective = make_objective("velocity")

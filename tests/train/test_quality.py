@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from attngen import AgentAttention, InterpolantScheduler, Plan, SiTPipeline, SiTTransformer2DModel, Stage
+from attngen import (
+    AgentAttention,
+    InterpolantScheduler,
+    Plan,
+    SiTPipeline,
+    SiTTransformer2DModel,
+    SoftmaxAttention,
+    Stage,
+)
+from tests.builders.programs import build_sd
 from train import quality, quality_cost, quality_rows, quality_table
 
 pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning", "ignore::UserWarning")
@@ -71,6 +82,10 @@ def test_rows_are_measured_once_and_make_a_page(models, tmp_path, capsys):
     assert [row["row"] for row in again["rows"]] == ["softmax", "mine", "agent-16"]
     assert again["rows"][0] == exact and again["rows"][2] == agents
 
+    repeated = quality.parse_arguments(shlex.split(again["command"])[3:])
+    assert repeated.rows == ["softmax", "mine", "agent-16"] and repeated.rounds == 1 and repeated.pictures == 6
+    assert repeated.plan == [("mine", Path("plan.json"))]  # of an absolute path the last part
+
     with Image.open(tmp_path / "results" / "tiny.png") as sheet:
         assert sheet.width > 6 * 64 and sheet.height > 3 * 64
 
@@ -81,6 +96,45 @@ def test_rows_are_measured_once_and_make_a_page(models, tmp_path, capsys):
     assert "![Quality against operations](images/quality-tiny.png)" in text
     assert "![Pictures](../results/tiny.png)" in text
     assert (page.parent / "images" / "quality-tiny.png").stat().st_size > 5000
+
+
+def test_one_set_has_no_spread_and_results_are_written_beside_the_sets(models, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["--model", str(models["softmax"]), "--name", "tiny", "--pictures", "6", "--seeds", "1", "--steps", "1"]
+    assert quality.main([*given, "--rounds", "1", "--rows", "softmax"]) == 0
+    assert capsys.readouterr().out.startswith("softmax: FD-emoji") and not (tmp_path / "docs").exists()
+    (row,) = json.loads((tmp_path / "runs/quality/results/tiny.json").read_text())["rows"]
+    assert row["spread"] is None and quality_rows.shown(row) == f"{row['mean']:.3f}"
+    assert quality.main(["--table"]) == 0
+    page = (tmp_path / "runs/quality/quality.md").read_text()
+    assert f"| `softmax` | {row['mean']:.3f} |" in page and "±" not in page
+
+
+@pytest.mark.parametrize("scale", [None, "1", "7.5"])
+def test_operations_of_attention_count_the_guided_samples(tmp_path, scale):
+    """What the pipeline guides by itself is counted as what is asked for: Stable Diffusion's own scale is 7.5."""
+    build_sd().save_pretrained(tmp_path / "sd")
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    given = ["--model", str(tmp_path / "sd"), "--class-names", str(tmp_path / "names.txt"), "--steps", "2"]
+    given += [
+        "--reference",
+        str(tmp_path),
+        "--out",
+        str(tmp_path),
+        *([] if scale is None else ["--guidance-scale", scale]),
+    ]
+    options = quality.parse_arguments(given)
+    sampler = quality.load_sampler(options)
+    softmax = quality_rows.Row("softmax", Plan.of(SoftmaxAttention()))
+    found = quality_cost.operations(sampler, softmax, options)
+    seen = []
+    with quality_cost.drawn_with(sampler, softmax) as report:
+        hook = sampler.pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+        quality_cost.draw(sampler, softmax, options)
+        hook.remove()
+        each = report().flops_exact
+    assert set(seen) == {1 if scale == "1" else 2} and len(seen) >= 2
+    assert found["attention_exact"] == pytest.approx(sum(seen) * each / 1e9)
 
 
 def test_another_measurement_of_the_same_name_is_refused(models, tmp_path, capsys):

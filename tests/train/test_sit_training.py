@@ -159,6 +159,25 @@ def test_generators_depend_on_every_part_of_the_key(global_rng_untouched):
     assert len(draws) == 4
 
 
+def test_building_seeds_no_gpu(monkeypatch, global_rng_untouched):
+    """torch.manual_seed would seed every GPU, and nothing restores their generators."""
+    from train.unet import build_unet
+    from train.vae_config import VaeConfig
+    from train.vae_model import build_vae
+
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    data = types.SimpleNamespace(sample_size=16, channels=3, num_classes=2)
+    config = PRESETS["emoji-tiny"]
+    objective = make_objective("velocity")
+    models = [build_model(dataclasses.replace(config, seed=seed), data, objective) for seed in (1, 1, 2)]
+    first, again, other = ([p.flatten()[0].item() for p in model.parameters()] for model in models)
+    assert first == again != other
+    build_unet(dataclasses.replace(PRESETS["emoji-unet"], image_size=16), data)
+    build_vae(VaeConfig(image_size=16, crop_size=8, channels=(4, 8, 8), latent_channels=2))
+    assert not seeded
+
+
 def test_checkpoints_are_whole_or_absent(tmp_path, monkeypatch):
     tensors = {"model": {"w": torch.arange(3.0)}}
     for step in (1, 2, 3):
