@@ -23,6 +23,7 @@ ALIASES = {"fd": "fid", "kd": "kid", "cmmd": "mmd", "precision": "pr", "recall":
 EXAMPLES = """
 examples:
   python -m train.fid samples/emoji emoji --extractor emoji
+  python -m train.fid runs/emoji@2000 emoji --extractor emoji --num-pictures 1000
   python -m train.fid samples/imagenet/samples.npz VIRTUAL_imagenet256_labeled.npz --json
   python -m train.fid samples/agentsd ILSVRC2012/val --image-size 512 --metrics fid --inception-weights weights.pth
 
@@ -34,7 +35,11 @@ GENERATED and REFERENCE are folders (searched to any depth), tar shards, .npz wi
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(PROGRAM, "Measure images against a reference.", EXAMPLES)
     add = parser.add_argument
-    add("generated", metavar="GENERATED", help="generated images")
+    add(
+        "generated",
+        metavar="GENERATED",
+        help="generated images, or a model to draw them with: RUN, RUN@STEP, a pipeline",
+    )
     add("reference", metavar="REFERENCE", help="reference images")
     add(
         "--extractor",
@@ -56,6 +61,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--intervals", type=cli.whole_number(2), default=0, metavar="N", help="spread of distances over N resamples")
     add("--extrapolate", action="store_true", help="also the Fréchet distance at infinitely many images")
+    add(
+        "--num-pictures",
+        type=cli.whole_number(2),
+        default=2048,
+        metavar="N",
+        help="images drawn of a model (default 2048)",
+    )
+    add("--samples", type=Path, metavar="DIR", help="folder of the images drawn of a model (default: samples/MODEL)")
     add("--image-size", type=cli.whole_number(1), metavar="S", help="crop all images to squares of S, as ADM does")
     add("--classes", help="classes of the emoji, separated by commas (default: those of GENERATED's manifest, or all)")
     add("--cache", type=Path, help="folder of statistics (default: attngen/statistics in the user's cache)")
@@ -97,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace) -> None:
+    draw_generated(options)
     try:
         result = fid(options)
     except ImportError as error:
@@ -111,6 +125,29 @@ def _measure(options: argparse.Namespace) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
         print(path)
+
+
+def draw_generated(options: argparse.Namespace) -> None:
+    """Where GENERATED is a model, draw its images as `train.sample` does by default, and measure these.
+
+    Raises:
+        UserError: if the model cannot be used, or the folder holds other images.
+    """
+    from pipelines.engine.runs import is_checkpoint, resolve
+
+    model = Path(resolve(options.generated))
+    if not is_checkpoint(model) and not (model / "model_index.json").is_file():
+        return
+    from train import sample
+
+    out = options.samples or Path("samples") / Path(options.generated).name
+    labels = "data" if options.reference.partition(":")[0] == "emoji" else "random"
+    words = ["--model", options.generated, "--num-pictures", str(options.num_pictures), "--labels", labels]
+    words += [] if options.device is None else ["--device", options.device]
+    done = sample.sample(sample.parse_arguments([*words, "--out", str(out)]))
+    if done.get("missing"):
+        raise cli.UserError(f"{out} lacks {done['missing']} images; run the same command again to continue")
+    options.generated = str(out)
 
 
 def json_path(options: argparse.Namespace) -> Path:

@@ -16,13 +16,14 @@ from pipelines import class2image
 from pipelines.cli import UserError
 from pipelines.engine import runs
 from pipelines.engine.loading import LoadOptions, load_pipeline
-from train import distill, export, sample, sit, vae
+from train import distill, export, fid, sample, sit, vae
 from train.checkpoint import list_checkpoints
 from train.config import TrainingConfig
 from train.config_file import read_config
 from train.presets import PRESETS
 
 CPU = torch.device("cpu")
+FACTS = {"name": "a set", "pictures": 3, "size": "16 x 16"}
 
 
 def train(*argv: str) -> int:
@@ -214,6 +215,25 @@ def test_programs_draw_from_a_run_by_its_name(stopped, tmp_path, capsys, global_
     assert sample.main([*given, "--out", str(tmp_path / "set")]) == 0
     manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
     assert manifest["settings"]["model"] == "stopped@4"
+
+
+def test_fid_draws_the_images_of_a_run(stopped, tmp_path, monkeypatch, capsys):
+    measured = []
+
+    def numbers(options):
+        measured.append(options)
+        return {"values": {"FD": 1.0}, "skipped": {}, "extractor": "x", "generated": FACTS, "reference": FACTS}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fid, "fid", numbers)
+    given = [f"{stopped}@4", "emoji", "--extractor", "emoji", "--num-pictures", "3"]
+    assert fid.main(given) == 0 and fid.main([*given, "--samples", "mine"]) == 0
+    assert fid.main(["mine", "emoji"]) == 0  # images as before
+    assert [options.generated for options in measured] == ["samples/stopped@4", "mine", "mine"]
+    assert len(list(Path("samples/stopped@4/pictures").iterdir())) == 3
+    assert json.loads(Path("mine/manifest.json").read_text())["settings"]["labels"] == "data"
+    assert fid.main([f"{stopped}@3", "emoji"]) == 2
+    assert "has no checkpoint of step 3" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_describes_nothing_is_refused(stopped, tmp_path):
