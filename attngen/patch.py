@@ -16,7 +16,7 @@ from torch import nn
 from attngen.checks import Grid, check_count
 from attngen.hosts import hooks
 from attngen.hosts.clock import Clock
-from attngen.hosts.families import denoisers_of, drawing_models, family_of, why_unknown
+from attngen.hosts.families import denoisers_of, drawing_models, why_unknown
 from attngen.hosts.install import (
     Detached,
     Patching,
@@ -143,8 +143,8 @@ class AttentionPatch:
         self._cores = cores or {}
         self._models, self._seed, self._switch, self._kernel = dict(models), seed, switch, kernel
         self._clock = Clock(None if isinstance(target, nn.Module) else target)
-        unknown = {name: model for name, model in drawing_models(target).items() if family_of(model) is None}
-        self._unknown = {name: why_unknown(model) for name, model in unknown.items()}
+        reasons = {name: why_unknown(model) for name, model in drawing_models(target).items()}
+        self._unknown = {name: reason for name, reason in reasons.items() if reason is not None}
         self._id = uuid.uuid4().hex
         self._trace: Trace | None = None
 
@@ -220,8 +220,8 @@ class AttentionPatch:
             hook = hooks.root_hook(model)
             if hook is None or not self._is_on(model):
                 continue
-            if hook.last_seen is None and hook.calls is not None:
-                unseen = "its tokens are known after the first call"
+            if hook.calls is not None and (hook.last_seen is None or hook.unread is not None):
+                unseen = hook.unread or "its tokens are known after the first call"
                 left += [left_alone(name, layer, unseen) for layer in hooks.patched_layers(model)]
                 continue
             seen, grids = hook.last_seen or default_call(model), hooks.seen_grids(model)
@@ -280,8 +280,9 @@ class AttentionPatch:
 def _warn_of_others(target: Target, models: Mapping[str, nn.Module]) -> None:
     """Warn of components that generate and stay exact, and of a model that another pipeline has patched."""
     for name, model in drawing_models(target).items():
-        if family_of(model) is None:
-            hooks.warn(f"the {name} stays exact: {why_unknown(model)}")
+        reason = why_unknown(model)
+        if reason is not None:
+            hooks.warn(f"the {name} stays exact: {reason}")
     for name, model in models.items():
         hook = hooks.root_hook(model)
         other = None if hook is None else hook.clock.pipeline

@@ -18,7 +18,7 @@ from torch import nn
 from attngen.checks import Grid
 from attngen.hosts import hooks
 from attngen.hosts.core import core_enter
-from attngen.hosts.families import default_grid, family_of, halved, halvings
+from attngen.hosts.families import default_grid, family_of, halved, halvings, has_levels
 from attngen.hosts.product import core_layer, why_missed, why_unreachable
 from attngen.hosts.references import num_cells
 from attngen.hosts.spec import MASKED, LayerSpec, decide, spec_of
@@ -300,7 +300,7 @@ def rows_of(
         grids: by block, where that call has been made; otherwise they follow from the model's structure.
     """
     family = family_of(model)
-    on_one_grid = family is not None and family.spatial_block is None
+    on_one_grid = family is not None and not has_levels(family)
     rows: list[LayerReport] = []
     with _as_in(seen):
         for name, attn in hooks.patched_layers(model).items():

@@ -11,7 +11,7 @@ from torch import nn
 
 from attngen.checks import Grid
 from attngen.hosts.family import Family, config_of, continuous, data_at_one, discrete, latents, packed, patches
-from attngen.hosts.rows import CORE_ROWS
+from attngen.hosts.rows import CORE_ROWS, STAYS
 
 _UNET = Family(
     "sample",
@@ -30,6 +30,14 @@ _SIT_WITH_STEPS = replace(_SIT, clock=discrete)  # a DiT in SiT's class
 FAMILIES: dict[str, Family] = {
     "UNet2DConditionModel": _UNET,
     "ControlNetModel": _UNET,
+    "ControlNetUnionModel": _UNET,
+    "UNetControlNetXSModel": _UNET,
+    # Videos: each frame is a sample of its own.
+    "UNetMotionModel": _UNET,
+    "UNet3DConditionModel": _UNET,
+    "I2VGenXLUNet": _UNET,
+    "SparseControlNetModel": _UNET,
+    "Transformer2DModel": _DIT,
     "DiTTransformer2DModel": _DIT,
     "PixArtTransformer2DModel": replace(_DIT, mask="attention_mask"),
     "SD3Transformer2DModel": Family(
@@ -74,7 +82,7 @@ def denoisers_of(target: Any) -> dict[str, nn.Module]:
     Raises:
         ValueError: if there is none, naming the denoiser's class, the known ones, and the way out.
     """
-    found = {name: model for name, model in drawing_models(target).items() if family_of(model) is not None}
+    found = {name: model for name, model in drawing_models(target).items() if why_unknown(model) is None}
     if not found:
         raise ValueError(_refusal(target))
     return found
@@ -89,7 +97,7 @@ def drawing_models(target: Any) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name in names:
         for suffix, model in _unwrapped(getattr(target, name, None)):
-            if family_of(model) is not None or _draws(model):
+            if _draws(model):
                 found[f"{name}{suffix}"] = model
     return found
 
@@ -109,6 +117,8 @@ _OTHERS = (
 
 
 def _draws(model: nn.Module) -> bool:
+    if any(cls.__name__ in FAMILIES or cls.__name__ in STAYS for cls in type(model).__mro__):
+        return True
     models = [cls for cls in type(model).__mro__ if issubclass(cls, diffusers.ModelMixin)]
     return (
         bool(models)
@@ -129,35 +139,51 @@ def _unwrapped(candidate: Any) -> list[tuple[str, nn.Module]]:
     return [("", candidate)]
 
 
-def why_unknown(model: nn.Module) -> str:
-    """Why a model that predicts noise stays exact, and the way out."""
+def why_unknown(model: nn.Module) -> str | None:
+    """Why a model that predicts noise stays exact as a whole, and the way out; None for one with a row."""
+    if family_of(model) is not None:
+        return None
+    for cls in type(model).__mro__:
+        if cls.__name__ in STAYS:
+            return f"{type(model).__name__}: {STAYS[cls.__name__]}"
     return f"{type(model).__name__} has no row in attngen; attngen.register_model describes one"
 
 
 def _refusal(target: Any) -> str:
-    kind = type(target).__name__
-    models = drawing_models(target)
-    inner = ", ".join(dict.fromkeys(type(model).__name__ for model in models.values() if _draws(model)))
-    what = f"{inner} has no row in attngen" if inner else f"{kind} has no denoiser"
+    models = drawing_models(target).values()
+    reasons = dict.fromkeys(reason for model in models if _draws(model) and (reason := why_unknown(model)))
+    if not reasons:
+        reasons[
+            f"{type(target).__name__} has no denoiser with a row in attngen; attngen.register_model describes one"
+        ] = None
     return (
-        f"{what}: {len(FAMILIES)} classes of diffusers have one, such as UNet2DConditionModel, FluxTransformer2DModel,"
-        " QwenImageTransformer2DModel and WanTransformer3DModel; attngen.register_model describes another, and layers"
-        " of your own can call attngen.functional"
+        f"{'; '.join(reasons)}; {len(FAMILIES)} classes of diffusers have a row, such as UNet2DConditionModel,"
+        " FluxTransformer2DModel, QwenImageTransformer2DModel and WanTransformer3DModel, and layers of your own can"
+        " call attngen.functional"
     )
 
 
 def halvings(model: nn.Module, layer: str) -> int:
     """How often the latents were halved before a layer of a UNet, by its name; 0 in models that work on one grid."""
     family = family_of(model)
-    if family is None or family.spatial_block is None:
+    if family is None or not has_levels(family):
         return 0
-    deepest = len(config_of(model)["block_out_channels"]) - 1
+    config = config_of(model)
+    deepest = len(config["block_out_channels"]) - 1
     part, _, rest = layer.partition(".")
     if part == "down_blocks":
-        return min(int(rest.split(".")[0]), deepest)
-    if part == "up_blocks":
-        return max(0, deepest - int(rest.split(".")[0]))
-    return deepest
+        level = min(int(rest.split(".")[0]), deepest)
+    elif part == "up_blocks":
+        level = max(0, deepest - int(rest.split(".")[0]))
+    else:
+        level = deepest
+    switches = config.get("switch_level")  # StableCascade: whether a level has half the sides of the one before
+    return level if switches is None else sum(map(bool, switches[:level]))
+
+
+def has_levels(family: Family) -> bool:
+    """Whether layers are on the levels of a UNet, with a grid each."""
+    return family.spatial_block is not None or (family.core is not None and family.core.levels)
 
 
 def halved(grid: Grid, times: int) -> Grid:
@@ -171,7 +197,7 @@ def default_grid(model: nn.Module) -> Grid:
     size = config.get("sample_size") or 64
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     family = family_of(model)
-    side = 1 if family is None or family.spatial_block is not None else config.get("patch_size", 1)
+    side = 1 if family is None or has_levels(family) else config.get("patch_size") or 1
     return height // side, width // side
 
 

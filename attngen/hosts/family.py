@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -13,31 +13,47 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from attngen.checks import Grid
 
 
+class Unreadable(Exception):
+    """Raised by a row for a call whose image it does not find; the message is the reason why layers stay exact."""
+
+
 @dataclass(frozen=True)
 class Core:
     """Where the image is in a core host's attention products.
 
     Attributes:
-        layers: pattern of the names of attention modules that see the image (fnmatch).
-        text: where text is in their sequence: "first", "last", or "none" for layers of image tokens alone. Reference
-            images follow the image.
+        layers: pattern of the names of attention modules that see the image (fnmatch); several with | between them.
+        text: where text is in their sequence: "first", "last", "around" for both, or "none" for layers of image tokens
+            alone. Reference images follow the image.
+        levels: whether the layers are on the levels of a UNet, so that their grids are halves of the model's.
+        cross: whether diffusers marks the layers as cross-attention, though they attend to themselves.
     """
 
     layers: str
-    text: Literal["first", "last", "none"]
+    text: Literal["first", "last", "around", "none"]
+    levels: bool = False
+    cross: bool = False
 
-    def in_front(self, num_keys: int, tokens: int, text_tokens: int) -> int:
-        """Keys before those of the image.
+    def in_front(self, num_keys: int, tokens: int, text_tokens: int) -> int | None:
+        """Keys before those of the image; None where the image is not among the keys.
 
         Args:
             num_keys: all keys of a product.
             tokens: of the image.
             text_tokens: 0 where their number is not known; text is then all that is not the image.
         """
+        others = num_keys - tokens
+        if self.text == "none" and others or self.text == "around" and text_tokens > others or others < 0:
+            return None
+        if self.text == "around":
+            return text_tokens
         if self.text != "first":
             return 0
-        others = max(0, num_keys - tokens)
         return min(others, text_tokens) if text_tokens else others
+
+    def grid_of(self, grid: Grid, tokens: int) -> Grid:
+        """The grid of a product's image: that of the model, or of the level of a UNet that has as many tokens."""
+        return level_with(grid, tokens) if self.levels else grid
 
 
 @dataclass(frozen=True)
@@ -46,31 +62,35 @@ class Family:
 
     Attributes:
         sample: name of the forward argument with the latents.
-        time: name of the forward argument with the time step.
+        time: name of the forward argument with the time step, or None for a model without.
         channel: name of the forward argument whose entries reach the attention processors; None for a core host.
         clock: time step -> time in [0, 1], 1 is noise.
         grid: (model, arguments by name) -> (height, width) of the tokens, for a UNet of the latents; for a core host
             (frames, height, width).
         spatial_block: class name of the modules that turn latents into tokens, one a level, or None where the whole
             model works on one grid.
-        text: name of the forward argument with the text tokens, where layers attend to image and text jointly.
+        text: name of the forward argument with the text tokens, where layers attend to image and text jointly; or
+            (model, arguments by name) -> number of tokens before the image.
         rotary: whether layers rotate queries and keys by position.
         mask: name of the forward argument whose value reaches self-attention as a mask, or None.
         core: where the image is in the attention products of a core host, or None for a layer host.
+        times_of: what one sample has one time step for: "samples", or "tokens", of which given ones have the time of
+            data.
         references: (model, arguments by name) -> (height, width) in tokens of each reference image, which follow the
             image; None where the class has none, or attngen cannot find them.
     """
 
     sample: str
-    time: str
+    time: str | None
     channel: str | None
     clock: Callable[[float], float]
     grid: Callable[[nn.Module, dict[str, Any]], tuple[int, ...]]
     spatial_block: str | None = None
-    text: str | None = None
+    text: str | Callable[[nn.Module, dict[str, Any]], int] | None = None
     rotary: bool = False
     mask: str | None = None
     core: Core | None = None
+    times_of: Literal["samples", "tokens"] = "samples"
     references: Callable[[nn.Module, dict[str, Any]], tuple[Grid, ...]] | None = None
 
 
@@ -106,6 +126,17 @@ def latents(model: nn.Module, arguments: dict[str, Any]) -> Grid:
     return int(height), int(width)
 
 
+def level_with(grid: Grid, tokens: int) -> Grid:
+    """The grid with that many tokens among a grid and its halves, which convolutions round up or down."""
+    *frames, height, width = grid
+    for times in range(8):
+        for up in (1, 0):
+            sides = tuple(max(1, -(-side // 2**times) if up else side // 2**times) for side in (height, width))
+            if sides[0] * sides[1] == tokens:
+                return cast("Grid", (*frames, *sides))
+    return grid
+
+
 def config_of(model: nn.Module) -> Any:
     """A model's configuration."""
     return model.config
@@ -114,7 +145,7 @@ def config_of(model: nn.Module) -> Any:
 def patches(model: nn.Module, arguments: dict[str, Any]) -> Grid:
     """Grid of latents (B, C, H, W) cut into patches."""
     height, width = arguments["hidden_states"].shape[-2:]
-    side = config_of(model)["patch_size"]
+    side = config_of(model)["patch_size"] or 1
     return int(height) // side, int(width) // side
 
 

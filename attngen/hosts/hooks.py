@@ -22,6 +22,7 @@ from attngen.hosts.backend import catch_backends, release_backends
 from attngen.hosts.calls import Calls
 from attngen.hosts.clock import Clock
 from attngen.hosts.families import Family, family_of, slots
+from attngen.hosts.family import Unreadable
 from attngen.hosts.flux import FluxAttnGenProcessor
 from attngen.hosts.image import AttnGenProcessor
 from attngen.hosts.joint import JointAttnGenProcessor
@@ -62,6 +63,7 @@ class RootHook(Hook):
         paused: whether every layer is exact, bit for bit, for as long as this is set.
         trace: key of the running trace, or None.
         last_seen: the last call; for reports only, no computation reads it.
+        unread: why the grid of the last call could not be read, or None; for reports.
     """
 
     def __init__(
@@ -83,14 +85,15 @@ class RootHook(Hook):
         self.clock, self.seed, self.switch, self.review = clock, seed, switch, review
         self.references = references
         places = slots(model)
-        self.sample, self.time = places[family.sample], places[family.time]
+        self.sample, self.time = places[family.sample], None if family.time is None else places[family.time]
         self.channel = None if family.channel is None else places[family.channel]
         self.calls = Calls() if family.core is not None else None
-        extra = [name for name in ("img_ids", family.text, family.mask) if name is not None]
+        extra = ("img_ids", family.text, family.mask)
         self.extra = {n: place for n, place in places.items() if n in extra or family.core is not None}
         self.paused = False
         self.trace: str | None = None
         self.last_seen: Seen | None = None
+        self.unread: str | None = None
         self._reviewed: set[Seen] = set()
         self._warned: set[str] = set()
         self._replaced_by: str | None = None
@@ -110,13 +113,14 @@ class RootHook(Hook):
             catch_backends(model)
         extra = {name: place.get(args, kwargs) for name, place in self.extra.items()}
         stage = self._stage(times)
-        grid = self._grid(model, family, {**extra, family.sample: sample})
-        if grid is None:
+        place = self._place(model, family, {**extra, family.sample: sample})
+        if place is None:
             assert self.calls is not None
             self.calls.push(None)
             return args, kwargs
+        grid, text = place
         references = self._references(model, family, extra)
-        seen = self._see(model, family, grid, sample, extra, references)
+        seen = self._see(model, family, grid, text, sample, extra, references)
         if self.trace is not None:
             COUNTS[self.trace].call(str(stage))
         call = Call(
@@ -138,12 +142,15 @@ class RootHook(Hook):
         """Times of the call, read only where something depends on them: reading synchronises with a GPU."""
         if len(self.starts) == 1 and not any(self.draws):
             return []
+        if self.time is None:
+            raise ValueError("a model without a time step has no stages; use a plan of one stage")
         timestep = self.time.get(args, kwargs)
         if timestep is None:
             return None
         if not isinstance(timestep, Tensor):
             return [self.clock.time(float(timestep), family.clock)]
-        if timestep.ndim > 1:  # one a token or frame, where those of given frames are at 0
+        # One a token or frame, where those of given frames are at 0
+        if timestep.ndim > 1 or family.times_of == "tokens":
             return [max(self.clock.time(value, family.clock) for value in timestep.unique().tolist())]
         return [self.clock.time(value, family.clock) for value in timestep.flatten().tolist()]
 
@@ -157,16 +164,26 @@ class RootHook(Hook):
             )
         return stages.pop()
 
-    def _grid(self, model: nn.Module, family: Family, arguments: dict[str, Any]) -> Grid | None:
-        """The grid of the image; frames are above each other, as one tall grid. None where a row cannot read it."""
+    def _place(self, model: nn.Module, family: Family, arguments: dict[str, Any]) -> tuple[Grid, int] | None:
+        """Grid of the image and number of text tokens; None where a row cannot read them.
+
+        Frames are above each other, as one tall grid.
+        """
+        self.unread = None
         try:
             *frames, height, width = family.grid(model, arguments)
+            if callable(family.text):
+                text = family.text(model, arguments)
+            else:
+                tokens: Tensor | None = arguments.get(family.text or "")
+                text = 0 if tokens is None else int(tokens.shape[1])
         except Exception as error:
             if self.calls is None:
                 raise
-            self._warn_once(f"{type(model).__name__} stays exact: its grid cannot be read: {error!r}")
+            self.unread = str(error) if isinstance(error, Unreadable) else f"its grid cannot be read: {error!r}"
+            self._warn_once(f"{type(model).__name__} stays exact: {self.unread}")
             return None
-        return math.prod(frames) * height, width
+        return (math.prod(frames) * height, width), text
 
     def _references(self, model: nn.Module, family: Family, arguments: dict[str, Any]) -> tuple[Grid, ...]:
         """The grids of the reference images whose keys are reduced; none where a row cannot read them."""
@@ -183,23 +200,23 @@ class RootHook(Hook):
         model: nn.Module,
         family: Family,
         grid: Grid,
+        text: int,
         given: Any,
         extra: dict[str, Any],
         reference_grids: tuple[Grid, ...],
     ) -> Seen:
         """The properties of the call; warns once where nothing is active at this size, or processors were replaced."""
         sample: Tensor = given if isinstance(given, Tensor) else given[0]  # a list of samples
-        text = extra.get(family.text) if family.text else None
         packed = sample.ndim == 3 and family.core is None
         tokens = int(sample.shape[1]) if packed else grid[0] * grid[1]
         references = max(0, tokens - grid[0] * grid[1]) if family.rotary else 0
         references = references or sum(map(math.prod, reference_grids))
         seen = Seen(
             grid,
-            0 if text is None else int(text.shape[1]),
+            text,
             grid[0] * grid[1] if reference_grids else tokens - references,
-            len(given),
-            sample.dtype,
+            len(given) * (sample.shape[2] if family.spatial_block is not None and sample.ndim == 5 else 1),
+            sample.dtype if sample.is_floating_point() else getattr(model, "dtype", torch.float32),
             sample.device,
             torch.is_grad_enabled(),
             sample.requires_grad,

@@ -12,6 +12,7 @@ from torch import nn
 from attngen.hosts import hooks
 from attngen.hosts.clock import Clock
 from attngen.hosts.families import Family, family_of, halvings
+from attngen.hosts.family import Core
 from attngen.hosts.flux import FluxAttnGenProcessor
 from attngen.hosts.image import AttnGenProcessor
 from attngen.hosts.joint import JointAttnGenProcessor
@@ -107,7 +108,7 @@ def _why_refused(
     name: str, attn: Any, family: Family | None, inside: tuple[str, ...] | None, patched: bool
 ) -> str | None:
     if family is not None and family.core is not None:
-        return _why_outside(name, attn, family.core.layers)
+        return _why_outside(name, attn, family.core)
     processor, ours = type(attn.processor).__name__, isinstance(attn.processor, hooks.PROCESSORS)
     if "AddedKV" in processor:
         return f"image and text are keys of one softmax in its {processor}"
@@ -124,10 +125,11 @@ def _why_refused(
     return None
 
 
-def _why_outside(name: str, attn: Any, layers: str) -> str | None:
-    if getattr(attn, "is_cross_attention", False):
+def _why_outside(name: str, attn: Any, place: Core) -> str | None:
+    if getattr(attn, "is_cross_attention", False) and not place.cross:
         return "cross-attention stays exact"
-    return None if fnmatchcase(name, layers) else "it does not attend over the image"
+    inside = any(fnmatchcase(name, pattern.strip()) for pattern in place.layers.split("|"))
+    return None if inside else "it does not attend over the image"
 
 
 def patchable_layers(model: nn.Module) -> dict[str, Any]:

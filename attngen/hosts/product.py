@@ -135,12 +135,16 @@ def attend(
         saw: is given heads, head size, and tokens other than the image's, of a product over the image.
     """
     query, key, value, mask = asked[:4]
+    call = call._replace(grid=place.grid_of(call.grid, query.shape[2]))
     tokens, num_keys = math.prod(call.grid), key.shape[2]
-    in_front = place.in_front(num_keys - num_tokens(call.references), tokens, call.context)
+    found = place.in_front(num_keys - num_tokens(call.references), tokens, call.context)
+    in_front = found or 0
     image = slice(in_front, in_front + tokens)
     factor = _spec(attn).reduction(call)
     others, references = max(0, num_keys - tokens), 0 if factor is None else num_tokens(call.references)
     why, bias = _why_exact(asked, tokens, image.stop + references), None
+    if why is None and found is None:
+        why = f"its {num_keys} keys are not those of the image's {tokens} tokens and of what is around them"
     if why is None and mask is not None:
         # A mask of references has to be that of the image: they are reduced as one.
         bias = _bias_of_context(mask, slice(image.start, image.stop + references), query.shape[2] == tokens)
@@ -293,8 +297,8 @@ def _rows(mask: Tensor | None, rows: slice) -> Tensor | None:
 def _bias_of_context(mask: Any, image: slice, only_image: bool) -> Tensor | None:
     """A mask as a bias of the keys, (B, 1, L, 1); empty where it masks nothing, None where it is more than that.
 
-    It is more where it differs between the image's queries or between the image's keys. Looking waits
-    for the GPU, so it is done once a mask, and not in compiled code.
+    It is more where it differs between heads, image queries or image keys. Looking waits for the GPU, so it is done
+    once a mask, and not in compiled code.
     """
     if torch.compiler.is_compiling() or not isinstance(mask, Tensor):
         return None
@@ -308,12 +312,12 @@ def _bias_of_context(mask: Any, image: slice, only_image: bool) -> Tensor | None
 
 def _look(mask: Tensor, image: slice, only_image: bool) -> Tensor | None:
     mask = mask[:, None, None] if mask.ndim == 2 else mask
-    if mask.ndim != 4 or mask.shape[1] != 1:
+    if mask.ndim != 4:
         return None
     rows = mask if mask.shape[2] == 1 or only_image else mask[:, :, image]
-    if not bool((rows == rows[:, :, :1]).all()):
+    if not bool((rows == rows[:, :1, :1]).all()):
         return None
-    row = rows[:, :, 0]
+    row = rows[:, :1, 0]
     if row.dtype == torch.bool:
         if not bool(row[..., image].all()):
             return None

@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from tests.builders.zoo import ZOO, controlnets, unets, videos_cached, videos_others
-
-APART = {**videos_others.APART, **videos_cached.APART, **unets.APART, **controlnets.APART}
+from tests.builders.zoo import APART, ZOO
 
 _ALONE = {"Cosmos3OmniTransformer"}  # takes one sample a call
 _MIXED = {"ControlNetUnionModel", "MultiControlNetUnionModel"}  # a sample changes with the others of its batch

@@ -9,8 +9,12 @@ import pkgutil
 from tests.builders.zoo.base import Tiny
 
 ZOO: dict[str, Tiny] = {}
+APART: dict[str, Tiny] = {}
+"""Rows whose calls cannot be cut into samples by the first axis of each argument."""
 for _module in pkgutil.iter_modules(__path__):
     if _module.name != "base":
-        _rows = importlib.import_module(f"{__name__}.{_module.name}").ROWS
+        _imported = importlib.import_module(f"{__name__}.{_module.name}")
+        _rows = _imported.ROWS
         assert not ZOO.keys() & _rows.keys(), f"{_module.name} repeats {sorted(ZOO.keys() & _rows.keys())}"
         ZOO |= _rows
+        APART |= getattr(_imported, "APART", {})
