@@ -19,6 +19,7 @@ from attngen.methods import (
     FocalAttention,
     LinearAttention,
     SoftmaxAttention,
+    TileAttention,
     TokenMerging,
 )
 from attngen.patch import AttentionPatch, apply, remove
@@ -50,6 +51,7 @@ __all__ = [
     "LearnedMediators",
     "LinearAttention",
     "SoftmaxAttention",
+    "TileAttention",
     "TokenMerging",
     "functional",
     "PRESETS",

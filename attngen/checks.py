@@ -9,7 +9,13 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor
 
-Grid = tuple[int, int]
+Grid = tuple[int, ...]
+"""(height, width) in tokens; of a video (frames, height, width). Tokens are in row-major order."""
+
+
+def sides(grid: Grid) -> str:
+    """The sides of a grid, or of a part of one, in words."""
+    return " x ".join(map(str, grid))
 
 
 def check_heads(query: Tensor, key: Tensor, value: Tensor, agents: Tensor | None = None) -> None:
@@ -46,11 +52,28 @@ def check_bias(name: str, bias: Tensor | None, shape: tuple[int, ...]) -> None:
 
 
 def check_tokens(x: Tensor, grid: Grid) -> None:
-    """Raise ValueError unless `x` is (B, N, C) with N = grid height times grid width."""
+    """Raise ValueError unless `x` is (B, N, C) with N = the product of the grid's sides."""
     if x.ndim != 3:
         raise ValueError(f"tokens must have 3 dimensions (batch, tokens, channels), got {tuple(x.shape)}")
-    if min(grid) < 1 or x.shape[1] != math.prod(grid):
-        raise ValueError(f"{x.shape[1]} tokens do not fill a grid of {grid[0]} x {grid[1]} = {math.prod(grid)}")
+    check_grid(grid)
+    if x.shape[1] != math.prod(grid):
+        raise ValueError(f"{x.shape[1]} tokens do not fill a grid of {sides(grid)} = {math.prod(grid)}")
+
+
+def check_grid(grid: Grid) -> None:
+    """Raise ValueError unless `grid` is (height, width) or (frames, height, width), each at least 1."""
+    if len(grid) not in (2, 3) or min(grid) < 1:
+        raise ValueError(f"a grid is (height, width) or (frames, height, width) in tokens, got {tuple(grid)}")
+
+
+def check_image(query: Tensor, key: Tensor, grid: Grid) -> None:
+    """Raise ValueError unless the (B, H, N, D) queries and keys are the tokens of `grid`."""
+    check_grid(grid)
+    tokens = math.prod(grid)
+    if query.shape[2] != tokens or key.shape[2] != tokens:
+        raise ValueError(
+            f"{query.shape[2]} queries and {key.shape[2]} keys do not fill a grid of {sides(grid)} = {tokens}"
+        )
 
 
 def check_number(name: str, value: float, at_least: float = 0.0, below: float | None = None) -> None:

@@ -5,6 +5,7 @@ from attngen.methods.agent import agent_attention
 from attngen.methods.focal import focal_attention
 from attngen.methods.linear import focused_feature_map, linear_attention
 from attngen.methods.matching import TokenMatching, match_tokens
+from attngen.methods.tiles import tile_attention
 from attngen.tokens import agent_grid, downsample_tokens, pool_tokens
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "linear_attention",
     "match_tokens",
     "pool_tokens",
+    "tile_attention",
 ]

@@ -258,6 +258,26 @@ def _kept_latents(original: Any) -> Any:
     return call
 
 
+def _with_counts(change: Any) -> Any:
+    def changed(original: Any) -> Any:
+        def call(*sizes, device):
+            rows, counts = original(*sizes, device=device)
+            return rows, change(counts)
+
+        return call
+
+    return changed
+
+
+def _rows_off(original: Any) -> Any:
+    def call(grid, *sizes, device):
+        rows, counts = original(grid, *sizes, device=device)
+        tokens = math.prod(grid)
+        return (rows + 1).minimum(rows.clamp(min=tokens - 1)), counts
+
+    return call
+
+
 _AGENTS = ("tests/methods/test_agent.py::test_agent_attention_equals_oracle",)
 _LINEAR = ("tests/methods/test_linear.py::test_linear_attention_equals_oracle",)
 _MERGING = (
@@ -265,6 +285,7 @@ _MERGING = (
     "tests/methods/test_matching.py::test_match_tokens_equals_oracle",
 )
 _FOCAL = ("tests/methods/test_focal.py::test_focal_attention_equals_oracle",)
+_TILES = ("tests/methods/test_tiles.py::test_tile_attention_equals_oracle",)
 _PATHS = ("tests/kernels/test_dispatch.py::test_every_path_has_the_same_numbers",)
 _UNET = ("tests/hosts/test_unet.py",)
 _GOLDEN_SIT = ("tests/sit/test_model.py::test_golden_models",)
@@ -325,6 +346,12 @@ FAULTS = {
         _AGENTS,
     ),
     # Methods
+    "tiles are chosen by their means alone": Fault(
+        "attngen.methods.tiles:SPREAD",
+        lambda original: 0.0,
+        ("tests/methods/test_tiles.py::test_a_tile_of_large_spread_is_chosen_before_one_of_larger_mean",),
+    ),
+    "empty slots of a tile are keys": Fault("attngen.methods.tiles:NOTHING", lambda original: 0.0, _TILES),
     "one scale for both softmaxes": Fault(
         "attngen.methods.agent:scales_for",
         lambda original: lambda head_dim, exponent, shortcut: original(head_dim, 1.0, shortcut),
@@ -370,24 +397,14 @@ FAULTS = {
         ),
         ("tests/methods/test_matching.py::test_match_counts",),
     ),
-    "cells count once": Fault(
-        "attngen.methods.focal:_Regions._bias",
-        lambda original: lambda self, dtype, device: original(self, dtype, device).clamp(max=0),
-        _FOCAL,
-    ),
+    "cells count once": Fault("attngen.methods.focal:_rows", _with_counts(lambda counts: counts.clamp(max=1)), _FOCAL),
     "cells count what is seen already": Fault(
-        "attngen.methods.focal:_Regions._bias",
-        lambda original: lambda self, dtype, device: original(self, dtype, device).clamp(min=0),
-        _FOCAL,
+        "attngen.methods.focal:_rows", _with_counts(lambda counts: counts.clamp(min=1)), _FOCAL
     ),
-    "regions are a token off": Fault(
-        "attngen.methods.focal:_Regions._positions",
-        lambda original: lambda self, axis, device: (original(self, axis, device) + 1).clamp(max=self.grid[axis] - 1),
-        _FOCAL,
-    ),
+    "regions are a token off": Fault("attngen.methods.focal:_rows", _rows_off, _FOCAL),
     "half precision rounds the counts": Fault(
-        "attngen.methods.focal:_Regions._bias",
-        lambda original: lambda self, dtype, device: original(self, dtype, device).bfloat16().to(dtype),
+        "attngen.methods.focal:_rows",
+        _with_counts(lambda counts: counts.log().bfloat16().double().exp()),
         ("tests/methods/test_focal.py::test_the_count_of_a_cell_is_exact_in_half_precision",),
     ),
     # The patch

@@ -6,8 +6,9 @@ float64. The layers at the end are those of the reference implementations, so th
 against `tests/golden`.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -69,29 +70,39 @@ def agent_attention(
     return out + shortcut * value.double() if shortcut else out
 
 
-def nearest_exact(x: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def places(sizes: Sequence[int]) -> list[tuple[int, ...]]:
+    """All coordinates of a grid, in row-major order."""
+    return list(itertools.product(*map(range, sizes)))
+
+
+def token(place: Sequence[int], grid: Sequence[int]) -> int:
+    """The number of the token at a place."""
+    number = 0
+    for at, length in zip(place, grid, strict=True):
+        number = number * length + at
+    return number
+
+
+def nearest_exact(x: Tensor, grid: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
     """Each of the p x q kept tokens is the one whose cell its centre falls into: row floor((i + 1/2) h / p).
 
     Args:
         x: tokens (B, N, C) of the grid, row by row.
-        grid: (h, w), with N = h w.
-        size: (p, q).
+        grid: (h, w) or (f, h, w), N in all.
+        size: (p, q), or as many as the grid has sides.
     """
-    (height, width), (rows, columns) = grid, size
     kept = []
-    for i in range(rows):
-        for j in range(columns):
-            y = math.floor((i + 0.5) * height / rows)
-            z = math.floor((j + 0.5) * width / columns)
-            kept.append(x[:, y * width + z])
+    for place in places(size):
+        centre = [math.floor((i + 0.5) * length / n) for i, length, n in zip(place, grid, size, strict=True)]
+        kept.append(x[:, token(centre, grid)])
     return torch.stack(kept, 1)
 
 
 def downsampled_attention(
-    query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int], factor: int, scale: float | None = None
+    query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, ...], factor: int, scale: float | None = None
 ) -> Tensor:
     """All queries attend to the keys and values of a grid `factor` times smaller in each direction (ToDo)."""
-    size = (grid[0] // factor, grid[1] // factor)
+    size = (*grid[:-2], grid[-2] // factor, grid[-1] // factor)
     heads = range(query.shape[1])
     key = torch.stack([nearest_exact(key[:, h], grid, size) for h in heads], 1)
     value = torch.stack([nearest_exact(value[:, h], grid, size) for h in heads], 1)
@@ -102,38 +113,41 @@ def focal_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    grid: tuple[int, int],
+    grid: tuple[int, ...],
     window: int = 8,
     margin: int = 4,
-    cells: tuple[int, int] = (8, 8),
+    cells: tuple[int, ...] = (8, 8),
     context: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
+    frames: int = 1,
+    margin_frames: int = 1,
 ) -> Tensor:
     """Each query weighs the tokens around its window by exp(q . k), each cell by how many of its tokens are not there.
 
     The cell with the set of tokens C weighs |C without the region| exp(q . mean of k over C) and gives the mean of v.
-    Tokens of `context` are weighed like those of the region. `cells` are rows and columns.
+    Tokens of `context` are weighed like those of the region. `cells` has a number for each side of the grid.
     """
     query, key, value = query.double(), key.double(), value.double()
-    (height, width), (rows, columns) = grid, cells
+    windows, margins = (frames, window, window)[-len(grid) :], (margin_frames, margin, margin)[-len(grid) :]
     scale = query.shape[3] ** -0.5 if scale is None else scale
 
-    def near(at: int, length: int) -> range:
-        side = min(window, length)
-        reach = min(side + 2 * margin, length)
-        first = max(0, min(at // side * side - margin, length - reach))
+    def near(axis: int, at: int) -> range:
+        length, side = grid[axis], min(windows[axis], grid[axis])
+        reach = min(side + 2 * margins[axis], length)
+        first = max(0, min(at // side * side - margins[axis], length - reach))
         return range(first, first + reach)
 
-    members: dict[tuple[int, int], list[int]] = {}
-    for y in range(height):
-        for x in range(width):
-            members.setdefault((y * rows // height, x * columns // width), []).append(y * width + x)
-    assert len(members) == rows * columns
+    members: dict[tuple[int, ...], list[int]] = {}
+    for place in places(grid):
+        cell = tuple(at * n // length for at, n, length in zip(place, cells, grid, strict=True))
+        members.setdefault(cell, []).append(token(place, grid))
+    assert len(members) == math.prod(cells)
     out = torch.zeros(*query.shape[:3], value.shape[3], dtype=torch.float64)
     for b in range(query.shape[0]):
         for h in range(query.shape[1]):
-            for i in range(height * width):
-                region = [y * width + x for y in near(i // width, height) for x in near(i % width, width)]
+            for i, place in enumerate(places(grid)):
+                around = itertools.product(*(near(axis, at) for axis, at in enumerate(place)))
+                region = [token(each, grid) for each in around]
                 logits = [query[b, h, i] @ key[b, h, j] * scale for j in region]
                 values = [value[b, h, j] for j in region]
                 for cell in members.values():
@@ -148,7 +162,68 @@ def focal_attention(
     return out
 
 
-# Linear attention
+def tile_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: tuple[int, ...],
+    tile: int = 8,
+    key_tile: int = 4,
+    density: float = 0.125,
+    gain: float | Tensor = 0.0,
+    context: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    frames: int = 1,
+) -> Tensor:
+    """Each tile of queries picks tiles of keys by mass and spread; what it does not pick counts as one mean each.
+
+    A query weighs a token of a picked tile, or of `context`, by exp(s q . k), and a tile of n tokens that is not picked
+    by n exp(s q . mean k), with the value mean v. Then gain s / N q . H is added times the share r of all means in the
+    weight, H = sum_t (k_t - mean of its tile) v_t^T. A tile scores
+
+        s mean q . mean k + log n + 3 s sqrt(sum_d mean(q_d^2) var(k_d)).
+    """
+    query, key, value = query.double(), key.double(), value.double()
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    gains = [float(g) for g in torch.as_tensor(gain).expand(query.shape[1])]
+
+    def members(side: int) -> list[list[int]]:
+        sides = [min(each, length) for each, length in zip((frames, side, side)[-len(grid) :], grid, strict=True)]
+        parts = [math.ceil(length / each) for length, each in zip(grid, sides, strict=True)]
+        tiles: list[list[int]] = [[] for _ in range(math.prod(parts))]
+        for place in places(grid):
+            part = [at * n // length for at, n, length in zip(place, parts, grid, strict=True)]
+            tiles[token(part, parts)].append(token(place, grid))
+        return tiles
+
+    own, others = members(tile), members(key_tile)
+    picked = min(len(others), max(1, round(density * len(others))))
+    out = torch.zeros(*query.shape[:3], value.shape[3], dtype=torch.float64)
+    for b, h in places(query.shape[:2]):
+        q, k, v = query[b, h], key[b, h], value[b, h]
+        slope = sum(torch.outer(k[t] - k[each].mean(0), v[t]) for each in others for t in each)
+        for tokens in own:
+            scores = []
+            for each in others:
+                spread = (q[tokens].square().mean(0) @ k[each].var(0, correction=0)).sqrt()
+                mass = q[tokens].mean(0) @ k[each].mean(0) * scale + math.log(len(each))
+                scores.append(float(mass + 3 * scale * spread))
+            near = sorted(range(len(others)), key=lambda j: -scores[j])[:picked]
+            for i in tokens:
+                logits = [q[i] @ k[t] * scale for j in near for t in others[j]]
+                values = [v[t] for j in near for t in others[j]]
+                if context is not None:
+                    logits += list(context[0][b, h].double() @ q[i] * scale)
+                    values += list(context[1][b, h].double())
+                exact = len(logits)
+                for j in range(len(others)):
+                    if j not in near:
+                        logits.append(q[i] @ k[others[j]].mean(0) * scale + math.log(len(others[j])))
+                        values.append(v[others[j]].mean(0))
+                weights = softmax(torch.stack(logits))
+                out[b, h, i] = weights @ torch.stack(values)
+                out[b, h, i] += gains[h] * scale / len(q) * weights[exact:].sum() * (q[i] @ slope)
+    return out
 
 
 def focused_feature_map(x: Tensor, factor: float = 3) -> Tensor:
@@ -234,25 +309,22 @@ def rotate(x: Tensor, grid: tuple[int, int], base: float = 10000.0) -> Tensor:
 # Tokens on a grid
 
 
-def pool_tokens(x: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def pool_tokens(x: Tensor, grid: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
     """Mean over p x q windows; window i covers rows floor(i h / p) up to, not including, ceil((i + 1) h / p).
 
     Args:
         x: tokens (B, N, C), row by row.
-        grid: (h, w), with N = h w.
-        size: (p, q).
+        grid: (h, w) or (f, h, w), N in all.
+        size: (p, q), or as many as the grid has sides.
     """
     x = x.double()
-    (height, width), (rows, columns) = grid, size
     pooled = []
-    for i in range(rows):
-        for j in range(columns):
-            window = [
-                x[:, y * width + z]
-                for y in range(i * height // rows, -(-(i + 1) * height // rows))
-                for z in range(j * width // columns, -(-(j + 1) * width // columns))
-            ]
-            pooled.append(sum(window) / len(window))
+    for place in places(size):
+        covered = [
+            range(i * length // n, -(-(i + 1) * length // n)) for i, length, n in zip(place, grid, size, strict=True)
+        ]
+        window = [x[:, token(each, grid)] for each in itertools.product(*covered)]
+        pooled.append(sum(window) / len(window))
     return torch.stack(pooled, 1)
 
 

@@ -19,6 +19,7 @@ from attngen import (
     Plan,
     SoftmaxAttention,
     Stage,
+    TileAttention,
     TokenMerging,
 )
 from attngen.learned.file import config_hash
@@ -36,6 +37,7 @@ ALL = [
     TokenMerging(0.25, 4, 0.9, True, 0.5, 0.0),
     DownsampledKV(3),
     FocalAttention(),
+    TileAttention(4, 2, 0.3, 0.5, 2, (0.5, 0.25)),
     FocalAttention(4, 0, 9),
     *(LinearAttention(name) for name in ("elu", "relu", "focused", "identity")),
 ]
@@ -66,6 +68,7 @@ def test_every_option_is_written_and_a_missing_one_has_its_default():
         "gain": 1.0,
         "agents": "pooled",
         "correction": None,
+        "frames": None,
     }
     assert method_from_dict({"method": "agent", "num_agents": 64}) == AgentAttention(num_agents=64)
 
@@ -417,9 +420,7 @@ def test_plans_are_loaded_by_their_id(hub, tmp_path, monkeypatch):
     model = small_unet()
     with attngen.apply(model, "someone/sdxl-plans:fast/4.json") as handle:
         assert handle.plan == Plan.of(AgentAttention(9))
-    with pytest.raises(
-        ValueError, match=r"^cannot fetch plan.json of someone/else from the Hub: 404: .* plan.json$"
-    ):
+    with pytest.raises(ValueError, match=r"^cannot fetch plan.json of someone/else from the Hub: 404: .* plan.json$"):
         attngen.apply(model, "someone/else")
 
 

@@ -16,6 +16,7 @@ from attngen.methods.focal import FocalAttention
 from attngen.methods.linear import LinearAttention
 from attngen.methods.merge import TokenMerging
 from attngen.methods.softmax import SoftmaxAttention
+from attngen.methods.tiles import TileAttention
 
 METHOD_CLASSES: Mapping[str, type[AttentionMethod]] = {
     cls.kind: cls
@@ -25,6 +26,7 @@ METHOD_CLASSES: Mapping[str, type[AttentionMethod]] = {
         TokenMerging,
         DownsampledKV,
         FocalAttention,
+        TileAttention,
         LinearAttention,
     )
 }

@@ -107,6 +107,8 @@ class AgentAttention(AttentionMethod):
             tokens, one from each cell and those most similar to it from anywhere (the second merge of the paper, of
             the layer's input).
         correction: None, or "nystrom", see `attngen.functional.agent_attention`.
+        frames: of a video, most frames that an agent's cell covers; None for cells about as many frames long as they
+            are tokens wide.
     """
 
     num_agents: int = option(256, "most agents a layer uses", low=1, high=4096, shown=True)
@@ -117,6 +119,7 @@ class AgentAttention(AttentionMethod):
     gain: float = option(1.0, "factor of what comes through the agents", high=2, step=0.05)
     agents: Literal["pooled", "merged"] = option("pooled", "mean query of each cell, or of similar tokens")
     correction: Correction | None = option(None, "matrix applied between the two softmaxes")
+    frames: int | None = option(None, "most frames in an agent's cell, in videos", low=1, high=64)
 
     kind: ClassVar[str] = "agent"
     title: ClassVar[str] = "Agents"
@@ -162,14 +165,15 @@ class AgentAttention(AttentionMethod):
         return layer.output(join_heads(mixed).to(query.dtype))
 
     def _cells(self, grid: Grid) -> Grid:
-        """Rows and columns of the agents, or of the cells that merged agents start from."""
-        cells = agent_grid(self.num_agents, grid)
+        """Rows and columns of the agents, or of the cells that merged agents start from; of a video frames before."""
+        cells = agent_grid(self.num_agents, grid, self.frames)
         return cells if self.agents != "merged" else cells_of(grid, _stride(cells, grid))
 
     def _merged(self, x: Tensor, grid: Grid) -> Selection:
         """All tokens, and means of similar ones, (B, M, C), as agents."""
         with torch.no_grad():
-            matching = match_drawn_tokens(x, grid, _stride(agent_grid(self.num_agents, grid), grid), 0.0, None, None)
+            stride = _stride(agent_grid(self.num_agents, grid, self.frames), grid)
+            matching = match_drawn_tokens(x, grid, stride, 0.0, None, None)
         matching = replace(matching, num_merged=len(matching.source))
         return Selection(x, x, matching.merge(x), agent_positions=matching.positions())
 
@@ -200,8 +204,8 @@ class AgentAttention(AttentionMethod):
 
 
 def _stride(cells: Grid, grid: Grid) -> Grid:
-    """(rows, columns) of equal whole cells, no more of them than `cells`."""
-    return -(-grid[0] // cells[0]), -(-grid[1] // cells[1])
+    """Sides of equal whole cells, no more of them than `cells`."""
+    return tuple(-(-length // count) for length, count in zip(grid, cells, strict=True))
 
 
 def scales_for(head_dim: int, broadcast_exponent: float, shortcut: float) -> AgentScales:

@@ -18,16 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attngen.checks import Grid, check_heads
+from attngen.checks import Grid, check_heads, check_image, sides
+from attngen.kernels.gathered import NOTHING, gathered_attention, gathered_by
 from attngen.kernels.like import Like
 from attngen.layers.call import Call
-from attngen.layers.layer import Attention, Layer, Selection
+from attngen.layers.layer import Layer, Selection
 from attngen.layers.route import Route, exact
 from attngen.methods.base import AttentionMethod, LayerShape, Preset, option
-from attngen.tokens import agent_grid, join_heads
-
-_NOTHING = -50.0
-"""Bias of a cell without weight. Its mean is among the region's tokens, so no logit can make up for it."""
+from attngen.methods.tiling import Tiles
+from attngen.tokens import Tensors, agent_grid, join_heads, made_once
 
 
 def focal_attention(
@@ -41,6 +40,8 @@ def focal_attention(
     num_cells: int = 64,
     context: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
+    frames: int = 1,
+    margin_frames: int = 1,
 ) -> Tensor:
     """Softmax attention of each window of queries to near keys exactly and to all others as means of cells.
 
@@ -53,12 +54,14 @@ def focal_attention(
         query: (B, H, N, D), image tokens in row-major order.
         key: (B, H, N, D).
         value: (B, H, N, E).
-        grid: (height, width), N = height · width.
+        grid: (height, width) or (frames, height, width), N in all.
         window: side of a window, in tokens.
         margin: tokens beyond the window on each side, at least 0.
         num_cells: most cells, arranged by `agent_grid`.
         context: keys and values (B, H, T, ·) that every query attends to exactly, such as those of a text.
         scale: s; D**-0.5 if None.
+        frames: of a video, in a window.
+        margin_frames: frames beyond the window on each side, at least 0.
 
     Returns:
         (B, H, N, E) in the dtype of `value`.
@@ -72,33 +75,36 @@ def focal_attention(
         check_heads(query, *context)
     if scale == 0:
         raise ValueError("scale must not be 0, because the weight of a cell is a part of its logits")
-    tokens = math.prod(grid)
-    if min(grid) < 1 or query.shape[2] != tokens or key.shape[2] != tokens:
-        raise ValueError(
-            f"{query.shape[2]} queries and {key.shape[2]} keys do not fill a grid of {grid[0]} x {grid[1]} = {tokens}"
-        )
-    FocalAttention(window, margin, num_cells)  # checks the options
-    return _Regions(grid, window, margin, num_cells).attend(query, key, value, context, scale)
+    check_image(query, key, grid)
+    FocalAttention(window, margin, num_cells, frames, margin_frames)  # checks the options
+    scale = float(query.shape[-1] ** -0.5) if scale is None else scale
+    regions = _Regions(grid, window, margin, num_cells, frames, margin_frames)
+    return regions.attend(query, key, value, context, scale)
 
 
 class _Regions:
-    """How a grid is cut: windows of queries, the region of keys of each, and cells.
+    """How a grid is cut: windows of queries, the region of keys of each, and cells, in numbers by axis.
 
     Attributes:
-        grid: (height, width) of the tokens.
+        grid: tokens.
         window: sides of a window.
-        windows: rows and columns of windows; the last of a row or column may reach beyond the grid.
+        windows: number of windows; the last of an axis may reach beyond the grid.
         region: sides of a region.
-        cells: rows and columns of cells.
+        cells: number of cells.
     """
 
-    def __init__(self, grid: Grid, window: int, margin: int, num_cells: int) -> None:
+    def __init__(
+        self, grid: Grid, window: int, margin: int, num_cells: int, frames: int = 1, margin_frames: int = 1
+    ) -> None:
+        in_time = len(grid) - 2
+        wanted, margins = (frames,) * in_time + (window,) * 2, (margin_frames,) * in_time + (margin,) * 2
         self.grid = grid
-        self.window = min(window, grid[0]), min(window, grid[1])
-        self.windows = -(-grid[0] // self.window[0]), -(-grid[1] // self.window[1])
-        self.region = min(self.window[0] + 2 * margin, grid[0]), min(self.window[1] + 2 * margin, grid[1])
+        self.window = tuple(map(min, wanted, grid))
+        self.windows = tuple(-(-length // side) for length, side in zip(grid, self.window, strict=True))
+        reach = (side + 2 * extra for side, extra in zip(self.window, margins, strict=True))
+        self.region = tuple(map(min, reach, grid))
         self.cells = agent_grid(num_cells, grid)
-        self._margin = margin
+        self._margins = margins
 
     @property
     def num_keys(self) -> int:
@@ -116,101 +122,102 @@ class _Regions:
         key: Tensor,
         value: Tensor,
         context: tuple[Tensor, Tensor] | None,
-        scale: float | None,
-        attention: Attention | Callable[..., Tensor] = F.scaled_dot_product_attention,
+        scale: float,
+        attention: Callable[..., Tensor] | None = None,
     ) -> Tensor:
-        """See `focal_attention`; by `attention`, which needs to support neither biases nor masks.
+        """See `focal_attention`; by `attention`, which needs to support neither biases nor masks, where that is given.
 
-        The bias is a channel of the keys instead, against ones in the queries. All fused attention kernels can run
-        that; with a bias only some can, 4 times slower on a CPU.
+        Without it by fused attention, on a CPU over chunks of gathered keys.
         """
-        batch, heads, _, size = query.shape
-        scale = float(size**-0.5) if scale is None else scale
-        width = _padded(max(size + 2, value.shape[3]))
         text_key, text_value = context or (None, None)
-        queries = self._cut(_widen(query, width, 1.0))
-        keys = self._gather(_widen(key, width), None if text_key is None else _widen(text_key, width))
-        values = self._gather(_widen(value, width), None if text_value is None else _widen(text_value, width))
-        largest = torch.finfo(keys.dtype).max
-        bias = self._bias(torch.promote_types(query.dtype, torch.float32), query.device) / scale
-        bias = bias.clamp(-largest, largest)
-        # In two parts, for half precision: the second channel has the rounding error of the first.
-        coarse = bias.to(keys.dtype)
-        keys[:, :, : bias.shape[1], size] = coarse
-        keys[:, :, : bias.shape[1], size + 1] = (bias - coarse).to(keys.dtype)
-        mixed = attention(queries, keys, values, scale=scale)
-        return self._join(mixed[..., : value.shape[3]]).unflatten(0, (batch, heads))
+        texts = 0 if text_key is None else text_key.shape[2]
+        rows, outside = _rows(
+            self.grid, self.window, self.windows, self.region, self._margins, self.cells, texts, device=query.device
+        )
+        bias = outside.log().clamp_min(NOTHING)
+        tables = self._table(key, text_key), self._table(value, text_value)
+        if attention is None and query.device.type == "cpu":
+            mixed = gathered_attention(self._cut(query), *tables, rows, bias, scale)
+        else:
+            run = attention or F.scaled_dot_product_attention
+            mixed = gathered_by(run, self._cut(query), *tables, rows, bias, scale)
+        return self._join(mixed, len(query))
 
     # Windows of queries
 
+    @property
+    def _tiles(self) -> Tiles:
+        """The windows, as tiles of a grid that they fill."""
+        filled = tuple(count * side for count, side in zip(self.windows, self.window, strict=True))
+        return Tiles(filled, self.windows, self.window)
+
     def _cut(self, x: Tensor) -> Tensor:
         """(B, H, N, D) -> (B · H, windows, tokens of a window, D), zeros beyond the grid."""
-        (rows, columns), (height, width) = self.windows, self.window
-        image = x.flatten(0, 1).unflatten(1, self.grid)
-        image = F.pad(image, (0, 0, 0, columns * width - self.grid[1], 0, rows * height - self.grid[0]))
-        cut = image.unflatten(2, (columns, width)).unflatten(1, (rows, height))
-        return cut.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        beyond = [filled - length for filled, length in zip(self._tiles.grid, self.grid, strict=True)]
+        if any(beyond):
+            sizes = [size for pair in zip([0] * len(beyond), reversed(beyond), strict=True) for size in pair]
+            x = F.pad(x.unflatten(2, self.grid), (0, 0, *sizes)).flatten(2, -2)
+        return self._tiles.cut(x)
 
-    def _join(self, x: Tensor) -> Tensor:
-        """The result of `_cut`, back to (B · H, N, D)."""
-        image = x.unflatten(2, self.window).unflatten(1, self.windows).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        return image[:, : self.grid[0], : self.grid[1]].flatten(1, 2)
+    def _join(self, x: Tensor, batch: int) -> Tensor:
+        """The result of `_cut`, back to (B, H, N, D)."""
+        joined = self._tiles.join(x, batch)
+        if self._tiles.grid == self.grid:
+            return joined
+        image = joined.unflatten(2, self._tiles.grid)
+        for axis, length in enumerate(self.grid):
+            image = image.narrow(2 + axis, 0, length)
+        return image.flatten(2, -2)
 
-    # Keys of each window
+    # Keys
 
-    def _gather(self, x: Tensor, text: Tensor | None) -> Tensor:
-        """(B, H, N, D) -> (B · H, windows, keys, D): the region's tokens, the means of all cells, and those of text."""
-        image = x.flatten(0, 1)
-        parts = [image, self._means(image.unflatten(1, self.grid))]
-        parts += [] if text is None else [text.flatten(0, 1)]
-        rows, columns = (self._positions(axis, x.device) for axis in (0, 1))
-        near = rows[:, None, :, None] * self.grid[1] + columns[None, :, None, :]
-        near = near.flatten(2).flatten(0, 1)  # (windows, tokens of a region)
-        others = torch.arange(image.shape[1], sum(part.shape[1] for part in parts), device=x.device)
-        index = torch.cat([near, others.expand(near.shape[0], -1)], dim=1)
-        return torch.cat(parts, dim=1).index_select(1, index.flatten()).unflatten(1, index.shape)
-
-    def _positions(self, axis: int, device: torch.device) -> Tensor:
-        """(windows, region) rows or columns of the region of each window."""
-        first = torch.arange(self.windows[axis], device=device) * self.window[axis] - self._margin
-        first = first.clamp(0, self.grid[axis] - self.region[axis])
-        return first[:, None] + torch.arange(self.region[axis], device=device)
-
-    # Cells
-
-    def _members(self, axis: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(cells, tokens) 1 where a row or column belongs to a cell; each belongs to one."""
-        cell = torch.arange(self.grid[axis], device=device) * self.cells[axis] // self.grid[axis]
-        return (cell == torch.arange(self.cells[axis], device=device)[:, None]).to(dtype)
+    def _table(self, x: Tensor, text: Tensor | None) -> Tensor:
+        """(B, H, N, D) -> (B · H, rows, D): the tokens, the means of all cells, and the text."""
+        tokens = x.flatten(0, 1)
+        parts = [tokens, self._means(tokens.unflatten(1, self.grid))]
+        return torch.cat(parts if text is None else [*parts, text.flatten(0, 1)], dim=1)
 
     def _means(self, image: Tensor) -> Tensor:
-        """(B · H, h, w, D) -> (B · H, cells, D), by products, which sum in one order on every device."""
+        """(B · H, …grid, D) -> (B · H, cells, D), by products, which sum in one order on every device."""
         exact = torch.promote_types(image.dtype, torch.float32)
-        rows, columns = (self._members(axis, exact, image.device) for axis in (0, 1))
-        rows, columns = ((x / x.sum(1, keepdim=True)).to(image.dtype) for x in (rows, columns))
-        half = (rows @ image.flatten(2)).unflatten(2, image.shape[2:])  # (B · H, cell rows, w, D)
-        return (columns @ half).flatten(1, 2)
-
-    def _bias(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(windows, region and cells) log of the number of tokens of a key, `_NOTHING` for cells in the region."""
-        inside = []
-        for axis in (0, 1):
-            members, positions = self._members(axis, dtype, device), self._positions(axis, device)
-            inside.append(members[:, positions].sum(-1).T)  # (windows, cells) of rows or columns
-        rows, columns = (self._members(axis, dtype, device).sum(1) for axis in (0, 1))
-        within = inside[0][:, None, :, None] * inside[1][None, :, None, :]
-        outside = (rows[:, None] * columns - within).flatten(2).flatten(0, 1)
-        return F.pad(outside.log().clamp_min(_NOTHING), (math.prod(self.region), 0))
+        for axis, (length, cells) in enumerate(zip(self.grid, self.cells, strict=True)):
+            (members,) = _members(length, cells, device=image.device)
+            weight = (members / members.sum(1, keepdim=True)).to(exact).to(image.dtype)
+            rest = image.shape[2 + axis :]
+            image = (weight @ image.flatten(2 + axis)).unflatten(-1, rest)
+        return image.flatten(1, -2)
 
 
-def _padded(channels: int) -> int:
-    """Fused kernels need queries, keys and values of one width, a multiple of 8."""
-    return -(-channels // 8) * 8
+@made_once
+def _members(length: int, cells: int) -> Tensors:
+    """(cells, length) 1 where a token of an axis belongs to a cell; each belongs to one."""
+    cell = torch.arange(length) * cells // length
+    return ((cell == torch.arange(cells)[:, None]).double(),)
 
 
-def _widen(x: Tensor, width: int, fill: float = 0.0) -> Tensor:
-    """Further channels of one value."""
-    return F.pad(x, (0, width - x.shape[-1]), value=fill)
+@made_once
+def _rows(grid: Grid, window: Grid, windows: Grid, region: Grid, margins: Grid, cells: Grid, texts: int) -> Tensors:
+    """Rows of the table of keys for each window, and how many tokens each stands for outside of the region.
+
+    Returns:
+        (1, windows, L) whole numbers: the tokens of the region, all cells, all texts; and (1, windows, L), 1 but for
+        cells.
+    """
+    near, within, size = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1).double(), torch.ones(1).double()
+    axes = zip(grid, window, windows, region, margins, cells, strict=True)
+    for length, side, count, reach, margin, parts in axes:
+        first = (torch.arange(count) * side - margin).clamp(0, length - reach)
+        position = first[:, None] + torch.arange(reach)  # (windows, region) of this axis
+        cell = torch.arange(length) * parts // length
+        members = (cell == torch.arange(parts)[:, None]).double()
+        inside = members[:, position].sum(-1).T  # (windows, cells) of this axis
+        near = (near[:, None, :, None] * length + position[None, :, None, :]).flatten(2).flatten(0, 1)
+        within = (within[:, None, :, None] * inside[None, :, None, :]).flatten(2).flatten(0, 1)
+        size = (size[:, None] * members.sum(1)).flatten()
+    others = torch.arange(math.prod(grid), math.prod(grid) + len(size) + texts)
+    rows = torch.cat([near, others.expand(len(near), -1)], dim=1)
+    ones = torch.ones_like(near, dtype=torch.float64), torch.ones(len(near), texts).double()
+    return rows[None], torch.cat([ones[0], size - within, ones[1]], dim=1)[None]
 
 
 @dataclass(frozen=True)
@@ -223,11 +230,15 @@ class FocalAttention(AttentionMethod):
         window: side of a window of queries that share their keys, in tokens of the layer.
         margin: tokens beyond the window that they attend to exactly, on each side.
         num_cells: largest number of cells for the rest.
+        frames: of a video, in a window.
+        margin_frames: frames beyond the window that it attends to exactly, on each side.
     """
 
     window: int = option(8, "side of a window of queries that share their keys, in tokens", low=1, high=64)
     margin: int = option(4, "tokens around the window that are attended to exactly", high=64)
     num_cells: int = option(64, "largest number of cells for the rest", low=1, high=4096)
+    frames: int = option(1, "frames in a window, in videos", low=1, high=64)
+    margin_frames: int = option(1, "frames around the window that are attended to exactly, in videos", high=64)
 
     kind: ClassVar[str] = "focal"
     title: ClassVar[str] = "Near exactly, far in cells"
@@ -251,11 +262,11 @@ class FocalAttention(AttentionMethod):
         regions, tokens = self._regions(grid), math.prod(grid)
         if regions.num_queries * regions.num_keys < tokens * tokens:
             return None
-        (height, width), cells = regions.region, math.prod(regions.cells)
-        return f"a region of {height} x {width} and {cells} cells are no fewer keys than {tokens} tokens"
+        cells = math.prod(regions.cells)
+        return f"a region of {sides(regions.region)} and {cells} cells are no fewer keys than {tokens} tokens"
 
     def _regions(self, grid: Grid) -> _Regions:
-        return _Regions(grid, self.window, self.margin, self.num_cells)
+        return _Regions(grid, self.window, self.margin, self.num_cells, self.frames, self.margin_frames)
 
     def route(self, layer: Layer, call: Call, like: Like) -> Route:
         why = self.why_exact(call.grid)
@@ -263,14 +274,17 @@ class FocalAttention(AttentionMethod):
 
     def _run(self, layer: Layer, hidden_states: Tensor, call: Call) -> Tensor:
         query, key, value = layer.project(Selection(hidden_states, hidden_states))
-        mixed = self._regions(call.grid).attend(query, key, value, layer.context, None, layer.attention)
+        attention = layer.attention if layer.kernel is None else None
+        scale = float(layer.head_dim**-0.5)
+        mixed = self._regions(call.grid).attend(query, key, value, layer.context, scale, attention)
         return layer.output(join_heads(mixed).to(query.dtype))
 
     def flops(self, shape: LayerShape, kernel: str = "") -> int:
         regions = self._regions(shape.grid)
-        width = shape.num_heads * _padded(shape.head_dim + 2)
-        core = 4 * width * regions.num_queries * (regions.num_keys + shape.context)
+        core = 4 * shape.width * regions.num_queries * (regions.num_keys + shape.context)
         text = 4 * shape.width * shape.context * (shape.tokens + shape.context)
-        rows, columns = regions.cells
-        means = 2 * 2 * width * rows * shape.grid[1] * (shape.grid[0] + columns)
+        means, sizes = 0, list(shape.grid)
+        for axis, cells in enumerate(regions.cells):
+            means += 4 * shape.width * cells * math.prod(sizes)
+            sizes[axis] = cells
         return shape.projection_flops(shape.tokens, shape.tokens) + core + text + means

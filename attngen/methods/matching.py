@@ -10,13 +10,14 @@ Papers: Token Merging for Fast Stable Diffusion, Bolya and Hoffman 2023, arXiv 2
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from attngen.checks import Grid, check_fraction, check_tokens
+from attngen.checks import Grid, check_fraction, check_tokens, sides
 
 # Similarities held at once, for one sample: 2^26 float32 values are 256 MiB.
 _MAX_SCORES = 2**26
@@ -132,8 +133,9 @@ def match_tokens(
 
     Args:
         x: (B, N, C), the tokens that are compared (by cosine), row-major.
-        grid: (height, width), N = height · width. Tokens beyond the last whole cell are never destinations.
-        stride: (rows, columns) of a cell.
+        grid: (height, width) or (frames, height, width), N in all. Tokens beyond the last whole cell are never
+            destinations.
+        stride: as many sides, of a cell.
         ratio: share of all tokens to merge away; at most those that are not destinations.
         agent_ratio: share merged away to make agents, or None for no agents.
         generator: chooses each cell's destination at random; None takes the top-left token.
@@ -142,11 +144,9 @@ def match_tokens(
         ValueError: if the tokens do not fill the grid, a cell is larger than it, or a ratio is not in [0, 1).
     """
     check_tokens(x, grid)
-    rows, columns = cells_of(grid, stride)
-    draws = None
+    cells, draws = cells_of(grid, stride), None
     if generator is not None:
-        size = (rows, columns, 1)
-        draws = torch.randint(stride[0] * stride[1], size, generator=generator, device=generator.device)
+        draws = torch.randint(math.prod(stride), (*cells, 1), generator=generator, device=generator.device)
         draws = draws.to(x.device).flatten()
     return match_drawn_tokens(x, grid, stride, ratio, agent_ratio, draws)
 
@@ -154,7 +154,7 @@ def match_tokens(
 def match_drawn_tokens(
     x: Tensor, grid: Grid, stride: Grid, ratio: float, agent_ratio: float | None, draws: Tensor | None
 ) -> TokenMatching:
-    """`match_tokens` with the draws given: (cells,) whole numbers below rows · columns of a cell, or None."""
+    """`match_tokens` with the draws given: (cells,) whole numbers below the tokens of a cell, or None."""
     check_fraction("ratio", ratio)
     source, destination = _split(grid, stride, draws, x.device)
     num_merged = merged_count(grid, stride, ratio)
@@ -176,26 +176,29 @@ def merged_count(grid: Grid, stride: Grid, ratio: float) -> int:
 
 
 def cells_of(grid: Grid, stride: Grid) -> Grid:
-    """(rows, columns) of whole cells of `stride` tokens in a grid; raises ValueError where there is none."""
-    if min(stride) < 1 or stride[0] > grid[0] or stride[1] > grid[1]:
-        raise ValueError(f"cells of {stride[0]} x {stride[1]} do not fit a grid of {grid[0]} x {grid[1]}")
-    return grid[0] // stride[0], grid[1] // stride[1]
+    """Numbers of whole cells of `stride` tokens along the axes of a grid; raises ValueError where there is none."""
+    if len(stride) != len(grid) or min(stride) < 1 or any(map(operator.gt, stride, grid)):
+        raise ValueError(f"cells of {sides(stride)} do not fit a grid of {sides(grid)}")
+    return tuple(length // side for length, side in zip(grid, stride, strict=True))
 
 
 def _split(grid: Grid, stride: Grid, draws: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """Positions of the sources and of the destinations."""
-    rows, columns = cells_of(grid, stride)
+    cells = cells_of(grid, stride)
+    number = math.prod(cells)
     if draws is None:
-        draws = torch.zeros(rows * columns, dtype=torch.long, device=device)
-    draws = draws.to(device).view(rows, columns)
-    row = torch.arange(rows, device=device)[:, None] * stride[0] + draws // stride[1]
-    column = torch.arange(columns, device=device)[None, :] * stride[1] + draws % stride[1]
-    chosen = (row * grid[1] + column).flatten()
-    flags = torch.zeros(math.prod(grid), dtype=torch.long, device=device).index_fill(0, chosen, -1)
+        draws = torch.zeros(number, dtype=torch.long, device=device)
+    draws = draws.to(device).view(cells)
+    chosen = torch.zeros((), dtype=torch.long, device=device)
+    for axis, (length, side, count) in enumerate(zip(grid, stride, cells, strict=True)):
+        offset = draws // math.prod(stride[axis + 1 :]) % side
+        first = torch.arange(count, device=device) * side
+        chosen = chosen * length + first.view(-1, *[1] * (len(grid) - 1 - axis)) + offset
+    flags = torch.zeros(math.prod(grid), dtype=torch.long, device=device).index_fill(0, chosen.flatten(), -1)
     # Sorting the flags lists the destinations, then the sources, without a data-dependent size. The published code
     # leaves the order among equals to the sort; the same call gives the same rows. Attention ignores the order.
     positions = flags.argsort()
-    return positions[rows * columns :], positions[: rows * columns]
+    return positions[number:], positions[:number]
 
 
 def _nearest(x: Tensor, source: Tensor, destination: Tensor) -> tuple[Tensor, Tensor]:

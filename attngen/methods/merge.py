@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attngen.checks import Grid
+from attngen.checks import Grid, sides
 from attngen.kernels import dispatch
 from attngen.kernels.like import Like
 from attngen.layers.call import Call
@@ -66,25 +66,25 @@ class TokenMerging(AttentionMethod):
     def needs_draws(self) -> bool:
         return self.random
 
-    @property
-    def _cell(self) -> Grid:
-        return self.stride, self.stride
+    def _cell(self, grid: Grid) -> Grid:
+        """Sides of a cell; one frame of a video."""
+        return *(1,) * (len(grid) - 2), self.stride, self.stride
 
     def why_exact(self, grid: Grid) -> str | None:
         """Why this is exact attention on `grid`, or None where it is not."""
-        if self.stride > min(grid):
-            return f"cells of {self.stride} x {self.stride} do not fit a grid of {grid[0]} x {grid[1]}"
-        if merged_count(grid, self._cell, self.ratio) == 0 and self.agents_at(grid) is None:
+        if self.stride > min(grid[-2:]):
+            return f"cells of {self.stride} x {self.stride} do not fit a grid of {sides(grid)}"
+        if merged_count(grid, self._cell(grid), self.ratio) == 0 and self.agents_at(grid) is None:
             return f"a ratio of {self.ratio} merges no token of {math.prod(grid)}"
         return None
 
     def agents_at(self, grid: Grid) -> int | None:
         """Number of agents on `grid`, or None where there are none."""
-        if self.agent_ratio is None or self.stride > min(grid):
+        if self.agent_ratio is None or self.stride > min(grid[-2:]):
             return None
         tokens = math.prod(grid)
-        agents = tokens - merged_count(grid, self._cell, self.agent_ratio)
-        return agents if 2 * agents < tokens - merged_count(grid, self._cell, self.ratio) else None
+        agents = tokens - merged_count(grid, self._cell(grid), self.agent_ratio)
+        return agents if 2 * agents < tokens - merged_count(grid, self._cell(grid), self.ratio) else None
 
     def route(self, layer: Layer, call: Call, like: Like) -> Route:
         why = self.why_exact(call.grid)
@@ -93,7 +93,7 @@ class TokenMerging(AttentionMethod):
         agents = self.agents_at(call.grid)
         if agents is None or layer.kernel is None:
             return Route(partial(self._run, kernel=None), layer.attention.name, None, agents)
-        merged = like.shape[1] - merged_count(call.grid, self._cell, self.ratio)
+        merged = like.shape[1] - merged_count(call.grid, self._cell(call.grid), self.ratio)
         queries = like.sized(like.shape[0], layer.heads, merged, layer.head_dim)
         keys = like.sized(like.shape[0], layer.heads, merged + layer.context_tokens, layer.head_dim)
         pooled = like.sized(like.shape[0], layer.heads, agents, layer.head_dim)
@@ -117,11 +117,11 @@ class TokenMerging(AttentionMethod):
         """The merged tokens of a layer's input (B, N, C), matched on `call.metric` where there is one."""
         draws = call.draws
         if draws is not None:
-            cells = math.prod(cells_of(call.grid, self._cell))
+            cells = math.prod(cells_of(call.grid, self._cell(call.grid)))
             draws = draws[:cells] % (self.stride * self.stride)
         metric = x if call.metric is None else call.metric
         with torch.no_grad():
-            matching = match_drawn_tokens(metric, call.grid, self._cell, self.ratio, self.agent_ratio, draws)
+            matching = match_drawn_tokens(metric, call.grid, self._cell(call.grid), self.ratio, self.agent_ratio, draws)
         merged, positions = matching.merge(x), matching.positions()
         agents, agent_positions = None, None
         if matching.agents is not None:
@@ -129,9 +129,13 @@ class TokenMerging(AttentionMethod):
         return Selection(merged, merged, agents, matching.unmerge, positions, positions, agent_positions)
 
     def flops(self, shape: LayerShape, kernel: str = "") -> int:
-        destinations = math.prod(cells_of(shape.grid, self._cell))
+        cell = self._cell(shape.grid)
+        destinations = math.prod(cells_of(shape.grid, cell))
         matching = 2 * (shape.tokens - destinations) * destinations * shape.channels
-        tokens, agents = shape.tokens - merged_count(shape.grid, self._cell, self.ratio), self.agents_at(shape.grid)
+        tokens, agents = (
+            shape.tokens - merged_count(shape.grid, self._cell(shape.grid), self.ratio),
+            self.agents_at(shape.grid),
+        )
         projections = shape.projection_flops(tokens, tokens)
         if agents is None:
             return projections + matching + shape.core_flops(tokens, tokens)

@@ -22,6 +22,7 @@ from attngen import (
     LinearAttention,
     Plan,
     SoftmaxAttention,
+    TileAttention,
     Stage,
     TokenMerging,
 )
@@ -37,6 +38,7 @@ METHODS: dict[str, Any] = {
     "merging": TokenMerging(0.5, random=True),
     "downsampled": DownsampledKV(2),
     "focal": FocalAttention(2, 1, 4),
+    "tiles": TileAttention(2, 1, 0.2),
     "linear": LinearAttention("elu"),
     "stages": STAGES,
 }

@@ -23,6 +23,8 @@ FOCAL = [
     ((3, 11), 4, 2, 9),
     ((1, 9), 2, 1, 3),
     ((6, 6), 1, 0, 36),
+    ((4, 4, 5), 2, 1, 6),
+    ((3, 1, 6), 2, 1, 4),
 ]
 
 
@@ -32,7 +34,7 @@ def test_focal_attention_equals_oracle(grid, window, margin, cells, text):
     tokens = math.prod(grid)
     query, key, value = (normal(2, 2, tokens, size, seed=i) for i, size in enumerate((8, 8, 5)))
     context = (normal(2, 2, text, 8, seed=5), normal(2, 2, text, 5, seed=6)) if text else None
-    options = {"window": window, "margin": margin, "context": context, "scale": 0.7}
+    options = {"window": window, "margin": margin, "context": context, "scale": 0.7, "frames": 2, "margin_frames": 1}
     want = oracles.focal_attention(query, key, value, grid, cells=F.agent_grid(cells, grid), **options)
     assert_close(F.focal_attention(query, key, value, grid, num_cells=cells, **options), want)
     for dtype in DTYPES[1:]:
@@ -42,6 +44,18 @@ def test_focal_attention_equals_oracle(grid, window, margin, cells, text):
         got = F.focal_attention(*half, grid, num_cells=cells, **options)
         assert got.dtype == dtype
         assert_close(got, want, 1e-2)
+
+
+def test_windows_and_cells_do_not_cross_the_edge_of_a_frame():
+    """Without a margin in time, a frame of its own is what an image of its own would be, but for the cell."""
+    query, key, value = (normal(1, 2, 3 * 16, 8, seed=i) for i in range(3))
+    options = {"window": 2, "margin": 0, "margin_frames": 0}
+    before = F.focal_attention(query, key, value, (3, 4, 4), num_cells=1, **options)
+    rows = slice(16, 32)
+    key[:, :, 16:32], value[:, :, 16:32] = key[:, :, 16:32].flip(2), value[:, :, 16:32].flip(2)  # means stay
+    after = F.focal_attention(query, key, value, (3, 4, 4), num_cells=1, **options)
+    same = torch.isclose(before, after, rtol=1e-4, atol=1e-5).all(-1)
+    assert same[:, :, :16].all() and same[:, :, 32:].all() and not same[:, :, rows].any()
 
 
 def test_focal_attention_of_the_whole_grid_is_softmax_attention():
@@ -72,9 +86,10 @@ def test_focal_attention_by_a_backend_without_masks(grid, window, margin, cells)
         return tf.scaled_dot_product_attention(query, key, value, scale=scale)
 
     tokens = math.prod(grid)
+    regions = _Regions(grid, window, margin, cells)
     for dtype, size, tolerance in ((torch.float32, 8, 1e-5), (torch.float32, 5, 1e-5), (torch.bfloat16, 8, 2e-2)):
         query, key, value = (normal(2, 2, tokens, size, seed=i, dtype=dtype) for i in range(3))
-        got = _Regions(grid, window, margin, cells).attend(query, key, value, None, None, backend)
+        got = regions.attend(query, key, value, None, size**-0.5, backend)
         want = oracles.focal_attention(query, key, value, grid, window, margin, F.agent_grid(cells, grid))
         assert_close(got, want, tolerance)
 
@@ -89,7 +104,7 @@ def test_the_count_of_a_cell_is_exact_in_half_precision(dtype):
         return tf.scaled_dot_product_attention(query, key, value, scale=scale)
 
     query, key, value = (normal(1, 1, 64, 8, seed=i, dtype=dtype) for i in range(3))
-    _Regions((8, 8), 3, 0, 4).attend(query, key, value, None, None, backend)
+    _Regions((8, 8), 3, 0, 4).attend(query, key, value, None, query.shape[-1] ** -0.5, backend)
 
 
 def test_focal_attention_of_a_tiny_scale_is_finite():
