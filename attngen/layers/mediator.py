@@ -182,4 +182,6 @@ class MediatorMixer(nn.Module):
         """The convolution as weights, or None where the module may do more (adapters, hooks)."""
         dwc = self.dwc
         is_plain = type(dwc) is nn.Conv2d and not (dwc._forward_hooks or dwc._forward_pre_hooks)
-        return Convolution(dwc.weight, dwc.bias, (grid[0], grid[1])) if is_plain and "forward" not in vars(dwc) else None
+        return (
+            Convolution(dwc.weight, dwc.bias, (grid[0], grid[1])) if is_plain and "forward" not in vars(dwc) else None
+        )
