@@ -139,12 +139,34 @@ def test_a_method_that_keeps_everything_changes_nothing(name):
         want = predicted(name, grid, batch)
         with attngen.apply(model_of(name), Same()) as handle:
             got = predicted(name, grid, batch)
-            reported = {layer.grid for layer in handle.report().patched}
+            reported = {tall(layer.grid) for layer in handle.report().patched}
         assert (got - want).norm() <= 1e-5 * want.norm(), (place, batch)
-        grids = {seen[4] for seen in Same.seen}
+        grids = {tall(seen[4]) for seen in Same.seen}
         assert {math.prod(one) for one in grids} == {seen[0].shape[2] for seen in Same.seen}
         assert grids <= levels(name, grid) and grids <= reported <= levels(name, grid)
         Same.seen.clear()
+
+
+def test_frames_are_an_axis_of_the_grid():
+    name = "WanTransformer3DModel"
+    model, grid = model_of(name), ALL[name].grids[0]
+    with attngen.apply(model, DownsampledKV(2), kernel="sdpa") as handle:
+        got = predicted(name, grid)
+        assert {layer.grid for layer in handle.report().patched} == {grid} and min(grid) > 1
+        assert "x".join(map(str, grid)) in str(handle.report())
+        other = handle.report(grid=(2, 8, 8)).patched
+        assert {(layer.grid, layer.tokens) for layer in other} == {((2, 8, 8), 128)}
+        for wrong in (8, (2, 8, 8, 8), (2, 0, 8)):
+            with pytest.raises(ValueError, match="grid"):
+                handle.report(grid=wrong)
+    # Every second frame as well is another method, and one tall image of all frames would be another.
+    with attngen.apply(model, DownsampledKV(2, frames=2), kernel="sdpa"):
+        assert not torch.equal(predicted(name, grid), got)
+
+
+def tall(grid):
+    """Rows, those of all frames together, and columns."""
+    return math.prod(grid[:-1]), grid[-1]
 
 
 def levels(name, grid):
@@ -232,6 +254,7 @@ def test_a_corner_of_the_latents_is_the_token_that_the_row_says(name, last):
             predicted(name, grid, 1, **{tiny.latents: latents})
             first.append(Same.seen[0])
     (before, *_, place), (after, *_) = first
+    place = tall(place)
     differs = (before - after).abs().amax(dim=(1, 3)).flatten()  # frames may be samples of their own
     corner = differs.numel() - 1 if last else 0
     if not name.startswith(MIXED_BEFORE):

@@ -1,11 +1,16 @@
 """Whole pipelines through the core host: apply, generate, report, trace, save while patched, remove."""
 
+import math
+
 import diffusers
 import pytest
 import torch
 
 import attngen
 from attngen import AgentAttention, DownsampledKV, Plan, Stage
+from attngen.hosts.families import denoisers_of
+from attngen.layers.route import EXACT
+from tests.builders.whole import WHOLE
 from tests.builders.zoo import ZOO
 
 pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning")
@@ -81,6 +86,47 @@ def test_wan_with_two_transformers(tmp_path):
     assert torch.equal(generate(), want)
     with attngen.apply(pipe, "softmax"):
         assert torch.equal(generate(), want)
+
+
+# Rows, those of all frames together, and columns.
+GRIDS = {
+    "flux2": {(8, 12)},
+    "kontext": {(8, 12)},
+    "chroma": {(8, 12)},
+    "z-image": {(8, 12)},
+    "qwen": {(4, 6)},
+    "qwen-edit": {(4, 6)},
+    "wan-image": {(8, 6)},
+    "ltx": {(8, 6)},
+    "hunyuan-video": {(8, 6)},
+    "sd3-control": {(8, 12)},
+    "animatediff": {(8, 12), (4, 6)},
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_pipeline_draws_reports_saves_and_is_restored(name, tmp_path):
+    pipe, draw = WHOLE[name]()
+    want = draw()
+    handle = attngen.apply(pipe, DownsampledKV(2))
+    with handle.trace() as trace:
+        got = draw()
+    assert got.isfinite().all() and not torch.equal(got, want)
+    report, models = handle.report(), denoisers_of(pipe)
+    assert {(math.prod(layer.grid[:-1]), layer.grid[-1]) for layer in report.patched} == GRIDS[name]
+    assert {layer.model for layer in report.patched if layer.is_active} == models.keys() == trace.calls.keys()
+    assert {(row.model, row.layer) for row in trace.rows if row.kernel != EXACT} == {
+        (layer.model, layer.name) for layer in report.patched
+    }
+    for model in models.values():
+        model.save_pretrained(tmp_path / "patched")
+        loaded = type(model).from_pretrained(tmp_path / "patched")
+        state = loaded.state_dict()
+        assert all(torch.equal(weight, state[key]) for key, weight in model.state_dict().items())
+    handle.remove()
+    assert torch.equal(draw(), want)
+    with attngen.apply(pipe, "softmax"):
+        assert torch.equal(draw(), want)
 
 
 def test_calibration_of_a_video_model():
