@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import uuid
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -206,11 +207,11 @@ class AttentionPatch:
         """What each layer does; empty when the patch is off.
 
         Args:
-            grid: (height, width) of the latents of a UNet, or of the tokens of a transformer. By default that of the
-                last call, or of the model's configuration before the first.
+            grid: (height, width) of the latents of a UNet, or of the tokens of a transformer, (frames, height, width)
+                of those of a video. By default that of the last call, or of the model's configuration before the first.
 
         Raises:
-            ValueError: if `grid` is not a pair of whole numbers above 0.
+            ValueError: if `grid` is not two or three whole numbers above 0.
         """
         if grid is not None:
             _check_grid(grid)
@@ -226,7 +227,7 @@ class AttentionPatch:
                 continue
             seen, grids = hook.last_seen or default_call(model), hooks.seen_grids(model)
             if grid is not None:
-                seen, grids = seen._replace(grid=grid, tokens=grid[0] * grid[1]), {}
+                seen, grids = seen._replace(grid=grid, tokens=math.prod(grid)), {}
             patched += rows_of(model, name, self._plan.starts, seen, grids)
             left += [left_alone(name, layer, reason) for layer, reason in refused_layers(model, patched=True).items()]
         if self.is_applied:
@@ -367,9 +368,9 @@ def _check_patterns(plan: Plan, models: Iterable[nn.Module]) -> None:
 
 def _check_grid(grid: Any) -> None:
     sides = cast("Sequence[int]", grid) if isinstance(grid, (tuple, list)) else ()
-    if len(sides) != 2:
-        raise ValueError(f"grid must be (height, width), got {grid!r}")
-    for name, side in zip(("grid height", "grid width"), sides, strict=True):
+    if len(sides) not in (2, 3):
+        raise ValueError(f"grid must be (height, width), or (frames, height, width) of a video, got {grid!r}")
+    for name, side in zip(("grid frames", "grid height", "grid width")[-len(sides) :], sides, strict=True):
         check_count(name, side)
 
 

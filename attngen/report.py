@@ -6,6 +6,7 @@ The rows are made of the routes that the processors run.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attngen.checks import Grid
+from attngen.checks import Grid, sides
 from attngen.hosts import hooks
 from attngen.hosts.core import core_enter
 from attngen.hosts.families import default_grid, family_of, halved, halvings, has_levels
@@ -82,8 +83,8 @@ class LayerReport:
     Attributes:
         model: component of the pipeline, "" for a bare model.
         name: module name; "" for a whole model.
-        grid: (height, width) in tokens, or None for a layer left alone.
-        tokens: height times width.
+        grid: (height, width) or (frames, height, width) in tokens, or None for a layer left alone.
+        tokens: in the grid.
         heads: attention heads.
         head_dim: size of a head.
         flops_exact: operations with softmax attention, projections included, for one sample.
@@ -203,7 +204,7 @@ def _row(group: Sequence[LayerReport]) -> tuple[str, ...]:
     cells = [str(stage) for stage in layer.stages]
     flops = "/".join(f"{stage.flops / 1e9:.3f}" for stage in layer.stages)
     share = "/".join(f"{stage.flops / layer.flops_exact:.0%}" for stage in layer.stages)
-    grid = f"{layer.grid[0]}x{layer.grid[1]}"
+    grid = "x".join(map(str, layer.grid))
     return (pattern([one.path for one in group]), str(len(group)), grid, str(layer.tokens), *cells, flops, share)
 
 
@@ -252,7 +253,7 @@ class Review:
         wanted = [layer for layer in layers if any(stage.method != SoftmaxAttention.kind for stage in layer.stages)]
         if not wanted:
             return None
-        what = f"{type(model).__name__} at a grid of {seen.grid[0]} x {seen.grid[1]}"
+        what = f"{type(model).__name__} at a grid of {sides(seen.grid)}"
         if not any(layer.is_active for layer in wanted):
             reason = next(stage.why_exact for stage in wanted[0].stages if stage.method != SoftmaxAttention.kind)
             return f"the patch does nothing for {what}: {wanted[0].name} is exact because {reason}"
@@ -280,7 +281,7 @@ def default_call(model: nn.Module) -> hooks.Seen:
     """The call that the model's configuration was made for, with guidance; pipelines record no gradients."""
     grid = default_grid(model)
     dtype, device = getattr(model, "dtype", torch.float32), getattr(model, "device", torch.device("cpu"))
-    return hooks.Seen(grid, 0, grid[0] * grid[1], 2, dtype, device, model.training and torch.is_grad_enabled())
+    return hooks.Seen(grid, 0, math.prod(grid), 2, dtype, device, model.training and torch.is_grad_enabled())
 
 
 def rows_of(
@@ -306,7 +307,7 @@ def rows_of(
         for name, attn in hooks.patched_layers(model).items():
             if hooks.is_ours(attn):
                 grid = seen.grid if on_one_grid else _grid_of(model, name, seen.grid, grids)
-                tokens = seen.tokens if on_one_grid else grid[0] * grid[1]
+                tokens = seen.tokens if on_one_grid else math.prod(grid)
                 rows.append(_layer_row(component, name, attn, starts, seen._replace(grid=grid, tokens=tokens)))
     return rows
 

@@ -188,7 +188,8 @@ def has_levels(family: Family) -> bool:
 
 def halved(grid: Grid, times: int) -> Grid:
     """The grid after strided convolutions that round up, as in diffusers' UNets."""
-    return -(-grid[0] // 2**times), -(-grid[1] // 2**times)
+    *frames, height, width = grid
+    return (*frames, -(-height // 2**times), -(-width // 2**times))
 
 
 def default_grid(model: nn.Module) -> Grid:

@@ -165,10 +165,7 @@ class RootHook(Hook):
         return stages.pop()
 
     def _place(self, model: nn.Module, family: Family, arguments: dict[str, Any]) -> tuple[Grid, int] | None:
-        """Grid of the image and number of text tokens; None where a row cannot read them.
-
-        Frames are above each other, as one tall grid.
-        """
+        """Grid of the image and number of text tokens; None where a row cannot read them."""
         self.unread = None
         try:
             *frames, height, width = family.grid(model, arguments)
@@ -183,7 +180,8 @@ class RootHook(Hook):
             self.unread = str(error) if isinstance(error, Unreadable) else f"its grid cannot be read: {error!r}"
             self._warn_once(f"{type(model).__name__} stays exact: {self.unread}")
             return None
-        return (math.prod(frames) * height, width), text
+        number = math.prod(frames)
+        return ((height, width) if number == 1 else (number, height, width)), text
 
     def _references(self, model: nn.Module, family: Family, arguments: dict[str, Any]) -> tuple[Grid, ...]:
         """The grids of the reference images whose keys are reduced; none where a row cannot read them."""
@@ -208,13 +206,13 @@ class RootHook(Hook):
         """The properties of the call; warns once where nothing is active at this size, or processors were replaced."""
         sample: Tensor = given if isinstance(given, Tensor) else given[0]  # a list of samples
         packed = sample.ndim == 3 and family.core is None
-        tokens = int(sample.shape[1]) if packed else grid[0] * grid[1]
-        references = max(0, tokens - grid[0] * grid[1]) if family.rotary else 0
+        tokens = int(sample.shape[1]) if packed else math.prod(grid)
+        references = max(0, tokens - math.prod(grid)) if family.rotary else 0
         references = references or sum(map(math.prod, reference_grids))
         seen = Seen(
             grid,
             text,
-            grid[0] * grid[1] if reference_grids else tokens - references,
+            math.prod(grid) if reference_grids else tokens - references,
             len(given) * (sample.shape[2] if family.spatial_block is not None and sample.ndim == 5 else 1),
             sample.dtype if sample.is_floating_point() else getattr(model, "dtype", torch.float32),
             sample.device,
@@ -254,7 +252,7 @@ class RootHook(Hook):
         """Draws that depend on the seed and the time alone: the same for both halves of guidance, in any batch."""
         digest = hashlib.sha256(f"{self.seed} {times[0] if times else 0.0!r}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        return torch.randint(2**31 - 1, (grid[0] * grid[1],), generator=generator).to(device)
+        return torch.randint(2**31 - 1, (math.prod(grid),), generator=generator).to(device)
 
     def _replacement(self, model: nn.Module) -> str | None:
         for layer in self.layers if self.calls is None else ():

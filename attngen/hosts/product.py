@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attngen.checks import Grid
 from attngen.hosts.backend import BackendAttention, attention_of
 from attngen.hosts.family import Core
 from attngen.hosts.references import Grids, log_counts, means, num_tokens
@@ -84,7 +85,7 @@ class CoreLayer(Layer):
     def project_queries(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         return split_heads(tokens, self.heads)
 
-    def pool_queries(self, query: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    def pool_queries(self, query: Tensor, grid: Grid, size: Grid) -> Tensor:
         if not self._rotary:
             return super().pool_queries(query, grid, size)
         # The mean of rotated queries loses the high frequencies; the query nearest to the cell's centre keeps them.

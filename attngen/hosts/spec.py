@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from diffusers.hooks.layer_skip import AttentionProcessorSkipHook
 from torch import nn
 
-from attngen.checks import Grid
+from attngen.checks import Grid, sides
 from attngen.kernels.dispatch import AUTO, CHOOSING
 from attngen.kernels.like import Like
 from attngen.layers.call import Call
@@ -71,8 +72,8 @@ class LayerSpec:
 
     def why_exact(self, method: AttentionMethod, grid: Grid, tokens: int) -> str | None:
         """The reason why the plan or the tokens leave the layer exact; None where its method decides."""
-        if grid[0] * grid[1] != tokens:
-            return f"{tokens} tokens do not fill its grid of {grid[0]} x {grid[1]}"
+        if math.prod(grid) != tokens:
+            return f"{tokens} tokens do not fill its grid of {sides(grid)}"
         if isinstance(method, SoftmaxAttention):
             return ASKED_FOR
         if self.max_levels is not None and self.level >= self.max_levels:

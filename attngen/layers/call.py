@@ -22,7 +22,7 @@ class Call(NamedTuple):
 
     Attributes:
         stage: index of the plan's stage, as text: torch.compile treats text as a constant, one graph a stage.
-        grid: (height, width) of the image tokens in the module that receives it.
+        grid: (height, width) of the image tokens in the module that receives it; of a video (frames, height, width).
         context: text tokens before the image tokens, in layers that get one joint sequence.
         metric: (B, N, C), the transformer block's input, where a method measures similarity on it.
         draws: (K,) random whole numbers for this timestep, where a method needs them.
