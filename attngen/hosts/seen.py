@@ -19,7 +19,7 @@ class Seen(NamedTuple):
     """The properties of a denoiser call that decide what its layers run.
 
     Attributes:
-        grid: (height, width) of the latents of a UNet, or of the tokens of a transformer, of a video with frames before.
+        grid: (height, width) of the latents of a UNet, or of the tokens of a transformer; frames before in videos.
         text: text tokens in joint attention, else 0.
         tokens: image tokens; other than the grid holds where another tool changed their number.
         batch: samples, both halves of guidance counted.
