@@ -7,6 +7,8 @@ Draw, compare attention methods, recall pictures, calibrate. The page holds no m
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
 
 PROGRAM = "app"
 PORT = 7860
-QUEUE_PAUSE, PROGRESS_PAUSE = 0.02, 0.05  # seconds
-MAX_QUEUE = 16
+FIRST = "emoji-128"  # the model to start with
+MAX_QUEUE, AT_ONCE = 16, 8  # requests that wait in Gradio's queue, and in the engine's own line
+# (pixels, steps, images, seconds of work) of one request: for whoever owns the machine, and for visitors.
+OWN_LIMITS, VISITOR_LIMITS = (4096 * 4096, 1000, 16, None), (1024 * 1024, 100, 4, 300)
 MAX_UPLOAD = "20mb"
 PASSWORD = "ATTNGEN_PASSWORD"
 MIN_PASSWORD = 8
@@ -52,13 +56,20 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--threads", type=cli.whole_number(1), help="CPU threads (default: all cores; one for a small network)")
     add("--offload", choices=cli.OFFLOADS, default="none", help="keep idle parts in main memory")
     add("--allow-pickle", action="store_true", help="read weights that are not safetensors")
-    add("--max-pixels", type=cli.whole_number(64), default=4096 * 4096, help="maximum pixels of one image")
-    add("--max-steps", type=cli.whole_number(1), default=1000, help="maximum sampling steps")
-    add("--max-images", type=cli.whole_number(1), default=16, help="maximum images of one request")
+    own, visitor = OWN_LIMITS, VISITOR_LIMITS
+    add("--max-pixels", type=cli.whole_number(64), help=f"of one image (default {own[0]}; for visitors {visitor[0]})")
+    add("--max-steps", type=cli.whole_number(1), help=f"of sampling (default {own[1]}; for visitors {visitor[1]})")
+    add("--max-images", type=cli.whole_number(1), help=f"of one request (default {own[2]}; for visitors {visitor[2]})")
+    add("--max-seconds", type=cli.whole_number(1), help=f"of work on one request (default for visitors {visitor[3]})")
+    add("--mcp", action="store_true", help="also serve the two endpoints as tools for language models (MCP)")
     add("--open", action="store_true", help="open the page in a browser")
     options = parser.parse_args(argv)
     options.password = os.environ.get(PASSWORD, "")
     _check_access(parser, options)
+    usual = OWN_LIMITS if options.private else VISITOR_LIMITS
+    for name, value in zip(("max_pixels", "max_steps", "max_images", "max_seconds"), usual, strict=True):
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     return options
 
 
@@ -67,12 +78,16 @@ def _check_access(parser: cli.Parser, options: argparse.Namespace) -> None:
 
     if options.port > 65535:
         parser.error(f"there is no port {options.port}")
+    if options.mcp and importlib.util.find_spec("mcp") is None:
+        parser.error("--mcp needs the package mcp: install it with pip install 'gradio[mcp]'")
     if is_space():
         options.host = "0.0.0.0"  # where a Space's own proxy expects it; the proxy decides who comes in
     elif not is_loopback(options.host) and not (options.user and options.password):
         parser.error(f"serving on {options.host} needs --user and a password in {PASSWORD}")
     if options.user and len(options.password) < MIN_PASSWORD:
         parser.error(f"the password in {PASSWORD} needs at least {MIN_PASSWORD} characters")
+    # Whether everyone who reaches the page is the owner of the machine.
+    options.private = is_loopback(options.host) and not is_space()
 
 
 def is_space() -> bool:
@@ -87,8 +102,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def serve(options: argparse.Namespace) -> None:
     """Load the first model, serve the page, and wait until it is interrupted."""
-    import importlib.util
-
     # Before the libraries that read them once.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -100,7 +113,7 @@ def serve(options: argparse.Namespace) -> None:
     engine = make_engine(options)
     print("loading …", end="\r", flush=True)
     engine.warm_up()
-    page = build_ui(engine, options.out, wrap)
+    page = build_ui(engine, options.out, wrap, options.private)
     launch(page, options)
     page.block_thread()
 
@@ -134,26 +147,29 @@ def make_engine(options: argparse.Namespace) -> Engine:
     from pipelines.engine.models import ModelStore
     from pipelines.engine.session import Engine
     from pipelines.engine.settings import Limits
-    from pipelines.guard import is_loopback
 
-    named = [*options.model, *shipped_models()]
-    trusted = options.any_model or is_loopback(options.host)
+    shipped = shipped_models()
+    first = [*options.model, *([FIRST] if FIRST in shipped else [])]
+    named = list(dict.fromkeys([*first, *shipped]))
+    trusted = options.any_model or options.private
     models = ModelStore(
         options.device,
         options.dtype,
         options.threads,
         allowed=None if trusted else named,
-        first=options.model,
+        first=first,
         offload=options.offload,
         allow_pickle=options.allow_pickle,
     )
-    return Engine(models, Limits(pixels=options.max_pixels, steps=options.max_steps, images=options.max_images))
+    limits = Limits(options.max_pixels, options.max_steps, options.max_images, seconds=options.max_seconds or math.inf)
+    return Engine(models, limits)
 
 
 def build_ui(
     engine: Engine,
     folder: str | Path = "outputs/page",
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
+    private: bool = True,
 ) -> gr.Blocks:
     """The page over an engine; nothing is served or drawn yet.
 
@@ -161,6 +177,7 @@ def build_ui(
         engine: that draws; its first model is loaded if it is not.
         folder: where pictures are written.
         wrap: put around each function that draws, as Spaces want it.
+        private: whether all visitors are one person, who may see all pictures of the folder.
     """
     import gradio as gr
 
@@ -168,22 +185,26 @@ def build_ui(
     from pipelines.ui_calibrate import CalibrateTab
     from pipelines.ui_compare import CompareTab
     from pipelines.ui_generate import GenerateTab
+    from pipelines.ui_hero import make_hero
     from pipelines.ui_remember import Memory
 
     folder = Path(folder).resolve()
     with gr.Blocks(title="attngen", fill_width=True, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        gr.Markdown("# attngen\nDiffusion models with attention at linear cost.", elem_id="title")
+        gr.Markdown("# attngen: attention at linear cost", elem_id="title")
+        hero = make_hero()
         with gr.Tab("Generate", id="generate"):
-            generate = GenerateTab(engine, folder, wrap)
+            generate = GenerateTab(engine, folder, wrap, private)
         with gr.Tab("Compare", id="compare"):
             compare = CompareTab(engine, folder, generate.form, wrap)
         with gr.Tab("Calibrate", id="calibrate"):
             calibrate = CalibrateTab(engine, folder, generate.form, wrap)
+        generate.wire(page, hero)
+        compare.wire()
+        calibrate.wire(generate)
         Memory(page, generate.form, {**compare.kept, **calibrate.kept}, generate.status)
         add_endpoints(engine, folder, wrap)
-    page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1, api_open=False)
-    # Gradio looks into an empty queue a thousand times a second, a tenth of a core for a page that nobody uses.
-    page._queue.sleep_when_free, page._queue.progress_update_sleep_when_free = QUEUE_PAUSE, PROGRESS_PAUSE
+    # The engine's own line shows how many come first; on a Space each request has a process of its own.
+    page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1 if is_space() else AT_ONCE, api_open=False)
     return page
 
 
@@ -196,6 +217,8 @@ def launch(page: gr.Blocks, options: argparse.Namespace, quiet: bool = False) ->
     from starlette.middleware import Middleware
 
     from pipelines.guard import LOOPBACK_NAMES, Guard, LogIn, is_loopback
+    from pipelines.hero import CARD, HERE, ICON
+    from pipelines.ui_card import Card
     from pipelines.ui_style import CSS, HEAD, theme
 
     space = is_space()
@@ -217,13 +240,19 @@ def launch(page: gr.Blocks, options: argparse.Namespace, quiet: bool = False) ->
         allowed_paths=[str(options.out.resolve())],
         run_history=False,
         enable_monitoring=False,
-        mcp_server=False,
+        mcp_server=options.mcp,
         pwa=False,
-        footer_links=["api", "settings"],
+        footer_links=["api"],
+        favicon_path=HERE / ICON if (HERE / ICON).is_file() else None,
         theme=theme(),
         css=CSS,
         head=HEAD,
-        app_kwargs={"middleware": [Middleware(Guard, hosts=hosts, framed=space)]},  # pyright: ignore[reportArgumentType]
+        app_kwargs={
+            "middleware": [
+                Middleware(Guard, hosts=hosts, framed=space),  # pyright: ignore[reportArgumentType]
+                Middleware(Card, picture=HERE / CARD),  # pyright: ignore[reportArgumentType]
+            ]
+        },
     )
     if not quiet:
         print(f"{local}  (Ctrl+C ends it; images go to {options.out})", flush=True)

@@ -67,34 +67,22 @@ def make(options: argparse.Namespace) -> None:
 
 
 def generate(page: Any) -> None:
-    """Four clocks by a schedule of mediators."""
+    """The clock of the top of the page, drawn live."""
     page.wait_for_selector("#generate")
-    page.locator("#label input").fill("clock")
-    page.keyboard.press("Enter")
-    page.check("#preset input[value=Quick]")
-    page.check("#method input[value=mediators]")
-    _fold(page, "details")
-    images = page.locator("#images input[type=number]")
-    images.fill("4")
-    images.blur()
-    page.uncheck("#new-seed input")
-    _fold(page, "details")
-    page.click("#generate")
+    page.wait_for_function("window.attngenRemembers")
+    page.locator("#hero .classes button").get_by_text("clock").click()
+    page.click("#hero .live")
     _done(page, "status")
     page.evaluate("window.scrollTo(0, 0)")
+    page.wait_for_timeout(800)
 
 
 def compare(page: Any) -> None:
-    """The same clock by three schedules."""
+    """The same clock by four numbers of mediators."""
     page.get_by_role("tab", name="Compare").click()
     page.click("#compare")
     _done(page, "compare-status")
     page.evaluate("window.scrollTo(0, 0)")
-
-
-def _fold(page: Any, name: str) -> None:
-    page.locator(f"#{name} button").first.click()
-    page.wait_for_timeout(800)
 
 
 def _done(page: Any, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
@@ -9,11 +10,56 @@ from typing import Any
 
 import gradio as gr
 
-from pipelines.engine.results import Progress, save
+from pipelines.engine.results import Progress, Result, save
+from pipelines.engine.rounds import Measured, measure
 from pipelines.engine.session import Engine
 from pipelines.engine.settings import Settings
-from pipelines.methods.uses import Use, parse_use
-from pipelines.ui_events import EXPECTED, QUEUE, Wrap, as_gradio_error
+from pipelines.ui_compare import parse_methods
+from pipelines.ui_events import EXPECTED, QUEUE, Wrap, bounded, message_of
+
+# gr.api reads the types at run time, so they are written as objects, not as the strings that annotations become.
+SHARED: dict[str, Any] = {
+    "model": str,
+    "negative_prompt": str,
+    "sampler": str | None,
+    "steps": int | None,
+    "guidance_scale": float | None,
+    "height": int | None,
+    "width": int | None,
+    "seed": int | None,
+    "images": int,
+    "return": tuple[list[gr.FileData], dict],
+}
+ARGUMENTS = """model: one that ships, a hub id, a folder or a file
+    negative_prompt: what not to draw; for models of texts only
+    sampler: None for the model's own
+    steps: sampling steps; None for the model's usual number
+    guidance_scale: 1 is off; None for the model's usual one
+    height: in pixels, with width; None for the trained size
+    width: in pixels, with height
+    seed: of the first image, the next has the next seed; None for a new one
+    images: number of images
+"""
+GENERATE = f"""Draw images.
+
+Args:
+    prompt: what to draw; for a model of classes the name or the number of a class
+    method: of attention, such as none, mediators or agent
+    options: of the method, by name
+    keep_settings: whether the files hold what made them
+    {ARGUMENTS}
+Returns:
+    The files, and their settings and cost as JSON.
+"""
+COMPARE = f"""Draw the same images by two to eight methods, and time them in rounds.
+
+Args:
+    prompt: what to draw; for a model of classes the name or the number of a class
+    methods: such as none, agent num_agents=64, mediators 4; the others are compared with the first
+    {ARGUMENTS}
+Returns:
+    The files in the order of the methods, and a row for each as JSON: seconds, operations, differences, speed.
+"""
 
 
 def add_endpoints(engine: Engine, folder: Path, wrap: Wrap) -> None:
@@ -24,130 +70,74 @@ def add_endpoints(engine: Engine, folder: Path, wrap: Wrap) -> None:
         folder: where pictures are written.
         wrap: put around each function that draws.
     """
-    gr.api(wrap(_generate(engine, folder)), api_name="generate", concurrency_limit=1, concurrency_id=QUEUE)
-    gr.api(wrap(_compare(engine, folder)), api_name="compare", concurrency_limit=1, concurrency_id=QUEUE)
+    for name, make in (("generate", _generate), ("compare", _compare)):
+        gr.api(wrap(make(engine, folder)), api_name=name, concurrency_id=QUEUE)
 
 
 def _generate(engine: Engine, folder: Path) -> Callable[..., Any]:
-    # gr.api reads the types at run time, so they are written as objects, not as the strings that annotations become.
     def generate(
-        prompt,
-        model=engine.default_model,
-        method="none",
-        options=None,
-        negative_prompt="",
-        sampler=None,
-        steps=None,
-        guidance_scale=None,
-        height=None,
-        width=None,
-        seed=0,
-        images=1,
-        keep_settings=True,
-    ):
-        """Draw pictures.
-
-        Returns their files, and what they cost as JSON. A seed of None is a new one; None elsewhere is the model's own.
-        For a model of classes the prompt is the name or the number of a class.
-        """
+        prompt, model=engine.default_model, method="none", options=None, negative_prompt="", sampler=None, steps=None,
+        guidance_scale=None, height=None, width=None, seed=0, images=1, keep_settings=True,
+    ):  # fmt: skip
+        stop = threading.Event()
         given = Settings(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            model=model,
-            method=method,
-            options=options or {},
-            sampler=sampler,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            height=height,
-            width=width,
-            seed=seed,
-            images=images,
-        )
-        for event in _told(engine.generate(given, previews=False)):
-            if isinstance(event, Progress):
-                yield [], {"progress": str(event), "share": event.share}
-            else:
-                done = save(event, folder, keep_settings)
-                yield [_file(path) for path in done.files], {**done.to_dict(), "files": [f.name for f in done.files]}
+            prompt, negative_prompt, model, method, options or {}, sampler, steps, guidance_scale, height, width, seed,
+            images,
+        )  # fmt: skip
 
-    generate.__annotations__ = {
-        "prompt": str,
-        "model": str,
-        "method": str,
-        "options": dict | None,
-        "negative_prompt": str,
-        "sampler": str | None,
-        "steps": int | None,
-        "guidance_scale": float | None,
-        "height": int | None,
-        "width": int | None,
-        "seed": int | None,
-        "images": int,
-        "keep_settings": bool,
-        "return": tuple[list[gr.FileData], dict],
-    }
+        def finish(result: Result) -> tuple[list[Any], dict[str, Any]]:
+            done = save(result, folder, keep_settings)
+            return [_file(path) for path in done.files], {**done.to_dict(), "files": [f.name for f in done.files]}
+
+        events = engine.generate(given, previews=False, stop=stop)
+        yield from _told(bounded(events, stop, engine.limits.seconds), finish)
+
+    generate.__doc__ = GENERATE
+    generate.__annotations__ = {"prompt": str, "method": str, "options": dict | None, "keep_settings": bool, **SHARED}
     return generate
 
 
 def _compare(engine: Engine, folder: Path) -> Callable[..., Any]:
     def compare(
-        prompt,
-        methods,
-        model=engine.default_model,
-        steps=None,
-        guidance_scale=None,
-        height=None,
-        width=None,
-        seed=0,
-        images=1,
-    ):
-        """Draw the same pictures by two or more methods, such as ["none", "agent num_agents=64", "tome"].
-
-        Returns the files in the order of the methods, and a row for each as JSON: time, steps/s, memory, FLOPs, error.
-        """
+        prompt, methods, model=engine.default_model, negative_prompt="", sampler=None, steps=None, guidance_scale=None,
+        height=None, width=None, seed=0, images=1,
+    ):  # fmt: skip
+        stop = threading.Event()
         base = Settings(
-            prompt=prompt,
-            model=model,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            height=height,
-            width=width,
-            seed=seed,
-            images=images,
-        )
-        try:
-            uses: list[Use] = [parse_use(str(typed)) for typed in methods]
-        except EXPECTED as error:
-            raise as_gradio_error(error) from error
-        for event in _told(engine.compare(base, uses, previews=False)):
-            if isinstance(event, Progress):
-                yield [], {"progress": str(event), "share": event.share}
-            else:
-                files = [path for row in event.rows for path in save(row.result, folder).files]
-                yield [_file(path) for path in files], event.to_dict()
+            prompt, negative_prompt, model, sampler=sampler, steps=steps, guidance_scale=guidance_scale, height=height,
+            width=width, seed=seed, images=images,
+        )  # fmt: skip
 
-    compare.__annotations__ = {
-        "prompt": str,
-        "methods": list[str],
-        "model": str,
-        "steps": int | None,
-        "guidance_scale": float | None,
-        "height": int | None,
-        "width": int | None,
-        "seed": int | None,
-        "images": int,
-        "return": tuple[list[gr.FileData], dict],
-    }
+        def finish(found: Measured) -> tuple[list[Any], dict[str, Any]]:
+            saved = [save(row.result, folder).files for row in found.comparison.rows]
+            told = found.comparison.to_dict()
+            for i, (row, files) in enumerate(zip(told["rows"], saved, strict=True)):
+                speed = found.speed(i)
+                row |= {"files": [file.name for file in files], "seconds": round(found.median_seconds(i), 3)}
+                row["speedup"] = {**speed._asdict(), "differs": speed.differs}
+            return [_file(path) for files in saved for path in files], told
+
+        def events() -> Generator[Any, None, None]:
+            yield from measure(engine, base, parse_methods(methods), stop=stop)
+
+        yield from _told(bounded(events(), stop, engine.limits.seconds), finish)
+
+    compare.__doc__ = COMPARE
+    compare.__annotations__ = {"prompt": str, "methods": list[str], **SHARED}
     return compare
 
 
-def _told(events: Generator[Any, None, None]) -> Generator[Any, None, None]:
+def _told(events: Generator[Any, None, None], finish: Callable[[Any], Any]) -> Generator[Any, None, None]:
+    """Progress as JSON, and at last what `finish` makes of the result."""
     try:
         with closing(events):
-            yield from events
+            for event in events:
+                if isinstance(event, Progress):
+                    yield [], {"progress": str(event), "share": event.share}
+                else:
+                    yield finish(event)
     except EXPECTED as error:
-        raise as_gradio_error(error) from error
+        raise gr.Error(message_of(error), print_exception=False) from error
 
 
 def _file(path: Path) -> Any:

@@ -9,25 +9,29 @@ from typing import Any
 
 import gradio as gr
 
+from pipelines.engine.loading import shipped_models
 from pipelines.engine.models import Model
-from pipelines.engine.results import Progress
 from pipelines.engine.session import Engine
+from pipelines.engine.settings import whole
 from pipelines.methods.options import PLAN
 from pipelines.methods.uses import Use
-from pipelines.ui_events import EXPECTED, Wrap, as_gradio_error, follow, message_of, started_and_stopped
+from pipelines.ui_events import EXPECTED, QUIET, Buttons, Wrap, as_gradio_error, bounded, follow, refused, stop_of
 from pipelines.ui_form import Form
-from pipelines.ui_remember import Check, one_of_its_own, within
+from pipelines.ui_generate import HEAT_MAP, START_DRAWING, GenerateTab
+from pipelines.ui_remember import Check, is_number, one_of_its_own
 
-BY_ERROR, BY_SPEED = "largest error", "speed-up"
+BY_ERROR, BY_SPEED = "largest error", "times faster"
+OTHER = "emoji-unet"  # the model that ships and can be calibrated
+MAX_BOUND, MAX_STAGES = 1000.0, 8
 
 
 class CalibrateTab:
-    """Finds a plan for what the form of the Generate tab says.
+    """Finds a plan for what the form of the Generate tab holds.
 
     Args:
         engine: that measures.
         folder: where plans are written.
-        form: that says what to draw, and takes the plan.
+        form: that sets what to draw, and takes the plan.
         wrap: put around what draws.
     """
 
@@ -35,85 +39,88 @@ class CalibrateTab:
         self.engine, self.folder, self.form, self.wrap = engine, folder, form, wrap
         gr.Markdown(
             "Measures, layer by layer and stage by stage, what each cheaper attention changes and saves on the prompt, "
-            "size and steps of the Generate tab, and chooses the best plan within your bound. It takes minutes."
+            "size, steps and seed of the Generate tab, and chooses the fastest plan within your bound, timed on whole "
+            "images. It takes minutes."
         )
-        self.fits = gr.Textbox(_verdict(form.first), label="This model", interactive=False, elem_id="calibrate-model")
+        usable = PLAN not in form.first.refused
+        self.fits = gr.Textbox(
+            _verdict(form.first), label="This model", interactive=False, elem_id="calibrate-model",
+            elem_classes=["line"],
+        )  # fmt: skip
+        self.other = gr.Button(f"Load {OTHER}, which can be", size="sm", visible=not usable, elem_id="load-other")
         with gr.Row():
             self.kind = gr.Radio([BY_ERROR, BY_SPEED], value=BY_ERROR, label="What is bounded", elem_id="bound-kind")
             self.bound = gr.Number(
-                0.05, label="Bound", info="error: relative to the exact result; speed-up: times, of attention",
-                minimum=0.0001, maximum=1000, elem_id="bound",
+                0.05, label="Bound", info="error: relative to the exact result; times faster: of the whole image",
+                elem_id="bound",
             )  # fmt: skip
-            self.stages = gr.Slider(
-                1, 8, value=3, step=1, label="Stages", info="from noise to picture", elem_id="stages"
-            )
+            self.stages = gr.Number(3, label="Stages", info="from noise to image, 1 to 8", elem_id="stages")
         with gr.Row():
-            self.start = gr.Button(
-                "Calibrate  (Ctrl+Enter)", variant="primary", elem_id="calibrate", elem_classes=["start-button"]
-            )
-            self.stop = gr.Button(
-                "Stop  (Esc)", variant="stop", interactive=False, elem_id="calibrate-stop", elem_classes=["stop-button"]
-            )
-        self.status = gr.Textbox("Ready.", label="Status", interactive=False, max_lines=4, elem_id="calibrate-status")
-        with gr.Row():
-            self.map = gr.Image(
-                label="Error by layer and time", type="filepath", format="png", interactive=False,
-                buttons=["download", "fullscreen"], elem_id="heat-map",
-            )  # fmt: skip
-            with gr.Column():
-                self.text = gr.Textbox(label="Plan", lines=10, max_lines=16, interactive=False, elem_id="plan-text")
-                self.file = gr.File(label="Plan file", interactive=False, height=90, elem_id="plan-file")
-                self.use = gr.Button("Draw with this plan", interactive=False, elem_id="use-plan")
-        self._wire()
+            start = gr.Button("Calibrate", variant="primary", elem_id="calibrate", elem_classes=["start-button"])
+            stop = gr.Button("Stop", interactive=False, elem_id="calibrate-stop", elem_classes=["stop-button"])
+        self.status = gr.Textbox(
+            "Ready.", label="Status", interactive=False, max_lines=4, elem_id="calibrate-status", elem_classes=["line"]
+        )
+        self.buttons = Buttons(start, stop, self.status)
+        self.map = gr.Image(
+            label="Error by layer and time", show_label=False, type="filepath", format="png", interactive=False,
+            buttons=["download", "fullscreen"], elem_id="heat-map",
+        )  # fmt: skip
+        self.use = gr.Button("Draw with this plan", interactive=False, elem_id="use-plan")
+        with gr.Accordion("The plan", open=False):
+            self.text = gr.Textbox(label="Plan", lines=10, max_lines=16, interactive=False, elem_id="plan-text")
+            self.file = gr.File(label="Plan file", interactive=False, height=90, elem_id="plan-file")
+        self.outputs = [self.status, self.map, self.text, self.file, self.use]
+        form.followers.append(self._follow)
+        form.followed.extend([self.fits, self.other, *self.outputs])
 
     @property
     def kept(self) -> dict[Any, Check]:
         """Fields that the browser keeps."""
-        return {self.kind: one_of_its_own(self.kind), self.bound: within(self.bound), self.stages: within(self.stages)}
+        stages, bound = self.stages, self.bound
+        return {
+            self.kind: one_of_its_own(self.kind),
+            bound: lambda value, model: is_number("Bound", value, 0.0001, MAX_BOUND),
+            stages: lambda value, model: whole("Stages", value, 1, MAX_STAGES),
+        }
 
-    def _wire(self) -> None:
-        started_and_stopped(
-            [self.start.click],
-            self.wrap(self.run),
-            [self.kind, self.bound, self.stages, *self.form.inputs],
-            [self.status, self.map, self.text, self.file, self.use],
-            self.start,
-            self.stop,
-            self.status,
-        )
-        quiet: Any = {"show_progress": "hidden", "api_visibility": "private"}
-        form = self.form
-        self.use.click(
-            self._use, [self.text], [form.method, form.option_parts[PLAN, PLAN], *form.groups.values(), form.timeline,
-            self.status], **quiet,
+    def wire(self, generate: GenerateTab) -> None:
+        """Connect it; after the form's tab is wired."""
+        form, inputs = self.form, [self.kind, self.bound, self.stages, *self.form.inputs]
+        self.buttons.wire([self.buttons.start.click], self.wrap(self.run), inputs, self.outputs)
+        generate.buttons.wire(
+            [self.other.click], generate.choose_model, [gr.State(OTHER), form.fitted],
+            [*form.model_outputs, generate.status],
         )  # fmt: skip
-        form.model.change(self._model_changed, [form.model], [self.fits], **quiet)
+        self.use.click(self._use, [self.text], form.method_outputs, **QUIET).success(None, None, None, js=START_DRAWING)
 
-    def run(self, kind: str, bound: float, stages: int, *values: Any) -> Generator[dict[Any, Any], None, None]:
-        """Calibrate."""
+    def run(self, key: str, kind: Any, bound: Any, stages: Any, *values: Any) -> Generator[dict[Any, Any], None, None]:
+        """Calibrate, and time the plan."""
         try:
-            settings = self.engine.check(self.form.settings(*values).with_use(Use()))
-            wanted = {"max_error": bound} if kind == BY_ERROR else {"speedup": bound}
+            stages = whole("Stages", stages, 1, MAX_STAGES)
+            bound = is_number("Bound", bound, 0.0001, MAX_BOUND)
+            settings = self.engine.check(self.form.settings(*values, shown_seed=True).with_use(Use()))
         except EXPECTED as error:
-            yield {self.status: f"Not done: {message_of(error)}"}
-            raise as_gradio_error(error) from error
-
-        def show(progress: Progress) -> dict[Any, Any]:
-            return {}
-
-        events = self.engine.calibrate(settings, **wanted, num_stages=stages)
-        yield from follow(events, self.status, show, self._finish)
+            yield refused(error, self.status)
+            return
+        stop = stop_of(key)
+        wanted = {"speedup": bound} if kind == BY_SPEED else {"max_error": bound}
+        events = self.engine.calibrate(settings, **wanted, num_stages=stages, stop=stop)
+        events = bounded(events, stop, self.engine.limits.seconds)
+        yield from follow(events, self.status, lambda progress: {}, self._finish)
 
     def _finish(self, plan: Any) -> dict[Any, Any]:
-        stem = self.folder / f"plan-{secrets.token_hex(4)}"
+        stem = self.folder / f"{HEAT_MAP}{secrets.token_hex(4)}"
         self.folder.mkdir(parents=True, exist_ok=True)
         plan.save(stem.with_suffix(".json"))
         picture: str | None = str(stem.with_suffix(".png"))
-        told = f"Done: {outcome(plan)}. The plan is saved; draw with it, or pass the file to attngen.apply."
+        told = (
+            f"Done: {plan.measurements.summary()}. The plan is saved; draw with it, or pass the file to attngen.apply."
+        )
         try:
             plan.measurements.plot(picture)
         except ImportError as error:
-            picture, told = None, f"{told} No heat map: {message_of(error)}"
+            picture, told = None, f"{told} No heat map: {error}"
         return {
             self.status: told,
             self.map: picture,
@@ -124,28 +131,25 @@ class CalibrateTab:
 
     def _use(self, text: str) -> dict[Any, Any]:
         try:
-            updates = self.form.method_values(Use(PLAN, {PLAN: text}).checked())
+            return self.form.method_values(Use(PLAN, {PLAN: text}).checked())
         except EXPECTED as error:
             raise as_gradio_error(error) from error
-        return {**updates, self.status: "The plan is chosen on the Generate tab."}
 
-    def _model_changed(self, name: str) -> str:
-        try:
-            return _verdict(self.engine.models.get(name or ""))
-        except EXPECTED as error:
-            return message_of(error)
-
-
-def outcome(plan: Any) -> str:
-    """What a calibrated plan does, in a few words."""
-    found = plan.measurements
-    methods = {method.kind for stage in plan.stages for method in stage.layers.values()}
-    if methods <= {"softmax"}:
-        return "nothing cheaper was found within that bound, so attention stays exact"
-    return f"error {found.error:.3g} of the result, attention {found.speedup:.2f} times faster"
+    def _follow(self, model: Model) -> dict[Any, Any]:
+        """Of another model nothing stays."""
+        usable = PLAN not in model.refused
+        return {
+            self.fits: _verdict(model),
+            self.other: gr.update(visible=not usable and OTHER in shipped_models()),
+            self.status: "Ready.",
+            self.map: None,
+            self.text: "",
+            self.file: None,
+            self.use: gr.update(interactive=False),
+        }
 
 
 def _verdict(model: Model) -> str:
     if PLAN in model.refused:
-        return f"{model.name} cannot be calibrated; choose another model on Generate. {model.refused[PLAN]}"
+        return f"{model.name} cannot be calibrated: {model.refused[PLAN]}."
     return f"{model.name} can be calibrated."

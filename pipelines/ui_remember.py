@@ -8,39 +8,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from pipelines.cli import UserError
+from pipelines.engine.loading import shipped_models
 from pipelines.engine.models import CLASSES, Model
 from pipelines.engine.settings import MAX_SEED, text, whole
 from pipelines.methods.catalogue import METHODS
 from pipelines.methods.options import PLAN, UNCHANGED, Option
 from pipelines.methods.uses import Use
-from pipelines.ui_events import EXPECTED, merged
-from pipelines.ui_form import Form, sampler_choices
+from pipelines.ui_events import EXPECTED, QUIET, merged
+from pipelines.ui_form import Form
+from pipelines.ui_shown import sampler_choices
 
 KEY = "attngen-form"
 MAX_FIELD = 32 * 1024  # characters of one field; a longer plan is not kept
 MAX_KEPT = 8 * MAX_FIELD
 Check = Callable[[Any, Model], Any]
-
-# Fields change while the page is being filled; until that is over nothing may be written over what was kept.
-SAVE = """(...values) => {
-  if (!window.attngenRemembers) return [];
-  const names = %(names)s, form = {};
-  names.forEach((name, i) => {
-    if (JSON.stringify(values[i] ?? null).length <= %(most)d) form[name] = values[i];
-  });
-  const kept = form.remember ? form : { remember: false };
-  try { localStorage.setItem("%(key)s", JSON.stringify(kept)); } catch { /* the browser keeps nothing */ }
-  return [];
-}"""
-LOAD = """() => {
-  try { return [localStorage.getItem("%s") ?? ""]; } catch { return [""]; }
-}"""
-BEGIN = "() => { window.attngenRemembers = true; return []; }"
+# For those who watch the page.
+FILLED = "() => { window.attngenRemembers = true; return []; }"
 
 
 class Memory:
@@ -48,24 +37,33 @@ class Memory:
 
     Args:
         page: the page.
-        form: that says what to draw; its box `remember` decides.
+        form: that sets what to draw; its box `remember` decides.
         others: further fields, each with its check: (what was kept, the model) -> the value. It raises what is
             expected where the value cannot be used. A component's elem_id is its name.
-        status: where it is said that the form was filled.
+        status: the line that shows that the form was filled.
     """
 
     def __init__(self, page: gr.Blocks, form: Form, others: Mapping[Any, Check], status: Any) -> None:
         self.models, self.form, self.status = form.engine.models, form, status
         self.checks: dict[Any, Check] = {**form_checks(form), **others}
-        kept = [form.remember, form.model, *self.checks]
-        names = json.dumps([part.elem_id for part in kept])
-        quiet: Any = {"show_progress": "hidden", "api_visibility": "private"}
-        save = SAVE % {"names": names, "most": MAX_FIELD, "key": KEY}
-        gr.on([part.change for part in kept], None, kept, None, js=save, **quiet)
-        outputs = list(dict.fromkeys([*kept, *form.model_outputs, *form.outputs, status]))
-        raw = gr.Textbox(visible=False, label="Kept form")
-        opened = page.load(self.fill, [raw], outputs, js=LOAD % KEY, queue=False, **quiet)
-        opened.then(None, None, None, js=BEGIN, **quiet)
+        self.kept = [form.remember, form.model, *self.checks]
+        state = gr.BrowserState("", storage_key=KEY, secret=KEY)
+        # Fields change while the page is being filled; until that is over nothing is written over what was kept.
+        filled = gr.State(False)
+        quiet = {**QUIET, "preprocess": False, "trigger_mode": "always_last"}
+        gr.on([part.change for part in self.kept], self.save, [filled, *self.kept], [state], **quiet)
+        outputs = list(dict.fromkeys([*self.kept, *form.model_outputs, *form.outputs, status]))
+        opened = page.load(self.fill, [state], outputs, **QUIET)
+        opened.then(lambda: True, None, [filled], **QUIET).then(None, None, None, js=FILLED, **QUIET)
+
+    def save(self, filled: bool, *values: Any) -> Any:
+        """What the browser keeps: a JSON text of the fields by name, but for those that are too long."""
+        if not filled:
+            return gr.skip()
+        form = {part.elem_id: value for part, value in zip(self.kept, values, strict=True)}
+        if form["remember"] is not True:
+            return json.dumps({"remember": False})
+        return json.dumps({name: value for name, value in form.items() if len(json.dumps(value)) <= MAX_FIELD})
 
     def fill(self, raw: str) -> dict[Any, Any]:
         """Updates of the page from what the browser kept."""
@@ -78,7 +76,7 @@ class Memory:
         except EXPECTED:
             name = str(kept.get("model"))[:100]
             told = f"Ready. The form is as you left it, but for the model: {name!r} is not loaded; choose it again."
-        updates: dict[Any, Any] = {self.form.model: model.name, **self.form.model_values(model)}
+        updates: dict[Any, Any] = self.form.model_values(model)
         values = self._usable(kept, model)
         for part, value in {**values, **self._method(values)}.items():
             updates[part] = merged(updates.get(part), value)
@@ -86,7 +84,10 @@ class Memory:
 
     def _model(self, name: Any) -> Model:
         """The model of that name, if it is at hand: opening a page starts no download."""
-        if name not in self.models.names:
+        here = isinstance(name, str) and (
+            self.models.is_loaded(name) or shipped_models().get(name, Path(name)).exists()
+        )
+        if name not in self.models.names or not here:
             raise UserError(f"the model {str(name)[:100]!r} is not loaded")
         return self.models.get(name)
 
@@ -129,8 +130,8 @@ def parse(raw: Any) -> dict[str, Any]:
 
 def form_checks(form: Form) -> dict[Any, Check]:
     """The form's fields but the model, each with what its value must be."""
-    most = form.engine.limits.characters
-    pixels = form.engine.limits.pixels
+    limits = form.engine.limits
+    most, pixels = limits.characters, limits.pixels
     checks: dict[Any, Check] = {
         form.label: lambda value, model: _label(value, model, most),
         form.prompt: lambda value, model: text("prompt", value, most),
@@ -140,9 +141,10 @@ def form_checks(form: Form) -> dict[Any, Check]:
         form.seed: lambda value, model: whole("seed", value, 0, MAX_SEED),
         form.width: lambda value, model: whole("width", value, 1, pixels),
         form.height: lambda value, model: whole("height", value, 1, pixels),
+        form.steps: lambda value, model: whole("steps", value, 1, limits.steps),
+        form.images: lambda value, model: whole("images", value, 1, limits.images),
     }
-    checks |= {part: within(part) for part in (form.steps, form.guidance, form.images)}
-    checks |= {part: one_of_its_own(part) for part in (form.aspect, form.scale, form.preset)}
+    checks[form.guidance] = lambda value, model: is_number("guidance", value, 0, limits.guidance_scale)
     checks |= {part: is_box for part in (form.new_seed, form.keep_settings)}
     for (owner, name), part in form.option_parts.items():
         checks[part] = _of_option(next(option for option in METHODS[owner].options if option.name == name))
@@ -156,15 +158,11 @@ def is_box(value: Any, model: Model) -> bool:
     return value
 
 
-def within(part: Any) -> Check:
-    """A number between a component's bounds."""
-
-    def check(value: Any, model: Model) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not part.minimum <= value <= part.maximum:
-            raise UserError(f"{part.label} must be a number from {part.minimum} to {part.maximum}")
-        return value
-
-    return check
+def is_number(name: str, value: Any, low: float, high: float) -> float:
+    """A number between two bounds; UserError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise UserError(f"{name} must be a number from {low:g} to {high:g}, got {str(value)[:60]!r}")
+    return value
 
 
 def one_of(choices: Callable[[Model], Sequence[str]]) -> Check:

@@ -44,16 +44,16 @@ def run_in_thread(
 
     thread = threading.Thread(target=run, name="attngen-engine", daemon=True)
     thread.start()
+    kind = ""
     try:
-        while True:
+        while kind != "result":
             kind, value = events.get()
             if kind == "error":
                 raise value
             yield value
-            if kind == "result":
-                return
     finally:
-        stop.set()
+        if kind == "progress":  # whoever listened has gone; else a caller's event stays as it is, for its next work
+            stop.set()
         thread.join()
 
 

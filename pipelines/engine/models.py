@@ -204,7 +204,7 @@ class ModelStore:
             threading.Thread(target=self._load, args=(name, future), name="attngen-loader", daemon=True).start()
         return _awaited(name, future, tell, stop)
 
-    def is_loaded(self, name: str | None) -> bool:
+    def is_loaded(self, name: Any) -> bool:
         """Whether `get` returns the model at once."""
         with self._lock:
             return name in self._models

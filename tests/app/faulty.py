@@ -5,12 +5,14 @@ The seed of a picture decides, so one page shows every fault and draws well in b
 
 import functools
 import sys
+import time
 
 import torch
 
 import app
 from attngen import SiTPipeline
-from tests.app.serving import NOT_FINITE, OUT_OF_MEMORY
+from pipelines.engine import models
+from tests.app.serving import NOT_FINITE, OUT_OF_MEMORY, SLOW_MODEL
 
 
 def fail_by_seed(draw):
@@ -40,6 +42,19 @@ def fail_by_seed(draw):
     return call
 
 
+def fetch_slowly(fetch):
+    """A download of one model that never ends."""
+
+    @functools.wraps(fetch)
+    def call(model, options):
+        while model == SLOW_MODEL:
+            time.sleep(1)
+        return fetch(model, options)
+
+    return call
+
+
 if __name__ == "__main__":
+    models.fetch = fetch_slowly(models.fetch)
     SiTPipeline.__call__ = fail_by_seed(SiTPipeline.__call__)
     sys.exit(app.main())

@@ -24,6 +24,8 @@ FLAGS = [
 PAGE = (str(ROOT / "app.py"),)
 FAULTY = ("-m", "tests.app.faulty")  # the same page with a model that fails for these two seeds
 OUT_OF_MEMORY, NOT_FINITE = 770_001, 770_002
+SLOW_MODEL = "slow/model"  # loads there for ever
+FIRST_MODEL = "emoji-128"
 # A message in the corner leaves by itself after some seconds, on a busy machine before a test has looked.
 KEEP_MESSAGES = """
 window.messagesShown = [];
@@ -118,13 +120,13 @@ class Visit:
         self.page.set_viewport_size({"width": 1280, "height": 900})
         self.show("Generate")
         self.open_details()
-        if self.page.input_value("#model input") != "emoji":
-            self.choose("model", "emoji")
-            self.page.wait_for_selector("#method input[value=mediators]")
+        if self.page.input_value("#model input") != FIRST_MODEL:
+            self.choose("model", FIRST_MODEL)
+            self.wait_for("Ready")
         self.choose("label", "face")
         self.page.check("#method input[value=none]")
         self.page.check("#new-seed input")
-        for name, value in (("steps", steps), ("images", 1), ("width", 32), ("height", 32)):
+        for name, value in (("steps", steps), ("images", 1), ("width", 128), ("height", 128)):
             self.set(name, value)
 
     def show(self, tab):
@@ -138,10 +140,8 @@ class Visit:
 
     def recall(self, path):
         """Give the page a picture, as if it were dropped there."""
-        if not self.page.is_visible("#recall"):
-            self.page.locator("#recall-part button").first.click()
         self.page.evaluate("document.querySelector('#status textarea').value = ''")
-        self.page.set_input_files("#recall input[type=file]", path)
+        self.page.set_input_files("#more > input[type=file]", path)
 
     def status(self, name="status"):
         """The text of a status line."""

@@ -8,6 +8,7 @@ import pytest
 
 import app
 from pipelines import guard
+from pipelines.ui_card import Card
 from tests.app.serving import ROOT
 
 
@@ -138,3 +139,56 @@ def test_guessing_is_slowed(monkeypatch):
     now[0] += guard.WITHIN_SECONDS + 1
     assert log_in("me", "a long password")
     assert not log_in("mé", "ünïcode")
+
+
+# Limits, and what other sites see
+
+
+def test_visitors_have_smaller_limits_and_a_budget_of_time(no_password, monkeypatch):
+    own = app.parse_arguments([])
+    assert (own.max_pixels, own.max_steps, own.max_images, own.max_seconds) == app.OWN_LIMITS and own.private
+    monkeypatch.setenv(app.PASSWORD, "12345678")
+    other = app.parse_arguments(["--host", "0.0.0.0", "--user", "me", "--max-images", "2"])
+    assert (other.max_pixels, other.max_steps, other.max_images, other.max_seconds) == (1024 * 1024, 100, 2, 300)
+    assert not other.private
+    assert app.make_engine(other).limits.seconds == 300 and app.make_engine(own).limits.seconds == float("inf")
+
+
+def test_a_space_is_for_visitors(no_password, monkeypatch):
+    monkeypatch.setenv("SPACE_ID", "someone/attngen")
+    assert not app.parse_arguments([]).private
+
+
+def test_tools_for_language_models_need_their_package(no_password, capsys, monkeypatch):
+    monkeypatch.setattr(app.importlib.util, "find_spec", lambda name: None)
+    assert "gradio[mcp]" in refusal(capsys, "--mcp")
+
+
+def test_a_link_shows_the_project(tmp_path):
+    gradios = (
+        b'<head><meta property="og:title" content="Gradio" />\n<meta\nname="twitter:title" content="Gradio" /></head>'
+    )
+    (tmp_path / "card.png").write_bytes(b"picture")
+    sent = []
+
+    async def page(scope, receive, send):
+        headers = [(b"content-type", b"text/html"), (b"content-length", b"%d" % len(gradios))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": gradios[:40], "more_body": True})
+        await send({"type": "http.response.body", "body": gradios[40:]})
+
+    async def keep(message):
+        sent.append(message)
+
+    def ask(path, host):
+        sent.clear()
+        scope = {"type": "http", "method": "GET", "path": path, "scheme": "http", "headers": [(b"host", host)]}
+        asyncio.run(Card(page, tmp_path / "card.png")(scope, None, keep))
+        return dict(sent[0]["headers"])[b"content-length"], sent[1]["body"]
+
+    length, body = ask("/", b"localhost:7860")
+    assert b"Gradio" not in body and b'og:image" content="http://localhost:7860/card.png"' in body
+    assert int(length) == len(body)
+    assert b'"><script>' not in ask("/", b'x"><script>')[1]
+    assert ask("/card.png", b"localhost")[1] == b"picture"
+    assert ask("/other", b"localhost")[1] == gradios[:40]
