@@ -100,9 +100,11 @@ def _gather(table: Tensor, rows: Tensor) -> Tensor:
 
 def _chunks(query: Tensor, key: Tensor, value: Tensor, rows: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
     """Head, groups and their rows (S · L,) of each chunk."""
-    step = max(1, CHUNK // (rows.shape[2] * (key.shape[2] + value.shape[2]) * key.element_size()))
+    number = query.shape[1]
+    most = max(1, CHUNK // (rows.shape[2] * (key.shape[2] + value.shape[2]) * key.element_size()))
+    step = -(-number // -(-number // most))  # chunks of one size
     for head in range(query.shape[0]):
-        for start in range(0, query.shape[1], step):
+        for start in range(0, number, step):
             groups = slice(start, start + step)
             yield head, groups, rows[head % len(rows), groups].flatten()
 
@@ -115,11 +117,16 @@ def _of(bias: Tensor, head: int, groups: slice) -> Tensor:
 
 @torch.library.custom_op("attngen::gathered_attention", mutates_args=())
 def _forward(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, bias: Tensor, scale: float) -> Tensor:
-    output = query.new_empty(*query.shape[:3], value.shape[2])
+    output, buffers = query.new_empty(*query.shape[:3], value.shape[2]), None
     length = rows.shape[2]
     for head, groups, index in _chunks(query, key, value, rows):
         part = query[head, groups]
-        keys, values = (x[head].index_select(0, index).view(len(part), 1, length, -1) for x in (key, value))
+        if buffers is None:  # the first chunk is as large as any; one memory for all stays in cache
+            buffers = [x.new_empty(len(index), x.shape[2]) for x in (key, value)]
+        keys, values = (
+            torch.index_select(x[head], 0, index, out=buffer[: len(index)]).view(len(part), 1, length, -1)
+            for x, buffer in zip((key, value), buffers, strict=True)
+        )
         # A bias expanded without a copy is free, unlike one of the full size.
         mask = _of(bias, head, groups)[:, None].expand(len(part), 1, part.shape[1], length)
         output[head, groups] = F.scaled_dot_product_attention(part[:, None], keys, values, mask, scale=scale)[:, 0]

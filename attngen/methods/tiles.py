@@ -34,8 +34,6 @@ SPREAD = 3.0
 """Standard deviations of the logits within a tile of keys that its score adds; 3 was best or equal best of 0 to 3."""
 
 Context = tuple[Tensor, Tensor]
-Pair = tuple[Tensor, Tensor]
-"""(G, tiles, m, C) tokens of each tile and (G, tiles, C) their means, of keys or of values."""
 
 
 def tile_attention(
@@ -147,23 +145,28 @@ class Cut:
 
         Without it by fused attention over chunks of gathered keys on a CPU, by `flex_attention` on a GPU.
         """
-        batch = query.shape[0]
-        queries, keys, values = self.queries.cut(query), self.keys.cut(key), self.keys.cut(value)
-        mean_key, mean_value = self.keys.means(keys), self.keys.means(values)
+        batch, size, fitted = query.shape[0], value.shape[3], isinstance(gain, Tensor) or gain != 0
+        text_key, text_value = context or (key[:, :, :0], value[:, :, :0])
+        # Fused kernels need one width; a channel of the values that is 1 in means adds up their weights.
+        width = max(query.shape[3], size) if not fitted else padded(max(query.shape[3], size + 1))
+        table_key, keys, mean_key = self.keys.table(key, text_key, width)
+        table_value, values, mean_value = self.keys.table(value, text_value, width)
+        queries = self.queries.cut(query)
         with torch.no_grad():
             order = self._order(queries, keys, mean_key, scale)
-        tiled = (keys, mean_key.to(key.dtype)), (values, mean_value.to(value.dtype))
-        if context is None:
-            context = key[:, :, :0], value[:, :, :0]
         if attention is None and query.device.type == "cuda":
-            output, share = flex.tile_attention(
-                queries, *tiled, context, order, self.chosen, self.keys.filled(key.device), scale
-            )
+            tiled = (keys, mean_key.to(key.dtype)), (values, mean_value.to(value.dtype)), (text_key, text_value)
+            mixed, share = flex.tile_attention(queries, *tiled, order, self.chosen, self.keys.filled(key.device), scale)
         else:
-            fitted = isinstance(gain, Tensor) or gain != 0
-            output, share = self._by_rows(queries, *tiled, context, order, scale, fitted, attention)
-        output = self.queries.join(output, batch)
-        if share is None:
+            first = self.keys.count * self.keys.slots
+            if fitted:
+                table_value[:, first : first + self.keys.count, size] = 1
+            queries = F.pad(queries, (0, width - queries.shape[3])) if width > queries.shape[3] else queries
+            run = gathered_attention if attention is None else partial(gathered_by, attention)
+            mixed = run(queries, table_key, table_value, *self._rows(order, text_key.shape[2]), scale)
+            mixed, share = mixed[..., :size], mixed[..., size : size + 1]
+        output = self.queries.join(mixed, batch)
+        if not fitted:
             return output
         slope = self._slope(keys, values, mean_key) * (scale / query.shape[2])
         term = (query @ slope.to(query.dtype).unflatten(0, (batch, -1))) * self.queries.join(share, batch)
@@ -178,46 +181,19 @@ class Cut:
         score += spread.sqrt_() * (SPREAD * scale)
         return score.argsort(dim=-1, descending=True, stable=True)
 
-    def _by_rows(
-        self,
-        queries: Tensor,
-        keys: Pair,
-        values: Pair,
-        context: Context,
-        order: Tensor,
-        scale: float,
-        fitted: bool,
-        attention: Callable[..., Tensor] | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(G, tiles, n, E) outputs and (G, tiles, n, 1) weights of all means, the latter if `fitted`.
+    def _rows(self, order: Tensor, texts: int) -> tuple[Tensor, Tensor]:
+        """(G, tiles, L) rows of the table for each tile of queries, and (G or 1, tiles or 1, L) their bias.
 
         Sorted by score, the first tiles give rows of tokens and the others rows of means, so that every tile of queries
         has as many rows, and one softmax without a mask is over both.
         """
-        device, slots, count = queries.device, self.keys.count * self.keys.slots, self.keys.count
-        table_key, table_value = (
-            torch.cat([own.flatten(1, 2), means, text.flatten(0, 1)], dim=1)
-            for (own, means), text in zip((keys, values), context, strict=True)
-        )
+        device, slots, count = order.device, self.keys.count * self.keys.slots, self.keys.count
         token = order[..., : self.chosen, None] * self.keys.slots + torch.arange(self.keys.slots, device=device)
-        text = torch.arange(slots + count, table_key.shape[1], device=device).expand(*order.shape[:2], -1)
+        text = torch.arange(slots + count, slots + count + texts, device=device).expand(*order.shape[:2], -1)
         rows = torch.cat([token.flatten(2), order[..., self.chosen :] + slots, text], dim=2)
-        bias = torch.zeros(table_key.shape[1], dtype=torch.float64, device=device)
-        bias[:slots] = torch.where(self.keys.filled(device).flatten(), 0.0, NOTHING)
-        bias[slots : slots + count] = self.keys.tokens(device).log()
-        bias = bias[rows[:1, :1] if self.keys.even else rows]
-        size = table_value.shape[2]
-        if fitted:  # a channel of the values that is 1 in means adds up their weights
-            width = padded(max(queries.shape[3], size + 1))
-            queries, table_key, table_value = (
-                F.pad(x, (0, width - x.shape[-1])) for x in (queries, table_key, table_value)
-            )
-            table_value[:, slots : slots + count, size] = 1
-        if attention is None:
-            output = gathered_attention(queries, table_key, table_value, rows, bias, scale)
-        else:
-            output = gathered_by(attention, queries, table_key, table_value, rows, bias, scale)
-        return output[..., :size], output[..., size : size + 1] if fitted else None
+        empty = torch.where(self.keys.filled(device).flatten(), 0.0, NOTHING).double()
+        bias = F.pad(torch.cat([empty, self.keys.tokens(device).log()]), (0, texts))
+        return rows, bias[rows[:1, :1] if self.keys.even else rows]
 
     def _slope(self, keys: Tensor, values: Tensor, mean_key: Tensor) -> Tensor:
         """(G, D, E): H = Σ_t (k_t - k̄_j(t)) v_tᵀ."""

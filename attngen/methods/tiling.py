@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attngen.checks import Grid
@@ -53,15 +54,45 @@ class Tiles:
         """Whether all tiles have as many tokens."""
         return self.count * self.slots == math.prod(self.grid)
 
-    def cut(self, x: Tensor) -> Tensor:
-        """(B, H, N, C) -> (B · H, count, slots, C); an empty slot repeats a token of its tile."""
+    def cut(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """(B, H, N, C) -> (B · H, count, slots, C), in `out` where given; an empty slot repeats a token of its tile."""
         if not self.even:
-            cut = x.index_select(2, self._index(x.device)[0])
-            return cut.flatten(0, 1).unflatten(1, (self.count, self.slots))
+            cut = x.index_select(2, self._index(x.device)[0]).flatten(0, 1).unflatten(1, (self.count, self.slots))
+            return cut if out is None else out.copy_(cut)
         axes = len(self.grid)
         image = x.unflatten(2, [size for pair in zip(self.cells, self.side, strict=True) for size in pair])
         image = image.permute(0, 1, *range(2, 2 + 2 * axes, 2), *range(3, 3 + 2 * axes, 2), 2 + 2 * axes)
-        return image.reshape(-1, self.count, self.slots, x.shape[-1])
+        if out is None:
+            return image.reshape(-1, self.count, self.slots, x.shape[-1])
+        out.view(image.shape).copy_(image)
+        return out
+
+    def table(self, x: Tensor, text: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows for `gathered_attention`: the slots of all tiles, a mean for each, and a text.
+
+        Args:
+            x: (B, H, N, C).
+            text: (B, H, T, C).
+            width: channels of a row, at least C; zeros beyond C.
+
+        Returns:
+            (B · H, count · slots + count + T, width), what `cut` returns, and (B · H, count, C) means in float32 at
+            least.
+        """
+        slots, size = self.count * self.slots, x.shape[3]
+        if torch.is_grad_enabled() and x.requires_grad:
+            cut = self.cut(x)
+            means = self.means(cut)
+            table = torch.cat([cut.flatten(1, 2), means.to(x.dtype), text.flatten(0, 1)], dim=1)
+            return F.pad(table, (0, width - size)), cut, means
+        # Written in place: at thousands of tokens a copy costs as much as the choice of the tiles.
+        table = x.new_empty(x.shape[0] * x.shape[1], slots + self.count + text.shape[2], width)
+        table[..., size:] = 0
+        cut = self.cut(x, table[:, :slots, :size].unflatten(1, (self.count, self.slots)))
+        means = self.means(cut)
+        table[:, slots : slots + self.count, :size] = means
+        table[:, slots + self.count :, :size] = text.flatten(0, 1)
+        return table, cut, means
 
     def join(self, x: Tensor, batch: int) -> Tensor:
         """What `cut` returned, back to (B, H, N, C)."""

@@ -80,13 +80,12 @@ def test_every_path_has_the_same_numbers(grid, tile, key_tile, density, frames, 
         return tf.scaled_dot_product_attention(query, key, value, scale=scale)
 
     assert_close(cut.attend(query, key, value, context, 0.4, gain, backend), want, 1e-5)
-    monkeypatch.setattr(Cut, "_by_rows", by_flex)
-    assert_close(cut.attend(query, key, value, context, 0.4, gain), want, 1e-5)
-
-
-def by_flex(self, queries, keys, values, context, order, scale, fitted, attention):
-    filled = self.keys.filled(queries.device)
-    return flex.tile_attention(queries, keys, values, context, order, self.chosen, filled, scale)
+    queries, keys, values = cut.queries.cut(query), cut.keys.cut(key), cut.keys.cut(value)
+    mean_key, mean_value = cut.keys.means(keys), cut.keys.means(values)
+    order = cut._order(queries, keys, mean_key, 0.4)
+    pairs = (keys, mean_key), (values, mean_value), context or (key[:, :, :0], value[:, :, :0])
+    mixed, _ = flex.tile_attention(queries, *pairs, order, cut.chosen, cut.keys.filled(key.device), 0.4)
+    assert_close(cut.queries.join(mixed, 2), cut.attend(query, key, value, context, 0.4), 1e-5)
 
 
 def test_all_tiles_are_softmax_attention():
