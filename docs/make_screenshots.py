@@ -79,10 +79,13 @@ def generate(page: Any) -> None:
 
 def compare(page: Any) -> None:
     """The same clock by four numbers of mediators."""
+    page.check("#preset input[value=Quick]")
+    page.wait_for_timeout(2000)
     page.get_by_role("tab", name="Compare").click()
     page.click("#compare")
     _done(page, "compare-status")
-    page.evaluate("window.scrollTo(0, 0)")
+    page.evaluate("document.querySelector('#methods').scrollIntoView()")
+    page.wait_for_timeout(800)
 
 
 def _done(page: Any, name: str) -> None:

@@ -71,7 +71,10 @@ def add_endpoints(engine: Engine, folder: Path, wrap: Wrap) -> None:
         wrap: put around each function that draws.
     """
     for name, make in (("generate", _generate), ("compare", _compare)):
-        gr.api(wrap(make(engine, folder)), api_name=name, concurrency_id=QUEUE)
+        function = make(engine, folder)
+        # Gradio's list of the endpoints has no place for what an argument means, but for the text of the whole.
+        about = "\n".join(line.strip() for line in str(function.__doc__).splitlines())
+        gr.api(wrap(function), api_name=name, api_description=about, concurrency_id=QUEUE)
 
 
 def _generate(engine: Engine, folder: Path) -> Callable[..., Any]:

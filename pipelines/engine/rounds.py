@@ -46,8 +46,8 @@ class Speed(NamedTuple):
         return self.rounds >= SAME_SIDE_ROUNDS or (self.rounds > 1 and nearest >= CLEAR)
 
     def __str__(self) -> str:
-        told = f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
-        return told if self.differs else f"not told from 1 ({self.low:.2f} to {self.high:.2f})"
+        spread = f"{self.low:.2f} to {self.high:.2f}" if self.rounds > 1 else f"{self.median:.2f} in one round"
+        return f"{self.median:.2f} ({spread})" if self.differs else f"not told from 1 ({spread})"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The page's handlers, called as Gradio calls them, over tiny models: no browser, no server."""
 
+import json
 import threading
 import time
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ gr = pytest.importorskip("gradio")
 pytestmark = [pytest.mark.usefixtures("unmeasured"), pytest.mark.filterwarnings("ignore")]
 
 from pipelines import ui_events  # noqa: E402  (they import gradio)
+from pipelines.ui_api import add_endpoints  # noqa: E402
 from pipelines.ui_calibrate import CalibrateTab  # noqa: E402
 from pipelines.ui_compare import CompareTab, parse_methods, suggestions, table_of  # noqa: E402
 from pipelines.ui_events import RUNS, Buttons, bounded, follow  # noqa: E402
@@ -404,3 +406,48 @@ def test_a_calibrated_plan_tells_its_seconds_and_is_drawn_with(page, monkeypatch
     assert asked["speedup"] == 1.5 and "max_error" not in asked
     chosen = page.calibrate._use(found[page.calibrate.text])
     assert chosen[page.form.method] == "plan"
+
+
+# For programs
+
+
+@pytest.fixture(scope="module")
+def endpoints(page):
+    with gr.Blocks() as blocks:
+        add_endpoints(page.engine, page.folder, lambda run: run)
+    return blocks
+
+
+def test_endpoints_explain_every_argument(endpoints):
+    named = endpoints.get_api_info()["named_endpoints"]
+    assert set(named) == {"/generate", "/compare"}
+    for endpoint in named.values():
+        for parameter in endpoint["parameters"]:
+            assert f"\n{parameter['parameter_name']}: " in endpoint["description"], parameter
+
+
+def called(endpoints, name, **given):
+    function = next(event.fn for event in endpoints.fns.values() if event.api_name == name)
+    *_, last = function(**given)
+    return last
+
+
+def test_endpoints_have_the_limits_of_the_page(endpoints, page):
+    for given in ({"methods": ["none"] * 9}, {"methods": ["none"]}, {"methods": ["none", "<b>"]}, {"steps": 10**6}):
+        with pytest.raises(gr.Error) as refused:
+            called(endpoints, "compare", **{"prompt": "face", "methods": ["none", "none"], **given})
+        assert "&lt;" not in refused.value.message
+    with pytest.raises(gr.Error, match="pixels"):
+        called(endpoints, "generate", prompt="face", width=10**4, height=10**4)
+
+
+def test_a_comparison_names_its_files_and_its_rounds(endpoints, page, monkeypatch):
+    monkeypatch.setattr("pipelines.engine.rounds.ROUNDS", 1)
+    files, told = called(endpoints, "compare", prompt="face", methods=["none", "mediators 1"], steps=1, seed=3)
+    assert [row["files"] for row in told["rows"]] == [[file["orig_name"]] for file in files]
+    assert set(told["rows"][1]["speedup"]) == {"median", "low", "high", "rounds", "differs"}
+    json.dumps(told, allow_nan=False)
+
+
+def test_no_path_of_the_server_is_in_the_page(page):
+    assert str(page.folder) not in json.dumps(page.blocks.get_config_file(), default=str)
