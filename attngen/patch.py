@@ -31,13 +31,14 @@ from attngen.hosts.install import (
 from attngen.hosts.reference_plans import check_takes_references, in_step, references_plan
 from attngen.hub import is_hub_id
 from attngen.kernels.dispatch import AUTO, Kernel, check_kernel
+from attngen.layer_rows import Review, default_call, left_alone, others_of, rows_of
 from attngen.learned.file import SUFFIX, LearnedLayers, config_hash
 from attngen.learned.methods import LearnedMethod
 from attngen.learned.modules import HiddenModule
 from attngen.methods import AttentionMethod, SoftmaxAttention
 from attngen.plan import Plan
 from attngen.presets import resolve_preset
-from attngen.report import LayerReport, Report, Review, default_call, left_alone, rows_of
+from attngen.report import LayerReport, Report
 from attngen.schedule import ChangeSchedule
 from attngen.trace import Trace
 
@@ -217,6 +218,7 @@ class AttentionPatch:
             _check_grid(grid)
         patched: list[LayerReport] = []
         left: list[LayerReport] = []
+        others: dict[str, int] = {}
         for name, model in self._models.items():
             hook = hooks.root_hook(model)
             if hook is None or not self._is_on(model):
@@ -228,11 +230,13 @@ class AttentionPatch:
             seen, grids = hook.last_seen or default_call(model), hooks.seen_grids(model)
             if grid is not None:
                 seen, grids = seen._replace(grid=grid, tokens=math.prod(grid)), {}
-            patched += rows_of(model, name, self._plan.starts, seen, grids)
+            rows = rows_of(model, name, self._plan.starts, seen, grids)
+            patched += rows
+            others[name] = others_of(model, rows, seen)
             left += [left_alone(name, layer, reason) for layer, reason in refused_layers(model, patched=True).items()]
         if self.is_applied:
             left += [left_alone(name, "", reason) for name, reason in self._unknown.items()]
-        return Report(patched + left, self._plan.starts)
+        return Report(patched + left, self._plan.starts, others)
 
     def trace(self) -> Trace:
         """Start to count what each layer really runs, and return the counts; the running ones where it has started.

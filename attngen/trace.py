@@ -14,7 +14,7 @@ from attngen.hosts.hooks import patched_layers, root_hook
 from attngen.hosts.spec import spec_of
 from attngen.layers.route import EXACT
 from attngen.layers.trace import COUNTS, Counts, Noted
-from attngen.report import pattern, table
+from attngen.tables import pattern, table
 
 
 @dataclass(frozen=True)

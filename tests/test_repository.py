@@ -45,15 +45,17 @@ MAY_IMPORT = {
     # Learned layers are found by the hosts, which attach and detach their weights.
     "hosts": (*_GROUND, "layers", "methods", "plan", "schedule", "sit", "learned"),
     "learned": (*_GROUND, "files", "version", "layers", "methods", "plan", "hosts"),
-    "report": (*_GROUND, "layers", "methods", "hosts", "learned"),
-    "trace": ("layers", "hosts", "report"),
+    "tables": (),
+    "report": ("checks", "kernels", "tables"),
+    "layer_rows": (*_GROUND, "layers", "methods", "hosts", "learned", "report"),
+    "trace": ("layers", "hosts", "tables"),
     "patch": (
         *(*_GROUND, "hub", "layers", "methods", "schedule", "plan", "presets", "hosts", "learned"),
-        *("report", "trace"),
+        *("layer_rows", "report", "trace"),
     ),
     "calibration": (
         *(*_GROUND, "files", "version", "schedule", "measurements", "layers", "methods"),
-        *("plan", "hosts", "learned", "report"),
+        *("plan", "hosts", "learned", "layer_rows"),
     ),
     # The programs: their own folders, and the library.
     "app": ("pipelines", "attngen"),

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from attngen.hosts.core import core_enter, core_layer
 from attngen.hosts.spec import decide
+from attngen.layer_rows import layer_shape
 from attngen.layers.call import CHANNEL_KEY, Call
 from attngen.layers.layer import Layer
 from attngen.layers.route import EXACT, Route, exact
 from attngen.methods import AttentionMethod
-from attngen.report import layer_shape
 
 
 class Replay:

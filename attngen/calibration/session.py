@@ -22,9 +22,9 @@ from attngen.hosts.clock import Clock
 from attngen.hosts.hooks import patched_layers
 from attngen.hosts.install import Patching, detach, install
 from attngen.hosts.seen import AttnGenWarning, warn
+from attngen.layer_rows import Review
 from attngen.methods import SoftmaxAttention
 from attngen.plan import Plan
-from attngen.report import Review
 from attngen.schedule import stage_at
 
 MAX_RUNS = 30
