@@ -6,7 +6,7 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 import attngen
-from attngen import AgentAttention, DownsampledKV
+from attngen import AgentAttention, DownsampledKV, Plan
 from attngen.hosts.backend import CaughtBackend
 from tests.builders.zoo import ZOO
 
@@ -146,6 +146,27 @@ def test_real_backends(backend):
         with handle.trace() as trace:
             close(run(name, model), want)
         assert {row.kernel for row in trace.rows} == {backend}
+
+
+@pytest.mark.parametrize("plan", ["softmax", Plan.of(AGENTS, min_tokens=4096)], ids=["softmax", "min_tokens"])
+def test_exact_layers_are_left_alone(plan):
+    """After the first call, which the report needs, nothing is between the layer and torch."""
+    name = "WanTransformer3DModel"
+    model, depths = ZOO[name].model(), []
+    want = run(name, model)
+    for block in model.blocks:
+        block.attn1.to_q.register_forward_hook(lambda *_: depths.append(torch._C._len_torch_function_stack()))
+    with attngen.apply(model, plan) as handle, handle.trace() as trace:
+        run(name, model)
+        assert set(depths) == {1} and {layer.tokens for layer in handle.report().patched}
+        depths.clear()
+        assert torch.equal(run(name, model), want) and set(depths) == {0}
+    assert {(row.kernel, row.calls) for row in trace.rows} == {("exact", 2)}
+    with attngen.apply(model, AGENTS, kernel="sdpa"):
+        run(name, model)
+        depths.clear()
+        run(name, model)
+        assert set(depths) == {1}
 
 
 def test_context_parallelism_is_exact_and_says_so():

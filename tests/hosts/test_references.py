@@ -70,14 +70,14 @@ class Layer(torch.nn.Module):
         setattr(self, SPEC, LayerSpec("a", "a", None, (method,), core=True, rotary=rotary, references=references))
 
 
-def product(method, asked, text, references=(HALF,)):
+def product(method, asked, text, references=(HALF,), rotary=False):
     """The product of a layer with text in front, an image of 4 x 6 and `GRIDS`."""
     call = Call("0", (4, 6), context=text, references=GRIDS)
 
     def exactly(asked):
         return torch.nn.functional.scaled_dot_product_attention(**asked._asdict())
 
-    return attend(Layer(method, references), Core("*", "first"), call, asked, exactly)
+    return attend(Layer(method, references, rotary), Core("*", "first"), call, asked, exactly)
 
 
 def asked(text, size=8, seed=0, keys=2):
@@ -105,15 +105,16 @@ def test_every_query_reads_the_cells_of_the_references(text, scale):
     assert_close(got.double(), oracle(*given[:3], text, scale=scale))
 
 
+@pytest.mark.parametrize("rotary", [False, True])
 @pytest.mark.parametrize("method", [SoftmaxAttention(), AgentAttention(num_agents=4, shortcut=0.0), DownsampledKV(3)])
-def test_constant_references_stay_exact(method):
+def test_constant_references_stay_exact(method, rotary):
     """The weights count the tokens of each cell, whatever the method for the image."""
     given = Asked(*(x.double() for x in asked(5)[:3]))
     for x in given[1:3]:
         x[:, :, 5 + 24 : 5 + 24 + 15] = x[:, :, 29:30]
         x[:, :, 5 + 24 + 15 :] = x[:, :, 50:51]
-    want = product(method, given, 5, references=())
-    assert_close(product(method, given, 5), want, 1e-12)
+    want = product(method, given, 5, references=(), rotary=rotary)
+    assert_close(product(method, given, 5, rotary=rotary), want, 1e-12)
 
 
 def test_masks_of_text_and_grouped_heads():
