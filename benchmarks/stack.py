@@ -4,45 +4,46 @@
     python -m benchmarks.stack --model sd15 --size 512 --steps 12 --caches deepcache tomesd --dtype bfloat16
     python -m benchmarks.stack --size small --model dit-xl
 
-One measurement is a whole denoising loop, scheduler and guidance included, with random weights. The share kept is the
-combined speed-up over the product of the two single ones, round by round: 1 where the savings are independent. Both of
-a pair that save attention cannot reach it.
+    python -m benchmarks.stack --pipeline attngen/assets/emoji_unet --labels face clock --size 64 --steps 4 \\
+        --method plans/emoji_unet-64px-4steps.json todo --caches deepcache pab taylorseer int8 --threads 1
 
-deepcache, pab, fastercache, taylorseer and cache-dit reuse features of earlier steps; agents save in the steps that are
-computed. cache-dit decides by thresholds on the features, which mean nothing with random weights: here it computes and
-reuses by a fixed pattern. tomesd merges tokens around the attention of the top level; what is left is no grid, so in
+One measurement is a whole denoising loop, scheduler and guidance included, with random weights, or with --pipeline a
+trained pipeline's; then the relative errors of the latents are in the table too. The share kept is the combined
+speed-up over the product of the two single ones, round by round: 1 where the savings are independent. Both of a pair
+that save attention cannot reach it.
+
+deepcache, pab, fastercache, taylorseer, cache-dit, first-block and seacache reuse features of earlier steps; methods
+save in the steps that are computed. cache-dit, first-block and seacache decide by thresholds on the features, which
+mean nothing with random weights: here they compute every third step. int8 is torch's dynamic quantisation of linear
+layers. tomesd merges tokens around the attention of the top level; what is left is no grid, so in
 those layers attention stays exact over the merged tokens and agents work in the layers below.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 from benchmarks import options as cli
+from benchmarks.caches import CACHES, Refused
 from benchmarks.model import MethodError, plan_of, split_kernel
 from benchmarks.models import MODELS, build_random, random_inputs, structural_copy
 from pipelines.cli.provenance import machine
-
-INTERVAL = 3
-"""Steps from one computed step to the next, where a cache has such a number."""
-
-
-class Refused(Exception):
-    """Why a peer cannot be measured here."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.parser("stack", __doc__)
     parser.add_argument("--model", default="sit-s", choices=list(MODELS))
     parser.add_argument("--size", default=None, help="side of the picture in pixels, or small: a reduced model")
-    parser.add_argument("--method", default="agent:64", help="a preset, a plan file, agent:NUMBER, @KERNEL behind it")
-    parser.add_argument("--caches", nargs="+", default=list(CACHES), choices=list(CACHES))
+    parser.add_argument("--pipeline", type=Path, metavar="FOLDER", help="a trained pipeline of classes, not --model")
+    parser.add_argument("--labels", nargs="+", default=["0"], help="classes that the pipeline draws")
+    parser.add_argument(
+        "--method", nargs="+", default=["agent:64"], help="presets, plan files, agent:NUMBER, @KERNEL behind them"
+    )
+    parser.add_argument("--caches", nargs="*", default=list(CACHES), choices=list(CACHES))
     parser.add_argument("--steps", type=cli.at_least(2), default=20)
     parser.add_argument("--batch", type=cli.at_least(1), default=1, help="pictures; guidance doubles it")
     parser.add_argument("--guidance", action=argparse.BooleanOptionalAction, default=True)
@@ -64,6 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.pipeline:
+        options.small = False
+        if options.size is None or not options.size.isdigit():
+            parser.error(f"--pipeline needs --size in pixels, got {options.size!r}")
+        options.size, options.batch = int(options.size), len(options.labels)
+        return
     described = MODELS[options.model]
     options.small = options.size == "small"
     if options.size is None or options.small:
@@ -81,6 +88,7 @@ class Loop:
 
     Attributes:
         model: the denoiser.
+        target: what a method is applied to: the denoiser.
         scheduler: gives the time steps; DDIM, and a plain Euler step for SiT.
         time: of the step that runs, from 1000 (noise) to 0.
         device_time: the same as a tensor on the model's device.
@@ -91,7 +99,8 @@ class Loop:
         import torch
         from diffusers import DDIMScheduler
 
-        self.model, self.kind = model, MODELS[options.model].kind
+        self.target = self.model = model
+        self.kind = MODELS[options.model].kind
         self.guided, self.steps, self.time = options.guidance, options.steps, 1000.0
         copies = options.batch * (2 if options.guidance else 1)
         dtype = getattr(torch, options.dtype)
@@ -105,6 +114,7 @@ class Loop:
         self.device_time = self.device_times[0]
         self.gives_device_time = True
         self.resets: list[Callable[[], Any]] = []
+        self.each_step: list[Callable[[int], Any]] = []
 
     def __call__(self) -> Any:
         from diffusers.models.cache_utils import CacheMixin
@@ -112,15 +122,18 @@ class Loop:
         for reset in self.resets:
             reset()
         latents = self._start
-        # Some caches want a context, as pipelines give them. A UNet has no method for it.
-        with CacheMixin.cache_context(self.model, "loop"):
-            for time, device_time in zip(self.scheduler.timesteps, self.device_times, strict=True):
-                self.time, self.device_time = float(time), device_time
+        for step, (time, device_time) in enumerate(zip(self.scheduler.timesteps, self.device_times, strict=True)):
+            for act in self.each_step:
+                act(step)
+            self.time, self.device_time = float(time), device_time
+            # Some caches need a context, as pipelines give them. A UNet has no method for it.
+            now = {"step_index": step, "sigma": self.time / 1000, "num_inference_steps": self.steps}
+            with CacheMixin.cache_context(self.model, "loop", **now):
                 prediction = self._predict(latents, time)
-                if self.kind == "sit":  # the velocity, from noise at 0 to data at 1
-                    latents = latents + prediction / self.steps
-                else:
-                    latents = self.scheduler.step(prediction, time, latents).prev_sample
+            if self.kind == "sit":  # the velocity, from noise at 0 to data at 1
+                latents = latents + prediction / self.steps
+            else:
+                latents = self.scheduler.step(prediction, time, latents).prev_sample
         return latents
 
     def _predict(self, latents: Any, time: Any) -> Any:
@@ -143,154 +156,22 @@ class Loop:
         return without + 2.0 * (with_condition - without)
 
 
-def _tomesd(loop: Loop) -> None:
-    if loop.kind != "unet":
-        raise Refused("tomesd merges tokens of UNets only")
-    try:
-        import tomesd
-    except ImportError:
-        raise Refused("tomesd is not installed (the peers extra)") from None
-    tomesd.apply_patch(loop.model, ratio=0.5, use_rand=False)
-
-
-def _deepcache(loop: Loop) -> None:
-    if loop.kind != "unet":
-        raise Refused("DeepCache skips the inner levels of UNets only")
-    try:
-        from DeepCache import DeepCacheSDHelper
-    except ImportError:
-        raise Refused("DeepCache is not installed (the peers extra)") from None
-    helper = DeepCacheSDHelper(pipe=SimpleNamespace(unet=loop.model, scheduler=loop.scheduler))
-    helper.set_params(cache_interval=INTERVAL, cache_branch_id=0)
-    helper.enable()
-    # DeepCache reads the number of the time step, which waits for a GPU; it gets it on the CPU, the UNet on the device.
-    inner = helper.function_dict["unet_forward"]
-    helper.function_dict["unet_forward"] = lambda sample, time, **given: inner(sample, loop.device_time, **given)
-    loop.gives_device_time = False
-
-
-def _pab(loop: Loop) -> None:
-    from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
-
-    config = PyramidAttentionBroadcastConfig(
-        spatial_attention_block_skip_range=INTERVAL,
-        spatial_attention_timestep_skip_range=(-1, 1001),
-        current_timestep_callback=lambda: int(loop.time),
-    )
-    apply_pyramid_attention_broadcast(loop.model, config)
-    _reset_hooks(loop)
-
-
-def _fastercache(loop: Loop) -> None:
-    from diffusers.hooks import FasterCacheConfig, apply_faster_cache
-
-    if loop.kind == "unet":
-        raise Refused("diffusers' FasterCache looks for attention where transformers have it, not UNets")
-    if not loop.guided:
-        raise Refused("FasterCache saves the pass without condition, and --no-guidance leaves that out")
-    split = ["hidden_states", "encoder_hidden_states", "timestep", "class_labels"]
-    logging.getLogger("diffusers.hooks.faster_cache").setLevel(logging.ERROR)
-    config = FasterCacheConfig(
-        spatial_attention_block_skip_range=2,
-        spatial_attention_timestep_skip_range=(-1, 681),
-        unconditional_batch_timestep_skip_range=(-1, 641),
-        attention_weight_callback=lambda _: 0.5,
-        tensor_format="BCHW",
-        current_timestep_callback=lambda: int(loop.time),
-        _unconditional_conditional_input_kwargs_identifiers=split,
-    )
-    apply_faster_cache(loop.model, config)
-    _reset_hooks(loop)
-
-
-def _taylorseer(loop: Loop) -> None:
-    import torch
-    from diffusers.hooks import TaylorSeerCacheConfig, apply_taylorseer_cache
-
-    config = TaylorSeerCacheConfig(
-        cache_interval=INTERVAL,
-        disable_cache_before_step=3,
-        max_order=1,
-        taylor_factors_dtype=torch.float32 if loop.model.dtype == torch.float32 else torch.bfloat16,
-        cache_identifiers=[r".*transformer_blocks\.\d+\.(attn|attn1|attn2|ff)"],
-    )
-    apply_taylorseer_cache(loop.model, config)
-    _reset_hooks(loop)
-
-
-def _cache_dit(loop: Loop) -> None:
-    if loop.kind == "unet":
-        raise Refused("cache-dit caches rows of transformer blocks, which a UNet is not")
-    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")  # before the import, which reads it
-    try:
-        import cache_dit
-    except ImportError:
-        raise Refused("cache-dit is not installed (the peers extra)") from None
-    functor = None
-    if loop.kind == "dit":
-        from cache_dit.caching.patch_functors import DiTPatchFunctor
-
-        functor = DiTPatchFunctor()
-    adapter = cache_dit.BlockAdapter(
-        transformer=loop.model,
-        blocks=loop.model.transformer_blocks,
-        forward_pattern=cache_dit.ForwardPattern.Pattern_3,
-        patch_functor=functor,
-        check_forward_pattern=False,
-    )
-    warm = min(3, loop.steps - 1)
-    mask = [1 if step < warm or (step - warm) % INTERVAL == INTERVAL - 1 else 0 for step in range(loop.steps)]
-    config = cache_dit.DBCacheConfig(
-        Fn_compute_blocks=1,
-        max_warmup_steps=warm,
-        residual_diff_threshold=1e9,
-        num_inference_steps=loop.steps,
-        steps_computation_mask=mask,
-        steps_computation_policy="static",
-    )
-    cache_dit.enable_cache(adapter, cache_config=config)
-    loop.resets.append(lambda: cache_dit.refresh_context(loop.model, cache_config=config))
-
-
-def _reset_hooks(loop: Loop) -> None:
-    """Start every loop with empty caches."""
-    from diffusers.hooks import HookRegistry
-
-    registry = HookRegistry.check_if_exists_or_initialize(loop.model)
-    registry.invalidate_child_registries_cache()
-    loop.resets.append(registry.reset_stateful_hooks)
-
-
-CACHES: dict[str, Callable[[Loop], None]] = {
-    "tomesd": _tomesd,
-    "deepcache": _deepcache,
-    "pab": _pab,
-    "fastercache": _fastercache,
-    "taylorseer": _taylorseer,
-    "cache-dit": _cache_dit,
-}
-
-
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run the comparison; returns what `--out` writes."""
     import torch
 
-    from benchmarks.timing import compare, spread
+    from benchmarks.timing import compare
 
-    dtype = getattr(torch, options.dtype)
-    model: Any = build_random(options.model, dtype, options.device, options.size, options.small)
-    loops: dict[str, Loop] = {}
+    make = _maker(options)
+    loops: dict[str, Any] = {"exact": make(None, None)}
+    loops |= {method: make(method, None) for method in options.method}
     skipped: list[dict[str, str]] = []
-    loops["exact"] = Loop(options, structural_copy(model))
-    loops[options.method] = _loop(options, model, options.method, None)
     for cache in options.caches:
         try:
-            pair = {
-                cache: _loop(options, model, None, cache),
-                f"{options.method} + {cache}": _loop(options, model, options.method, cache),
-            }
+            found = {cache: make(None, cache)}
+            found |= {_both(method, cache): make(method, cache) for method in options.method}
             with torch.no_grad():
-                for loop in pair.values():
+                for loop in found.values():
                     loop()
         except Refused as refusal:
             skipped.append({"cache": cache, "reason": str(refusal)})
@@ -298,7 +179,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             text = str(error).strip().splitlines()
             skipped.append({"cache": cache, "reason": f"{type(error).__name__}: {text[0][:200] if text else ''}"})
         else:
-            loops |= pair
+            loops |= found
     timed = compare(
         loops,
         [()],
@@ -308,38 +189,73 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         min_seconds=0.0,
         uniform=True,
     )
-    stacks = []
-    for cache in options.caches:
-        if cache not in loops:
-            continue
-        both = f"{options.method} + {cache}"
-        singles = zip(timed.ratios(options.method), timed.ratios(cache), timed.ratios(both), strict=True)
-        share = spread([combined / (agents * cached) for agents, cached, combined in singles])
-        names = {"agents": options.method, "cache": cache, "both": both}
-        medians = {key: spread(timed.ratios(name))["median"] for key, name in names.items()}
-        stacks.append({"cache": cache, "method": options.method, "speedups": medians, "share": share})
+    pairs = [(method, cache) for cache in options.caches if cache in loops for method in options.method]
     return {
         "program": "stack",
         "command": options.command,
         "settings": {**cli.settings(options), "clock": timed.clock},
         "machine": machine(options.device),
         "rows": [timed.row(name) for name in loops],
-        "stacks": stacks,
+        "stacks": [_stack(timed, *pair) for pair in pairs],
+        "errors": _errors(loops) if options.pipeline else {},
         "skipped": skipped,
     }
 
 
+def _both(method: str, cache: str) -> str:
+    return f"{method} + {cache}"
+
+
+def _stack(timed: Any, method: str, cache: str) -> dict[str, Any]:
+    """Speed-ups of a method, a cache and both, and the share of the product that both keep."""
+    from benchmarks.timing import spread
+
+    names = {"agents": method, "cache": cache, "both": _both(method, cache)}
+    ratios = {key: timed.ratios(name) for key, name in names.items()}
+    singles = zip(ratios["agents"], ratios["cache"], ratios["both"], strict=True)
+    share = spread([combined / (agents * cached) for agents, cached, combined in singles])
+    medians = {key: spread(values)["median"] for key, values in ratios.items()}
+    return {"cache": cache, "method": method, "speedups": medians, "share": share}
+
+
+def _errors(loops: dict[str, Any]) -> dict[str, float]:
+    """Relative errors of the latents of the last round against exact attention without a cache."""
+    outputs = {name: loop.last.double() for name, loop in loops.items()}
+    exact = outputs.pop("exact")
+    return {name: float((output - exact).norm() / exact.norm()) for name, output in outputs.items()}
+
+
+def _maker(options: argparse.Namespace) -> Callable[[str | None, str | None], Any]:
+    """What makes a loop with a method and a cache, both or neither."""
+    import torch
+
+    if options.pipeline:
+        from benchmarks.trained import Drawing, load
+
+        pipe = load(options)
+        return lambda method, cache: _changed(Drawing(options, pipe), method, cache)
+    dtype = getattr(torch, options.dtype)
+    model: Any = build_random(options.model, dtype, options.device, options.size, options.small)
+    return lambda method, cache: _loop(options, model, method, cache)
+
+
 def _loop(options: argparse.Namespace, model: Any, method: str | None, cache: str | None) -> Loop:
+    return _changed(Loop(options, structural_copy(model)), method, cache)
+
+
+def _changed(loop: Any, method: str | None, cache: str | None) -> Any:
     import attngen
 
-    loop = Loop(options, structural_copy(model))
+    # Before the patch: it replaces linear layers, which the patch reads.
+    if cache == "int8":
+        CACHES[cache](loop)
     if method is not None:
         try:
             name, kernel = split_kernel(method)
-            attngen.apply(loop.model, plan_of(name), kernel=kernel or "auto")
+            attngen.apply(loop.target, plan_of(name), kernel=kernel or "auto")
         except ValueError as error:
             raise MethodError(f"{method}: {error}") from None
-    if cache is not None:
+    if cache is not None and cache != "int8":
         CACHES[cache](loop)
     return loop
 
@@ -347,28 +263,49 @@ def _loop(options: argparse.Namespace, model: Any, method: str | None, cache: st
 def table(result: dict[str, Any]) -> str:
     """The measurements as a Markdown table."""
     settings, machine_ = result["settings"], result["machine"]
+    errors = result.get("errors") or {}
     lines = [
-        f"| with | alone | `{settings['method']}` alone | both | share of the product (lowest to highest) |",
-        "|---|---|---|---|---|",
+        "| method | with | method alone | other alone | both | share of the product (lowest to highest) |",
+        "|---|---|---|---|---|---|",
     ]
+
+    def cell(speedup: float, name: str) -> str:
+        return f"{speedup:.2f}" + (f" ({errors[name]:.3f})" if name in errors else "")
+
     for stack in result["stacks"]:
-        speedups, share = stack["speedups"], stack["share"]
+        speedups, share, method, cache = stack["speedups"], stack["share"], stack["method"], stack["cache"]
         lines.append(
-            f"| {stack['cache']} | {speedups['cache']:.2f} | {speedups['agents']:.2f} | {speedups['both']:.2f} "
+            f"| `{_name(method)}` | {cache} | {cell(speedups['agents'], method)} | {cell(speedups['cache'], cache)} "
+            f"| {cell(speedups['both'], _both(method, cache))} "
             f"| {share['median']:.2f} ({share['min']:.2f} to {share['max']:.2f}) |"
         )
+    alone = {row["name"]: row["speedup"]["median"] for row in result["rows"]}
+    stacked = {stack["method"] for stack in result["stacks"]}
+    methods = settings["method"] if isinstance(settings["method"], list) else [settings["method"]]
+    lines += [f"| `{_name(m)}` | – | {cell(alone[m], m)} | – | – | – |" for m in methods if m not in stacked]
     lines.append("")
     lines += [f"- {item['cache']} left out: {item['reason']}" for item in result["skipped"]]
     lines += [""] if result["skipped"] else []
+    lines.append(_about(settings, machine_, result))
+    return "\n".join(lines)
+
+
+def _name(method: str) -> str:
+    return Path(method).name if method.endswith(".json") else method
+
+
+def _about(settings: dict[str, Any], machine_: dict[str, Any], result: dict[str, Any]) -> str:
     small = "reduced " if settings["small"] else ""
     guidance = "with guidance" if settings["guidance"] else "without guidance"
-    lines.append(
-        f"{small}`{settings['model']}`, {settings['size']} px, {settings['steps']} steps {guidance}, batch "
-        f"{settings['batch']}, {settings['dtype']}, random weights, median of {settings['rounds']} rounds; exact "
+    model, weights = settings["model"], "random weights"
+    if settings.get("pipeline"):
+        model, weights = Path(settings["pipeline"]).name, "in brackets the relative error of the latents"
+    return (
+        f"{small}`{model}`, {settings['size']} px, {settings['steps']} steps {guidance}, batch "
+        f"{settings['batch']}, {settings['dtype']}, {weights}, median of {settings['rounds']} rounds; exact "
         f"{result['rows'][0]['median_seconds']:.2f} s; {machine_['device']}, {machine_['threads']} threads, torch "
         f"{machine_['torch']}, {machine_['date']}."
     )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from attngen.learned.methods import LearnedMethod
-from attngen.methods import METHOD_CLASSES, AgentAttention, AttentionMethod, SoftmaxAttention
+from attngen.methods import METHOD_CLASSES, AgentAttention, AttentionMethod, SoftmaxAttention, TileAttention
 
 DEFAULT_CANDIDATES: tuple[AttentionMethod, ...] = tuple(
     cls(**options) for cls in METHOD_CLASSES.values() for options in cls.candidates
@@ -26,11 +26,13 @@ class Probe:
         method: that is run.
         candidate: index of the candidate it belongs to, or -1.
         fitted: whether it has gain 1 and no shortcut; the output for any other values follows from its output.
+        only_timed: whether its output is not needed: an option that is fitted to other probes has a cost.
     """
 
     method: AttentionMethod
     candidate: int
     fitted: bool = False
+    only_timed: bool = False
 
 
 WITHOUT = AgentAttention(num_agents=1, gain=0.0, shortcut=0.0)
@@ -46,12 +48,14 @@ def probes_of(candidates: Sequence[AttentionMethod]) -> list[Probe]:
     for i, candidate in enumerate(candidates):
         if not isinstance(candidate, AgentAttention):
             probes.append(Probe(candidate, i))
+            if isinstance(candidate, TileAttention):
+                probes.append(Probe(replace(candidate, gain=1.0, head_gains=()), i, only_timed=True))
             continue
         plain = replace(candidate, gain=1.0, shortcut=0.0)
         exponents = dict.fromkeys((*EXPONENTS, candidate.broadcast_exponent))
         probes += [Probe(replace(plain, broadcast_exponent=exponent), i, fitted=True) for exponent in exponents]
-        # Timed only: a shortcut can need one more projection.
-        probes.append(Probe(replace(candidate, shortcut=candidate.shortcut or 0.075), i))
+        # A shortcut can need one more projection.
+        probes.append(Probe(replace(candidate, shortcut=candidate.shortcut or 0.075), i, only_timed=True))
     return probes
 
 
@@ -80,3 +84,22 @@ def _check_candidate(candidate: Any) -> AttentionMethod:
     if candidate.needs_draws:
         raise ValueError(f"{candidate!r} is random; set random=False")
     return candidate
+
+
+MAX_HEADS = 8
+"""Most heads that have gains of their own; layers of more have one gain, since each gain is an output to compute."""
+
+
+def with_gains(method: TileAttention, heads: int) -> list[TileAttention]:
+    """The method without a gain, then with a gain of 1 in each head alone, or in all of more than `MAX_HEADS`."""
+    plain = replace(method, gain=0.0, head_gains=())
+    if heads > MAX_HEADS:
+        return [plain, replace(plain, gain=1.0)]
+    return [plain, *(replace(plain, head_gains=tuple(float(h == one) for h in range(heads))) for one in range(heads))]
+
+
+def gained(method: TileAttention, gains: Sequence[float]) -> TileAttention:
+    """The method with the gains that were fitted to outputs of `with_gains`, one of them for all heads."""
+    if len(gains) == 1:
+        return replace(method, gain=gains[0], head_gains=())
+    return replace(method, gain=0.0, head_gains=tuple(gains))

@@ -1,13 +1,15 @@
-"""The continuous options of agent attention, fitted in closed form to a layer's exact output.
+"""The continuous options of agents and tiles, fitted in closed form to a layer's exact output.
 
 A layer's output is affine in the gain and the shortcut: y = c + gain · P + shortcut · S, where P is the output of the
 agents and S the values, both projected, and c the output without either. So the best of both solve a least-squares
-problem with two unknowns, of which only six inner products are kept, for any number of tokens and calls.
+problem with two unknowns, of which only six inner products are kept, for any number of tokens and calls. With tiles it
+is affine in the gain of each head.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -63,3 +65,42 @@ class Products:
         if gain < 0 or shortcut < 0:
             return best
         return min(best, Fit(gain, shortcut, self.square(gain, shortcut)), key=lambda fit: fit.square)
+
+
+@dataclass
+class Gains:
+    """Inner products of the first-order terms P_h of heads with each other and with T = exact output - y without them.
+
+    Attributes:
+        terms: <P_h, P_k>, H rows.
+        target: <P_h, T>.
+        square: <T, T>.
+    """
+
+    terms: list[list[float]] = field(default_factory=list[list[float]])
+    target: list[float] = field(default_factory=list[float])
+    square: float = 0.0
+
+    def add(self, terms: Sequence[Tensor], target: Tensor) -> None:
+        """Add one call; all tensors have one shape."""
+        rows = torch.stack([x.flatten().double() for x in (*terms, target)])
+        products = rows @ rows.T
+        if self.terms:
+            products[:-1, :-1] += torch.tensor(self.terms, dtype=torch.float64)
+            products[:-1, -1] += torch.tensor(self.target, dtype=torch.float64)
+        self.terms, self.target = products[:-1, :-1].tolist(), products[:-1, -1].tolist()
+        self.square += float(products[-1, -1])
+
+    def fit(self) -> tuple[list[float], float]:
+        """The best gains, none below 0, and the squared error that remains."""
+        terms, target = (torch.tensor(x, dtype=torch.float64) for x in (self.terms, self.target))
+        gains, kept = torch.zeros_like(target), terms.diagonal() > 0
+        while kept.any():
+            gains = torch.zeros_like(target)
+            gains[kept] = torch.linalg.lstsq(terms[kept][:, kept], target[kept, None], driver="gelsd").solution[:, 0]
+            if (gains >= 0).all():
+                break
+            kept &= gains > 0
+            gains = gains.clamp_min(0)
+        square = self.square - 2 * gains @ target + gains @ terms @ gains
+        return gains.tolist(), max(0.0, float(square))

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attngen.calibration.candidates import Probe
-from attngen.calibration.fit import Products
+from attngen.calibration.candidates import Probe, with_gains
+from attngen.calibration.fit import Gains, Products
 from attngen.calibration.replay import Replay, prediction_of
 from attngen.calibration.sums import Recorded, Sums
 from attngen.calibration.timing import Stopwatch
@@ -24,7 +24,7 @@ from attngen.hosts.clock import Clock
 from attngen.hosts.families import family_of, slots
 from attngen.hosts.hooks import patched_layers
 from attngen.layers.route import EXACT
-from attngen.methods import SoftmaxAttention
+from attngen.methods import SoftmaxAttention, TileAttention
 from attngen.schedule import stage_at
 
 TIMING_ROUNDS = 4
@@ -188,7 +188,7 @@ class Recorder:
         errors = self._errors.setdefault(layer, {})
         for i in active:
             probe = self.probes[i]
-            if probe.candidate < 0 or self._only_timed(probe):
+            if probe.candidate < 0 or probe.only_timed:
                 continue
             got = replay.image(probe.method).float()
             square = float((got - exact).double().square().sum())
@@ -196,9 +196,9 @@ class Recorder:
             errors[i] = errors.get(i, 0.0) + (square / max(length, 1e-30)) ** 0.5
             if probe.fitted and without is not None and values is not None and target is not None:
                 sums.products.setdefault(i, Products()).add(got - without, values, target)
-
-    def _only_timed(self, probe: Probe) -> bool:
-        return not probe.fitted and any(p.fitted and p.candidate == probe.candidate for p in self.probes)
+            if isinstance(probe.method, TileAttention):
+                bare, *ones = (replay.image(method).float() for method in with_gains(probe.method, replay.layer.heads))
+                sums.gains.setdefault(i, Gains()).add([one - bare for one in ones], exact - bare)
 
     def _faster(self, active: Sequence[int], times: Mapping[int, float]) -> list[int]:
         """The probes of candidates that are faster than exact attention: the others are in no plan."""

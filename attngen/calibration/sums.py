@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from attngen.calibration.fit import Products
+from attngen.calibration.fit import Gains, Products
 
 
 @dataclass
@@ -16,12 +16,14 @@ class Sums:
         exact: sum of the squares of its exact output.
         squares: sum of squared errors, by probe.
         products: for the probes that are fitted.
+        gains: of heads, for the probes that have them.
         influence: relative error of the model's prediction by relative error of this layer; NaN until measured.
     """
 
     exact: float = 0.0
     squares: dict[int, float] = field(default_factory=dict[int, float])
     products: dict[int, Products] = field(default_factory=dict[int, Products])
+    gains: dict[int, Gains] = field(default_factory=dict[int, Gains])
     influence: float = float("nan")
 
 
@@ -64,8 +66,9 @@ class Recorded:
         found.times = {layer: _by_probe(numbers) for layer, numbers in data["times"].items()}
         for layer, stage, sums in data["sums"]:
             products = {int(i): Products(**numbers) for i, numbers in sums["products"].items()}
+            gains = {int(i): Gains(**numbers) for i, numbers in sums["gains"].items()}
             squares = _by_probe(sums["squares"])
-            found.sums[layer, stage] = Sums(sums["exact"], squares, products, sums["influence"])
+            found.sums[layer, stage] = Sums(sums["exact"], squares, products, gains, sums["influence"])
         return found
 
 

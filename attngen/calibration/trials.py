@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from attngen.calibration.candidates import Probe
+from attngen.calibration.candidates import Probe, gained
 from attngen.calibration.choose import Choice
 from attngen.calibration.sums import Recorded, Sums
 from attngen.measurements import Trial
-from attngen.methods import AgentAttention, AttentionMethod, SoftmaxAttention
+from attngen.methods import AgentAttention, AttentionMethod, SoftmaxAttention, TileAttention
 from attngen.schedule import stage_at
 
 Place = tuple[str, int]
@@ -90,7 +90,10 @@ def _trials_at(layers: Layers, place: Place, candidates: Sequence[AttentionMetho
         if isinstance(candidate, AgentAttention):
             trials += _agent_trials(layers, sums, candidate, numbers, costs)
         elif numbers[0] in sums.squares and math.isfinite(sums.squares[numbers[0]]):
-            trials.append(Trial(candidate, math.sqrt(sums.squares[numbers[0]] / sums.exact), costs[numbers[0]]))
+            error = math.sqrt(sums.squares[numbers[0]] / sums.exact)
+            trials.append(Trial(candidate, error, costs[numbers[0]]))
+            if isinstance(candidate, TileAttention):
+                trials += _tile_trials(sums, candidate, numbers, costs, error)
     return trials
 
 
@@ -115,6 +118,19 @@ def _agent_trials(
         method = replace(candidate, broadcast_exponent=_exponent(layers, best), gain=fit.gain, shortcut=fit.shortcut)
         trials.append(Trial(method, _relative(fit.square, sums), price, given))
     return trials
+
+
+def _tile_trials(
+    sums: Sums, candidate: TileAttention, numbers: Sequence[int], costs: Mapping[int, float], error: float
+) -> list[Trial]:
+    """Tiles with the gains that were fitted, whose first-order term has a cost; none where no gain is above 0."""
+    found = sums.gains.get(numbers[0])
+    if found is None or not math.isfinite(found.square):
+        return []
+    gains, square = found.fit()
+    if not any(gains):
+        return []
+    return [Trial(gained(candidate, gains), _relative(square, sums), costs[numbers[-1]], error)]
 
 
 def _exponent(layers: Layers, probe: int) -> float:

@@ -7,10 +7,15 @@ import json
 import pytest
 import torch
 
+import attngen
+from attngen import DownsampledKV, Plan, SiTPipeline
 from benchmarks import models, stack
 from benchmarks import options as cli
+from tests.builders.programs import save_sit
 
 pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning")
+WHOLE = ("tomesd", "fastercache", "int8")
+"""What computes all attention layers in every step."""
 
 
 @pytest.mark.parametrize("name", ["sd15", "sit-s", "dit-xl", "pixart"])
@@ -32,11 +37,13 @@ def test_caches_save_steps_and_are_empty_in_every_loop(name, monkeypatch):
             accepted.append(cache)
             output, calls = run_twice(loop)
             assert not torch.equal(output, exact) and torch.isfinite(output).all(), cache
-            assert calls <= exact_calls and (calls < exact_calls or cache in ("tomesd", "fastercache")), cache
+            assert calls <= exact_calls and (calls < exact_calls or cache in WHOLE), cache
             both = stack._loop(options, built, "agent:4" if name == "sd15" else "agent:16", cache)
             assert not torch.equal(both(), output), f"agents change nothing with {cache}"
-    expected = {"sd15": ["tomesd", "deepcache", "pab", "taylorseer"]}
-    assert accepted == expected.get(name, ["pab", "fastercache", "taylorseer", "cache-dit"])
+    expected = {"sd15": ["tomesd", "deepcache", "pab", "taylorseer"]}.get(
+        name, ["pab", "fastercache", "taylorseer", "cache-dit"]
+    )
+    assert accepted == [*expected, *(["first-block", "seacache"] if name == "sit-s" else []), "int8"]
 
 
 def parsed_stack(*arguments):
@@ -89,6 +96,28 @@ def test_the_stack_program(tmp_path, capsys, one_thread):
     assert row["share"]["min"] == pytest.approx(min(shares)) and row["share"]["max"] == pytest.approx(max(shares))
     assert result["skipped"][0]["cache"] == "deepcache" and "UNets only" in printed
     assert stack.main(["--show", str(out)]) == 0 and capsys.readouterr().out == printed
+
+
+def test_a_trained_pipeline_has_errors_too(tmp_path, capsys, one_thread):
+    folder, out = save_sit(tmp_path / "sit", attention="softmax"), tmp_path / "stack.json"
+    plan = tmp_path / "keys.json"
+    Plan.of(DownsampledKV(2)).save(plan)
+    base = ["--pipeline", folder, "--labels", "face", "1", "--size", "16", "--steps", "6", "--rounds", "1"]
+    assert stack.main([*base, "--method", str(plan), "agent:4", "--caches", "seacache", "int8", "--out", str(out)]) == 0
+    result, printed = json.loads(out.read_text()), capsys.readouterr().out
+    names = [str(plan), "agent:4", "seacache", "int8"]
+    assert [row["name"] for row in result["rows"]][:3] == ["exact", *names[:2]] and not result["skipped"]
+    assert all(0 < result["errors"][name] < 2 for name in names)
+    pipe = SiTPipeline.from_pretrained(folder, dtype=torch.float32)
+    call = {"class_labels": ["face", 1], "num_inference_steps": 6, "guidance_scale": 2.0, "output_type": "latent"}
+    exact = pipe(**call, generator=torch.Generator().manual_seed(0)).images
+    with attngen.apply(pipe, Plan.of(DownsampledKV(2))):
+        got = pipe(**call, generator=torch.Generator().manual_seed(0)).images
+    assert result["errors"][str(plan)] == pytest.approx(float((got - exact).norm() / exact.norm()), rel=1e-4)
+    assert "| `keys.json` | seacache |" in printed and "`sit`, 16 px" in printed
+    with pytest.raises(SystemExit):
+        stack.main(["--pipeline", folder])
+    assert "--pipeline needs --size in pixels" in capsys.readouterr().err
 
 
 def test_a_peer_that_fails_is_listed(monkeypatch, capsys, one_thread):

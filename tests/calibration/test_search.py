@@ -17,6 +17,7 @@ from attngen import (
     Plan,
     SiTTransformer2DModel,
     SoftmaxAttention,
+    TileAttention,
     TokenMerging,
 )
 from attngen.calibration import DEFAULT_CANDIDATES, Measurements, calibrate
@@ -179,6 +180,31 @@ def test_one_call_gives_one_layers_error_exactly():
     assert len(errors) > 2
 
 
+@pytest.mark.parametrize("most", [8, 1])
+def test_gains_of_tiles_are_fitted_to_each_head(most, monkeypatch):
+    """With the fitted gains a layer's error is the one that was predicted, and no larger than without."""
+    monkeypatch.setattr("attngen.calibration.candidates.MAX_HEADS", most)
+    pipe = make_pipe()
+    call = {**CALL, "num_inference_steps": 1}
+    tiles = TileAttention(tile=4, key_tile=4, density=0.25)
+    found = calibrate(pipe, max_error=1e6, candidates=[tiles], num_stages=1, cost="flops", **call).measurements
+    layer = found.layers[0]
+    outputs = []
+    pipe.transformer.get_submodule(layer.name).register_forward_hook(lambda module, args, out: outputs.append(out))
+    exact, plain, gained = layer.cells[0].trials
+    assert plain.method == tiles or gained.method == tiles
+    plain, gained = sorted((plain, gained), key=lambda trial: -trial.error)
+    assert plain.method == tiles and gained.error < gained.error_as_given == plain.error
+    assert len(gained.method.head_gains) == (2 if most == 8 else 0) and (gained.method.gain > 0) == (most == 1)
+    for trial in (exact, plain, gained):
+        handle = attngen.apply(pipe, trial.method)
+        pipe(**call, generator=torch.Generator().manual_seed(0), output_type="latent")
+        handle.remove()
+    errors = [float((out - outputs[0]).norm() / outputs[0].norm()) for out in outputs]
+    assert errors == pytest.approx([0, plain.error, gained.error], rel=1e-3, abs=1e-6)
+    assert Plan.from_json(Plan.of(gained.method).to_json()) == Plan.of(gained.method)
+
+
 def test_measured_time_is_a_cost_too():
     found = calibrate(make_pipe(), max_error=0.5, candidates=[DownsampledKV(4)], num_stages=1, **CALL).measurements
     assert found.cost == "time"
@@ -339,5 +365,5 @@ def test_stages_lie_between_steps():
 
 def test_the_usual_candidates():
     kinds = {candidate.kind for candidate in DEFAULT_CANDIDATES}
-    assert kinds == {"agent", "downsampled-kv", "focal", "token-merging"}
+    assert kinds == {"agent", "downsampled-kv", "focal", "tiles", "token-merging"}
     assert LinearAttention not in map(type, DEFAULT_CANDIDATES)
