@@ -71,6 +71,19 @@ def _packed(model: nn.Module, arguments: Arguments) -> tuple[int, ...]:
     return (1, *packed(model, arguments))
 
 
+def _once(argument: str, read: Callable[[nn.Module, Arguments], Any]) -> Callable[[nn.Module, Arguments], Any]:
+    """`read`, once for each tensor that is given as `argument`: to read ids waits for the GPU."""
+    known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def found(model: nn.Module, arguments: Arguments) -> Any:
+        ids = arguments[argument]
+        if ids not in known:
+            known[ids] = read(model, arguments)
+        return known[ids]
+
+    return found
+
+
 def _long_cat(model: nn.Module, arguments: Arguments) -> tuple[int, ...]:
     """Rows and columns of LongCat's ids begin at an offset; the first id is 1 for the image and 2 for a reference."""
     ids = arguments["img_ids"].reshape(-1, 3)
@@ -94,16 +107,10 @@ def _z_image(model: nn.Module, arguments: Arguments) -> tuple[int, ...]:
 
 def _of_ids(ids: Tensor) -> tuple[int, ...]:
     """The grid of tokens with ids (N, 3 or more) for frame, row and column, at any distance: how many differ."""
-    known = _GRIDS.get(ids)
-    if known is None:
-        frames, height, width = (len(ids[:, axis].unique()) for axis in range(3))
-        if frames * height * width != len(ids):
-            raise Unreadable("the ids of its image are not those of a grid")
-        known = _GRIDS[ids] = frames, height, width
-    return known
-
-
-_GRIDS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # reading ids waits for the GPU
+    frames, height, width = (len(ids[:, axis].unique()) for axis in range(3))
+    if frames * height * width != len(ids):
+        raise Unreadable("the ids of its image are not those of a grid")
+    return frames, height, width
 
 
 def _flux_3(model: nn.Module, arguments: Arguments) -> tuple[int, ...]:
@@ -150,13 +157,10 @@ def _gist(model: nn.Module, arguments: Arguments) -> int:
 def _ideogram(model: nn.Module, arguments: Arguments) -> tuple[int, ...]:
     """Ideogram's sequence ends with the image, whose kind is that of the last token."""
     kinds, ids = arguments["indicator"], arguments["position_ids"]
-    known = _GRIDS.get(kinds)
-    if known is None:
-        image = kinds == kinds[:, -1:]
-        if not bool((image == image[:1]).all()):
-            raise Unreadable("its batch has images of different sizes")
-        known = _GRIDS[kinds] = _of_ids(ids[0][image[0]])
-    return known
+    image = kinds == kinds[:, -1:]
+    if not bool((image == image[:1]).all()):
+        raise Unreadable("its batch has images of different sizes")
+    return _of_ids(ids[0][image[0]])
 
 
 def _history(model: nn.Module, arguments: Arguments) -> int:
@@ -172,12 +176,9 @@ def _history(model: nn.Module, arguments: Arguments) -> int:
 
 def _among_sound(model: nn.Module, arguments: Arguments) -> tuple[int, ...]:
     video = arguments["video_indices"]
-    known = _GRIDS.get(video)
-    if known is None:
-        if int(video[-1]) - int(video[0]) + 1 != len(video):
-            raise Unreadable("its video is in pieces")
-        known = _GRIDS[video] = _of_ids(arguments["position_ids"][video])
-    return known
+    if int(video[-1]) - int(video[0]) + 1 != len(video):
+        raise Unreadable("its video is in pieces")
+    return _of_ids(arguments["position_ids"][video])
 
 
 def _before_video(model: nn.Module, arguments: Arguments) -> int:
@@ -250,10 +251,15 @@ CORE_ROWS: dict[str, Family] = {
     # Its text may begin with a token of the control mode, and there are no references.
     "FluxControlNetModel": _row(_packed, "first", "*transformer_blocks.*.attn", clock=continuous),
     "LongCatImageTransformer2DModel": _row(
-        _long_cat, "first", "*transformer_blocks.*.attn", clock=continuous, encoder=_TEXT, references=packed_references
+        _once("img_ids", _long_cat),
+        "first",
+        "*transformer_blocks.*.attn",
+        clock=continuous,
+        encoder=_TEXT,
+        references=packed_references,
     ),
     "Flux3Transformer2DModel": _row(
-        _flux_3,
+        _once("img_ids", _flux_3),
         "first",
         "mode_blocks.image.*.attn | single_transformer_blocks.*.attn",
         clock=continuous,
@@ -261,7 +267,9 @@ CORE_ROWS: dict[str, Family] = {
     ),
     "HiDreamImageTransformer2DModel": _row(_hidream, "last", "*.block.attn1", time="timesteps"),
     "BriaFibo2Transformer2DModel": _row(_IMAGE, "around", "layers.*.attention", clock=continuous, encoder=_gist),
-    "Ideogram4Transformer2DModel": _row(_ideogram, "first", "layers.*.attention", clock=data_at_one),
+    "Ideogram4Transformer2DModel": _row(
+        _once("indicator", _ideogram), "first", "layers.*.attention", clock=data_at_one
+    ),
     "OmniGenTransformer2DModel": _row(_IMAGE, "first", "layers.*.self_attn", clock=data_at_one, cross=True),
     "JoyImageEditTransformer3DModel": _row(_items, "last", "double_blocks.*.attn"),
     "JoyImageEditPlusTransformer3DModel": _row(_shapes("shape_list"), "last", "double_blocks.*.attn"),
@@ -269,7 +277,9 @@ CORE_ROWS: dict[str, Family] = {
     "ZImageControlNetModel": _row(
         _z_image, "last", "control_layers.*.attention", clock=data_at_one, sample="x", time="t"
     ),
-    "Krea2Transformer2DModel": _row(_krea, "first", "transformer_blocks.*.attn", clock=continuous),
+    "Krea2Transformer2DModel": _row(
+        _once("position_ids", _krea), "first", "transformer_blocks.*.attn", clock=continuous
+    ),
     "AuraFlowTransformer2DModel": _row(_IMAGE, "first", "*.attn", clock=continuous, rotary=False),
     "CogView3PlusTransformer2DModel": _row(_IMAGE, "first", "*.attn1", rotary=False),
     "CogView4Transformer2DModel": _row(_IMAGE, "first", "*.attn1"),
@@ -338,7 +348,11 @@ CORE_ROWS: dict[str, Family] = {
         times_of="tokens",
     ),
     "MiniMaxH3Transformer3DModel": _row(
-        _among_sound, "around", "transformer_blocks.*.attn", encoder=_before_video, times_of="tokens"
+        _once("video_indices", _among_sound),
+        "around",
+        "transformer_blocks.*.attn",
+        encoder=_once("video_indices", _before_video),
+        times_of="tokens",
     ),
     "UNetSpatioTemporalConditionModel": _row(
         _patched("bxchw", latents="sample"), "none", "*.transformer_blocks.*.attn1", **_UNET
