@@ -16,7 +16,8 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -74,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--min-seconds", type=float, default=0.01, help="shortest measurement")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--passes", nargs="+", default=["forward", "training"], choices=["forward", "training"])
+    parser.add_argument("--minutes", type=float, default=math.inf, help="measure no further size after so many")
     parser.add_argument("--tiny", action="store_true", help="sizes that show that the program works, and nothing else")
     options = parser.parse_args(argv)
     import torch
@@ -106,25 +108,27 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     calls: dict[str, list[list[Any]]] = {}
     absorbed: dict[str, dict[str, float]] = {}
     losses: dict[str, float] = {}
+    end = time.monotonic() + 60 * options.minutes
     cases = list(itertools.product(options.dtypes, options.passes))
     bar = tqdm(total=len(cases) * (3 * _num_calls(sizes) + _num_layers(sizes)), disable=not sys.stderr.isatty())
     for name, kind in cases:
         dtype, training = getattr(torch, name), kind == "training"
         for bias in (False, True):
             rows = calls.setdefault(call_kind("agent", name, training, bias), [])
-            for shape in _calls(sizes):
+            for shape in _until(end, _calls(sizes)):
                 rows += _agent_rows(shape, sizes, dtype, training, bias, options)
                 bar.update()
         rows = calls.setdefault(call_kind("linear", name, training), [])
-        for shape in _calls(sizes):
+        for shape in _until(end, _calls(sizes)):
             rows.append(_linear_row(shape, sizes, dtype, training, options))
             bar.update()
         layers = []
-        for shape in _layers(sizes):
+        for shape in _until(end, _layers(sizes)):
             layers += _layer_times(shape, sizes, dtype, training, options)
             bar.update()
-        absorbed[layer_kind(name, training)] = cost = fit(layers)
-        losses[layer_kind(name, training)] = round(worst_loss(layers, cost), 3)
+        if layers:
+            absorbed[layer_kind(name, training)] = cost = fit(layers)
+            losses[layer_kind(name, training)] = round(worst_loss(layers, cost), 3)
     bar.close()
     return {"machine": machine(options.device), "calls": calls, "absorbed": absorbed, "absorbed_worst_loss": losses}
 
@@ -136,6 +140,11 @@ def _calls(sizes: Sizes) -> Iterator[tuple[int, int, int]]:
 
 def _layers(sizes: Sizes) -> Iterator[tuple[tuple[int, int], int]]:
     return itertools.product(sizes.layers, sizes.layer_sides)
+
+
+def _until(end: float, sizes: Iterable[Any]) -> Iterator[Any]:
+    """The sizes that begin before the end: a kind that is left without some is measured where it runs."""
+    return itertools.takewhile(lambda _: time.monotonic() < end, sizes)
 
 
 def _num_calls(sizes: Sizes) -> int:

@@ -1,14 +1,18 @@
 """Everything that has to be measured on a GPU, by one command in ten minutes.
 
     python -m benchmarks.gpu --out outputs/gpu
-    python -m benchmarks.gpu --out outputs/gpu2 --parts sd15-1024 sd15-2048 sdxl-1024 --minutes 9
+    python -m benchmarks.gpu --out outputs/gpu                     # again: the parts that are not done yet
+    python -m benchmarks.gpu --out outputs/gpu --parts sd15-2048 sdxl-2048
     python -m benchmarks.gpu --split outputs/gpu/gpu.json --out benchmarks/results
     python -m benchmarks.gpu --tiny --device cpu --out outputs/tiny
 
-Each part is a program of its own with its own time limit, so one that fails or hangs leaves the others. After each part
-everything measured so far is in one file, gpu.json; --split takes it apart into the files that benchmarks.report reads.
-Parts run in the order listed until the minutes are over; those left are named and can be asked for by --parts. What the
-crossovers part measured is what kernel="auto" goes by in the parts after it.
+First every kernel is compared with the formula in float64. Then the kernels' crossovers, what kernel="auto" chooses,
+single layers, whole denoisers of random weights against the fastest softmax attention here, and training steps. Each
+part is a program of its own with its own time limit, so one that fails or hangs leaves the others. After each part
+everything measured so far is in one file, gpu.json, with device, driver, versions and commit; --split takes it apart
+into the files that benchmarks.report reads. No part starts that would end after the minutes; the same command then goes
+on where it stopped, as long as commit and device are the same. What the crossovers part measured is what kernel="auto"
+goes by in the parts after it.
 
 It needs torch, Triton and diffusers with its requirements, and pytest for the first part. Where there is no network,
 download the wheels elsewhere (pip download --no-deps), install them by pip install --no-index --no-deps --target FOLDER
@@ -56,76 +60,69 @@ class Part:
 
 
 _BF16 = "--dtype bfloat16"
-_TINY_MODEL = "--small --size 256 --rounds 1"
+_TINY_MODEL = "--small --size 64 --rounds 1"
+_SOFTMAX = "softmax softmax@flash softmax@cudnn softmax@efficient"
+CORRECT = "tests"
+"""The part that compares every kernel with the formula in float64."""
+
+
+def _denoiser(model: str, size: int, limit: int, batch: int = 1, default: bool = True) -> Part:
+    """A forward by softmax attention of every backend, and by 64 agents by the kernel chosen and by two others."""
+    methods = f"{_SOFTMAX} plain:64 plain:64@triton plain:64@sdpa"
+    arguments = f"benchmarks.model --model {model} --size {size} --batch {batch} {_BF16} --rounds 3 --methods {methods}"
+    tiny = f"benchmarks.model --model {model} {_TINY_MODEL} --methods softmax softmax@math plain:4"
+    if model == "wan":
+        tiny = tiny.replace("--size 64", "--size 32")
+    return Part(f"{model}-{size}", arguments, limit, default, tiny if default else None)
+
 
 PARTS = (
     Part(
-        "tests",
-        "pytest -m gpu -q -x --no-header",
-        150,
+        CORRECT,
+        "pytest -m gpu -q -x --no-header tests/kernels",
+        110,
         tiny="pytest -m gpu -q --collect-only tests/kernels/test_absorbed.py",
     ),
     Part(
         "crossovers",
-        "benchmarks.crossovers --dtypes bfloat16 --rounds 3 --min-seconds 0.003",
-        200,
+        "benchmarks.crossovers --dtypes bfloat16 --rounds 3 --min-seconds 0.003 --minutes 1.4",
+        110,
         tiny="benchmarks.crossovers --tiny --rounds 1 --dtypes float32 --passes forward",
     ),
+    Part("choices", "benchmarks.choices --batch 2 --rounds 5", 40, tiny="benchmarks.choices --tiny --rounds 1"),
     Part(
         "layer",
         "benchmarks.layer --shapes sd15-512-l0 sd15-1024-l0 sdxl-2048-l0 sit-xl-256 sit-xl-1024 sdxl-1024-l0 "
-        f"{_BF16} --batch 2 --agents 4 64 --rounds 5 --limit 2 --minutes 1.7",
-        150,
+        f"{_BF16} --batch 2 --agents 4 64 --rounds 5 --limit 2 --minutes 0.8",
+        65,
         tiny="benchmarks.layer --shapes sit-s-256 --quick --rounds 1 --agents 4 --what block --variants plain",
+    ),
+    _denoiser("sd15", 1024, 25, batch=2),
+    _denoiser("sdxl", 1024, 30, batch=2),
+    _denoiser("flux", 1024, 30),
+    _denoiser("flux2", 1024, 30),
+    _denoiser("qwen", 1024, 30),
+    _denoiser("wan", 480, 40),
+    Part(
+        "sit-xl-256",
+        f"benchmarks.model --model sit-xl --size 256 --batch 32 {_BF16} --rounds 3 "
+        "--methods softmax plain:4@absorbed input:4@absorbed values:4@absorbed plain:4",
+        30,
+        tiny=f"benchmarks.model --model sit-s {_TINY_MODEL} --methods softmax values:4",
     ),
     Part(
         "layer-training",
         f"benchmarks.layer --shapes sit-s-256 sit-xl-256 {_BF16} --batch 64 --agents 4 --what block --pass training "
-        "--rounds 5 --limit 2 --minutes 0.7 --no-flex",
-        60,
+        "--rounds 5 --limit 2 --minutes 0.4 --no-flex",
+        30,
         tiny="benchmarks.layer --shapes sit-s-256 --quick --rounds 1 --agents 4 --what block --variants plain "
         "--pass training",
     ),
     Part(
-        "sit-xl-256",
-        f"benchmarks.model --model sit-xl --size 256 --batch 32 {_BF16} --compile "
-        "--methods softmax plain:4@absorbed input:4@absorbed values:4@absorbed plain:4",
-        120,
-        tiny=f"benchmarks.model --model sit-s {_TINY_MODEL} --methods softmax values:4",
-    ),
-    *(
-        Part(
-            f"sd15-{size}-eager",
-            f"benchmarks.model --model sd15 --size {size} --batch 2 {_BF16} "
-            "--methods softmax agent:64 agent:64@triton agent:64@sdpa",
-            60,
-        )
-        for size in (512, 1024)
-    ),
-    Part(
-        "sd15-512",
-        f"benchmarks.model --model sd15 --size 512 --batch 2 {_BF16} --methods softmax agent:64@triton --compile",
-        180,
-        tiny=f"benchmarks.model --model sd15 {_TINY_MODEL} --methods softmax agent:64",
-    ),
-    Part(
-        "stack-sit-xl",
-        f"benchmarks.stack --model sit-xl --size 512 --batch 4 {_BF16} --steps 20 --rounds 3 "
-        "--method agent:16@absorbed",
-        60,
-        tiny="benchmarks.stack --model sit-s --size small --method agent:16 --steps 4 --rounds 1",
-    ),
-    Part(
-        "stack-sd15",
-        f"benchmarks.stack --model sd15 --size 1024 --method agent:64 --steps 20 --batch 1 {_BF16} --rounds 3",
-        60,
-        tiny="benchmarks.stack --model sd15 --size small --method agent:16 --steps 4 --rounds 1 --caches deepcache",
-    ),
-    Part(
         "training-sit-xl",
-        f"benchmarks.model --model sit-xl --size 256 --batch 32 {_BF16} --pass training "
+        f"benchmarks.model --model sit-xl --size 256 --batch 32 {_BF16} --pass training --rounds 3 "
         "--methods softmax input:4@absorbed values:4@absorbed",
-        60,
+        30,
         tiny=f"benchmarks.model --model sit-s {_TINY_MODEL} --methods softmax values:4 --pass training",
     ),
     Part(
@@ -133,22 +130,41 @@ PARTS = (
         f"benchmarks.model --model sit-s --size 256 --batch 64 {_BF16} --pass training "
         "--methods softmax input:4@absorbed values:4@absorbed",
         40,
+        default=False,
+    ),
+    Part(
+        "stack-sit-xl",
+        f"benchmarks.stack --model sit-xl --size 512 --batch 4 {_BF16} --steps 20 --rounds 3 "
+        "--method agent:16@absorbed",
+        60,
+        default=False,
+        tiny="benchmarks.stack --model sit-s --size small --method agent:16 --steps 4 --rounds 1",
+    ),
+    Part(
+        "stack-sd15",
+        f"benchmarks.stack --model sd15 --size 1024 --method agent:64 --steps 20 --batch 1 {_BF16} --rounds 3",
+        60,
+        default=False,
+    ),
+    *(
+        _denoiser(model, size, limit, 2, default=False)
+        for model, size, limit in (
+            ("sd15", 512, 60),
+            ("sd15", 2048, 120),
+            ("sdxl", 2048, 120),
+            ("sdxl", 4096, 300),
+            ("flux", 2048, 120),
+        )
     ),
     *(
         Part(
-            f"{model}-{size}",
+            f"{model}-{size}-compiled",
             f"benchmarks.model --model {model} --size {size} --batch 2 {_BF16} --compile "
-            "--methods softmax agent:64@triton",
+            "--methods softmax agent:64@triton agent:64",
             limit,
             default=False,
         )
-        for model, size, limit in (
-            ("sd15", 1024, 180),
-            ("sd15", 2048, 180),
-            ("sdxl", 1024, 300),
-            ("sdxl", 2048, 300),
-            ("sdxl", 4096, 300),
-        )
+        for model, size, limit in (("sd15", 512, 180), ("sd15", 1024, 180), ("sdxl", 1024, 300), ("sdxl", 2048, 300))
     ),
 )
 
@@ -157,7 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.parser("gpu", __doc__)
     parser.set_defaults(device="cuda")
     parser.add_argument("--parts", nargs="+", choices=[part.name for part in PARTS], help="only these, in this order")
-    parser.add_argument("--minutes", type=float, default=9.0, help="start no part that would end later, and end by it")
+    parser.add_argument("--minutes", type=float, default=9.5, help="end by then; parts that are left are named")
+    parser.add_argument("--again", action="store_true", help="run parts again that are done")
     parser.add_argument("--tiny", action="store_true", help="reduced models and shapes, to try the program")
     parser.add_argument("--commit", help="what is measured, where the copy has no .git")
     parser.add_argument("--split", type=Path, help="take a gpu.json apart into --out, and stop")
@@ -179,18 +196,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run the parts, writing gpu.json in `options.out` after each; returns what is in it."""
     start = time.monotonic()
-    result: dict[str, Any] = {
-        "program": "gpu",
-        "command": options.command,
-        "settings": {**cli.settings(options), "python": sys.version.split()[0]},
-        "machine": {},
-        "rows": [],
-        "results": {},
-    }
     options.out.mkdir(parents=True, exist_ok=True)
     if options.commit:
         os.environ["BENCHMARK_COMMIT"] = options.commit
+    result = _begun(options)
     for part in _selected(options):
+        if any(row["name"] == part.name and row["status"] == "done" for row in result["rows"]):
+            continue
+        result["rows"] = [row for row in result["rows"] if row["name"] != part.name]
         left = 60 * options.minutes - (time.monotonic() - start)
         if left < 15:
             row = {"name": part.name, "status": "not started: the minutes were over", "seconds": 0.0}
@@ -205,6 +218,32 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         cli.write(options.out / "gpu.json", result)
         print(f"{row['name']}: {row['status']}, {row['seconds']:.0f} s", file=sys.stderr, flush=True)
     return result
+
+
+def _begun(options: argparse.Namespace) -> dict[str, Any]:
+    """What an earlier run of the same commit on the same device left in `options.out`, or a new result."""
+    from pipelines.cli.provenance import commit
+
+    result: dict[str, Any] = {
+        "program": "gpu",
+        "command": options.command,
+        "settings": {**cli.settings(options), "python": sys.version.split()[0], "commit": commit()},
+        "machine": {},
+        "rows": [],
+        "results": {},
+    }
+    try:
+        before = json.loads((options.out / "gpu.json").read_text())
+        same = all(before["settings"][key] == result["settings"][key] for key in ("device", "tiny", "commit"))
+        kept = {key: before[key] for key in ("machine", "rows", "results")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return result
+    if options.again or not same:
+        return result
+    crossovers = options.out / "crossovers.json"
+    if options.crossovers is None and not options.tiny and "crossovers" in kept["results"] and crossovers.exists():
+        options.crossovers = crossovers.absolute()
+    return {**result, **kept}
 
 
 def _use_crossovers(part: Part, measured: dict[str, Any], options: argparse.Namespace) -> None:

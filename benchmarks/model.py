@@ -9,7 +9,8 @@ A method is a preset's name, the path of a plan file, `agent:64` (64 agents in t
 tokens), `plain:64` (the same without Stable Diffusion's scale and share of the values), `tomesd` (the package, merging
 half of the tokens; UNets only), or for SiT `values:4` or `input:4`: the model of the same size with 4 mediators and
 their convolution on the values or on the layer's input. That is another model, so its output is not compared. A kernel
-may stand behind it: `agent:64@triton`; --kernel is for all methods without one.
+may stand behind it: `agent:64@triton`; --kernel is for all methods without one. `softmax@cudnn` is softmax attention by
+one of torch's backends (flash, cudnn, efficient, math); the fastest of several is what the others are compared with.
 
 Time is the median over rounds of the ratio to the first method in the same round, so that a machine that gets slower or
 faster meanwhile matters little. Operations are counted by torch, those of fused attention included and those of Triton
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 DEFAULT_METHODS_OF_SIT = ("softmax", "values:4", "input:4")
 CONVOLUTIONS = ("values", "input")
+SOFTMAX = "softmax"
+BACKENDS = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "math": "MATH"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,13 +98,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = {}
     functions: dict[str, Callable[[], Any]] = {}
     leaves: dict[str, list[Any]] = {}
+    skipped: dict[str, str] = {}
     reference = None
     for name in options.methods:
         model, patch, extra = _with_method(options, name, exact, dtype)
         given_inputs, training = {**inputs, **extra}, options.passes == "training"
         run, given = _block(model, given_inputs, training) if options.block else (_whole(model, given_inputs), [])
-        with torch.no_grad():
-            output, flops = _count(run)
+        run = _by_backend(name, run)
+        try:
+            with torch.no_grad():
+                run()  # kernels are measured outside of the count
+                output, flops = _count(run)
+        except RuntimeError as error:
+            if not _backend_of(name):
+                raise
+            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            continue
         reference = output if reference is None else reference
         # Other weights give another output, which says nothing.
         error = None if extra else ((output - reference).norm() / reference.norm()).item()
@@ -110,7 +122,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             (model.transformer_blocks[0] if options.block else model).compile()
         functions[name] = run
         leaves[name] = [*(model.transformer_blocks[0] if options.block else model).parameters(), *given]
-    base = options.methods[0]
+    base = next(iter(rows))
     timed = compare(
         functions,
         [()],
@@ -123,8 +135,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         uniform=True,
         memory=True,
     )
+    base = timed.fastest([name for name in rows if split_kernel(name)[0] == SOFTMAX] or [base])
     for name, row in rows.items():
-        measured = timed.row(name)
+        measured = timed.row(name, base)
         speedup = measured["speedup"]
         row["seconds"] = statistics.median(timed.seconds[name])
         row["speedup"] = speedup["median"]
@@ -141,8 +154,31 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "command": options.command,
         "settings": settings,
         "machine": machine(options.device),
+        "baseline": base,
         "rows": list(rows.values()),
+        "skipped": [{"method": name, "reason": reason} for name, reason in skipped.items()],
     }
+
+
+def _backend_of(name: str) -> str | None:
+    """Torch's name of the backend of a method such as `softmax@cudnn`, or None."""
+    method, backend = split_kernel(name)
+    return BACKENDS.get(backend) if method == SOFTMAX else None
+
+
+def _by_backend(name: str, run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run`, in which torch's attention takes the backend of the method; as it is for any other method."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    backend = _backend_of(name)
+    if backend is None:
+        return run
+
+    def through() -> Any:
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return run()
+
+    return through
 
 
 def _with_method(options: argparse.Namespace, name: str, exact: Any, dtype: Any) -> tuple[Any, Any, dict[str, Any]]:
@@ -153,6 +189,8 @@ def _with_method(options: argparse.Namespace, name: str, exact: Any, dtype: Any)
     method, kernel = split_kernel(name)
     kernel = kernel or options.kernel or AUTO
     kind, _, count = method.partition(":")
+    if _backend_of(name):
+        return structural_copy(exact), None, {}
     try:
         check_kernel(kernel)
         if kind in CONVOLUTIONS:
@@ -284,12 +322,13 @@ def table(result: dict[str, Any]) -> str:
             f"| `{row['method']}` | {row['speedup']:.2f} ({low:.2f} to {high:.2f}) | {row['flops_ratio']:.2f} "
             f"| {error} | {'' if row['active_layers'] is None else row['active_layers']} |"
         )
-    first = result["rows"][0]
+    first = next((row for row in result["rows"] if row["method"] == result.get("baseline")), result["rows"][0])
     seconds = f"{first['seconds']:.1f} s" if first["seconds"] >= 0.5 else f"{first['seconds'] * 1e3:.2f} ms"
     what = "one block" if settings.get("block") else "one pass"
     what += ", forward and backward" if settings.get("passes") == "training" else ""
     what += ", compiled" if settings.get("compile") else ""
     small = "reduced " if settings.get("small") else ""
+    lines += [f"- {one['method']} left out: {one['reason']}" for one in result.get("skipped", [])]
     lines.append("")
     lines.append(
         f"{small}`{settings['model']}`, {settings['size']} px, batch {settings['batch']}, {settings['dtype']}, "

@@ -22,7 +22,7 @@ class BenchmarkModel:
         inputs: (model, picture side in pixels, batch) -> arguments of its forward, in float32 on the CPU.
         unit: the picture side must be a multiple of it.
         size: the picture side it was published at.
-        kind: "unet", "sit", "dit" or "pixart".
+        kind: "unet", "sit", "dit", "pixart", or "core" for a model whose own processors run.
     """
 
     build: Callable[..., nn.Module]
@@ -145,6 +145,74 @@ def _pixart_inputs(pixart: Any, size: int, batch: int) -> dict[str, Any]:
     }
 
 
+def _blocks(name: str, part: Mapping[str, Any], reduced: Mapping[str, Any]) -> Callable[..., nn.Module]:
+    """A model with `part` of its blocks: all are alike, so ratios are those of the whole, which may not fit."""
+
+    def build(size: int, small: bool = False, **config: Any) -> nn.Module:
+        import diffusers
+
+        return getattr(diffusers, name)(**{**part, **(reduced if small else {}), **config})
+
+    return build
+
+
+_SMALL_BLOCKS = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+_SMALL_FLUX = {**_SMALL_BLOCKS, "num_single_layers": 1, "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6)}
+_SMALL_QWEN = {**_SMALL_BLOCKS, "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6)}
+_SMALL_WAN = {**_SMALL_BLOCKS, "text_dim": 32, "ffn_dim": 64}
+_SMALL_FLUX2 = {**_SMALL_FLUX, "axes_dims_rope": (4, 4, 4, 4), "mlp_ratio": 2.0}
+
+
+def _packed(model: Any, size: int, batch: int, axes: int) -> dict[str, Any]:
+    """Tokens of 16 x 16 pixels, 512 of text, and the positions of both."""
+    import torch
+
+    side, config = size // 16, model.config
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    image, text = torch.zeros(side * side, axes), torch.zeros(512, axes)
+    image[:, 1], image[:, 2] = rows.flatten(), columns.flatten()
+    if axes == 4:
+        text[:, 3] = torch.arange(512)
+    return {
+        "hidden_states": torch.randn(batch, side * side, config.in_channels),
+        "encoder_hidden_states": torch.randn(batch, 512, config.joint_attention_dim),
+        "timestep": torch.full((batch,), 0.5),
+        "img_ids": image if axes == 3 else image.expand(batch, -1, -1),
+        "txt_ids": text if axes == 3 else text.expand(batch, -1, -1),
+    }
+
+
+def _flux_inputs(flux: Any, size: int, batch: int) -> dict[str, Any]:
+    import torch
+
+    pooled = torch.randn(batch, flux.config.pooled_projection_dim)
+    return {**_packed(flux, size, batch, 3), "pooled_projections": pooled, "guidance": torch.full((batch,), 3.5)}
+
+
+def _flux2_inputs(flux: Any, size: int, batch: int) -> dict[str, Any]:
+    import torch
+
+    return {**_packed(flux, size, batch, 4), "guidance": torch.full((batch,), 4.0)}
+
+
+def _qwen_inputs(qwen: Any, size: int, batch: int) -> dict[str, Any]:
+    given = _packed(qwen, size, batch, 3)
+    del given["img_ids"], given["txt_ids"]
+    return {**given, "img_shapes": [[(1, size // 16, size // 16)]] * batch}
+
+
+def _wan_inputs(wan: Any, size: int, batch: int) -> dict[str, Any]:
+    """81 frames of `size` rows and 26 / 15 as many columns: 480 x 832 is 32,760 tokens."""
+    import torch
+
+    rows, columns = size // 16 * 2, size * 26 // 15 // 16 * 2
+    return {
+        "hidden_states": torch.randn(batch, 16, 21, rows, columns),
+        "timestep": torch.full((batch,), 500),
+        "encoder_hidden_states": torch.randn(batch, 512, wan.config.text_dim),
+    }
+
+
 MODELS: Mapping[str, BenchmarkModel] = {
     "sd15": BenchmarkModel(_unet(_SD15, _SMALL_UNET), _unet_inputs, 64, 512, "unet"),
     "sd21": BenchmarkModel(_unet(_SD21, _SMALL_UNET), _unet_inputs, 64, 768, "unet"),
@@ -154,6 +222,28 @@ MODELS: Mapping[str, BenchmarkModel] = {
     "sit-xl": BenchmarkModel(_sit("SiT-XL/2"), _sit_inputs, 16, 256, "sit"),
     "dit-xl": BenchmarkModel(_dit, _dit_inputs, 16, 256, "dit"),
     "pixart": BenchmarkModel(_pixart, _pixart_inputs, 16, 512, "pixart"),
+    "flux": BenchmarkModel(
+        _blocks(
+            "FluxTransformer2DModel", {"num_layers": 4, "num_single_layers": 8, "guidance_embeds": True}, _SMALL_FLUX
+        ),
+        _flux_inputs,
+        16,
+        1024,
+        "core",
+    ),
+    "flux2": BenchmarkModel(
+        _blocks("Flux2Transformer2DModel", {"num_layers": 1, "num_single_layers": 6}, _SMALL_FLUX2),
+        _flux2_inputs,
+        16,
+        1024,
+        "core",
+    ),
+    "qwen": BenchmarkModel(
+        _blocks("QwenImageTransformer2DModel", {"num_layers": 6}, _SMALL_QWEN), _qwen_inputs, 16, 1024, "core"
+    ),
+    "wan": BenchmarkModel(
+        _blocks("WanTransformer3DModel", {"num_layers": 4}, _SMALL_WAN), _wan_inputs, 16, 480, "core"
+    ),
 }
 
 
@@ -195,11 +285,11 @@ def random_inputs(name: str, model: Any, size: int, batch: int, dtype: torch.dty
 
 
 def place(value: Any, device: str, dtype: torch.dtype) -> Any:
-    """A tensor, or a dictionary of them, on the device; floating point in the dtype."""
+    """A tensor, or a dictionary of them, on the device; floating point in the dtype. Anything else is returned."""
     if isinstance(value, dict):
         return {key: place(item, device, dtype) for key, item in value.items()}
-    if value is None:
-        return None
+    if not hasattr(value, "is_floating_point"):
+        return value
     return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
 
 

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu, layer, model, stack
+from benchmarks import choices, gpu, layer, model, stack
 from benchmarks import options as cli
 from benchmarks.goals import CPU, H200, Goal, Results
 
 ROOT = Path(__file__).parents[1]
-TABLES = {"layer": layer.table, "model": model.table, "stack": stack.table, "gpu": gpu.table}
+TABLES = {"choices": choices.table, "layer": layer.table, "model": model.table, "stack": stack.table, "gpu": gpu.table}
 
 INTRODUCTION = """\
 # Benchmarks
@@ -75,23 +75,21 @@ def _is_crossovers(path: Path) -> bool:
 
 def _goals(title: str, goals: Sequence[Goal], results: Results) -> list[str]:
     lines = ["| what | goal | measured | reached |", "|---|---|---|---|"]
-    on_gpu = goals is H200
     missed = []
     for goal in goals:
         found = goal.find(results)
+        if not found:
+            continue
         if goal.why_not and any(value < goal.least for _, value in found):
             missed.append(f"- {goal.text}: {goal.why_not}")
         measured = ", ".join(f"{goal.number(value)} ({label})" for label, value in found)
         reached = _reached([value >= goal.least for _, value in found])
-        missing = "not measured (no GPU)" if on_gpu else "not measured"
-        lines.append(f"| {goal.text} | ≥ {goal.number(goal.least)} | {measured or missing} | {reached} |")
+        lines.append(f"| {goal.text} | ≥ {goal.number(goal.least)} | {measured} | {reached} |")
     notes = ["Why not:", "\n".join(missed)] if missed else []
-    return [f"### {title}", "\n".join(lines), *notes]
+    return [f"### {title}", "\n".join(lines), *notes] if len(lines) > 2 else []
 
 
 def _reached(each: Sequence[bool]) -> str:
-    if not each:
-        return ""
     return "yes" if all(each) else f"{sum(each)} of {len(each)}" if any(each) else "no"
 
 

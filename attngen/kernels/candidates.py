@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from attngen.kernels.paths import AGENT_PATHS
 from attngen.kernels.reference import AgentScales
 from attngen.kernels.triton import agent as triton_agent
 from attngen.kernels.triton import linear as triton_linear
+from attngen.tokens import agent_grid, pool_tokens, split_heads
 
 SOFTMAX, PROJECTIONS, ABSORBED = "softmax", "projections", "absorbed"
 
@@ -80,34 +82,46 @@ class Candidate(NamedTuple):
 
 
 def candidates(shape: Shape, device: torch.device) -> dict[str, Candidate]:
-    """The kernels that can compute calls of this shape, softmax attention, and for whole layers two candidates more.
+    """The kernels that can compute calls of this shape, and softmax attention.
 
-    `PROJECTIONS` is what a layer adds to any of the kernels but `ABSORBED`, which computes the layer as a whole.
+    Where projections can be absorbed these are whole layers, `ABSORBED` is one more, and `PROJECTIONS` none. Layers of
+    much work are measured in parts: `PROJECTIONS` is then what a layer adds to any of the kernels but `ABSORBED`.
     """
     found = _cores(shape, device)
-    if shape.channels:
-        found |= {PROJECTIONS: _projections(shape, device), ABSORBED: _absorbed(shape, device)}
-    return found
+    if not shape.channels:
+        return found
+    absorbed = {ABSORBED: _absorbed(shape, device)}
+    if _parts(1, _work(shape) + _projecting(shape), shape, device) < 0.5:
+        return {**found, PROJECTIONS: _projections(shape, device), **absorbed}
+    draw, width = _Draw(shape, device), shape.heads * shape.head_dim
+    inputs = (draw(shape.batch, shape.queries, shape.channels), *_weights(draw, shape.channels, width))
+
+    def layer(core: Candidate, *inputs: Tensor) -> Tensor:
+        x, query, key, value, out = inputs
+        mixed = core.run(*(F.linear(x, weight) for weight in (query, key, value)), *core.inputs[3:])
+        return F.linear(mixed.transpose(1, 2).flatten(2), out)
+
+    whole = _cores(shape, device, most=math.inf)
+    return {**{name: Candidate(partial(layer, core), inputs) for name, core in whole.items()}, **absorbed}
 
 
-def _cores(shape: Shape, device: torch.device) -> dict[str, Candidate]:
-    """From queries, keys and values (B, H, ·, D) to what is mixed of them."""
+def _cores(shape: Shape, device: torch.device, most: float = 1.0) -> dict[str, Candidate]:
+    """From queries, keys and values (B, N, H · D) to what is mixed of them, (B, H, N, D); of `most` times the work."""
     draw = _Draw(shape, device)
-    samples, heads = _fitting_heads(shape, device)
+    samples, heads = _fitting_heads(shape, device, most)
     share = samples * heads / (shape.batch * shape.heads)
-    query, key, value = (
-        draw(samples, tokens, shape.heads * shape.head_dim) for tokens in (shape.queries, shape.keys, shape.keys)
-    )
-    split = partial(_split, heads=shape.heads, first=heads)
-    rows = _fitting_queries(shape, device, samples * heads)
+    width = heads * shape.head_dim
+    query, key, value = (draw(samples, tokens, width) for tokens in (shape.queries, shape.keys, shape.keys))
+    split = partial(split_heads, num_heads=heads)
+    rows = _fitting_queries(shape, device, samples * heads, most)
 
     def softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(split(query)[:, :, :rows], split(key), split(value))
 
     def kernel(path: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         query, key, value, *tables = inputs
-        heads = split(query)
-        return path(heads, split(key), split(value), _pooled(heads, shape.agents), tables)
+        agents = split(_pooled(query, shape.agents))
+        return path(split(query), split(key), split(value), agents, tables)
 
     paths = _agent_paths(shape, split(query), split(key)) if shape.agents else _linear_paths(split(query))
     tables = [draw(1, heads, shape.agents, tokens) for tokens in (shape.keys, shape.queries) if shape.bias]
@@ -119,7 +133,8 @@ def _cores(shape: Shape, device: torch.device) -> dict[str, Candidate]:
 
 def _agent_paths(shape: Shape, query: Tensor, key: Tensor) -> dict[str, Callable[..., Tensor]]:
     usual = shape.head_dim**-0.5
-    scales = AgentScales(usual, usual, correction=shape.correction or None)
+    shortcut = 0.1 if shape.kept == 1 and shape.queries == shape.keys else 0.0
+    scales = AgentScales(usual, usual, shortcut, correction=shape.correction or None)
 
     def run(kernel: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         *heads, tables = inputs
@@ -150,7 +165,7 @@ def _projections(shape: Shape, device: torch.device) -> Candidate:
     """Queries, keys, values and output of a layer."""
     draw, width = _Draw(shape, device), shape.heads * shape.head_dim
     tokens = shape.batch * shape.queries
-    rows = _fitting(tokens, 8 * shape.channels * width * tokens, shape, device, at_least=256)
+    rows = int(min(tokens, max(256, _parts(tokens, _projecting(shape), shape, device))))
     weights = _weights(draw, shape.channels, width)
 
     def run(x: Tensor, *weights: Tensor) -> Tensor:
@@ -164,8 +179,7 @@ def _projections(shape: Shape, device: torch.device) -> Candidate:
 def _absorbed(shape: Shape, device: torch.device) -> Candidate:
     """A whole layer without projections of all tokens, but those that its shortcut or convolution keeps."""
     draw, width = _Draw(shape, device), shape.heads * shape.head_dim
-    tokens = shape.batch * shape.queries
-    samples = _fitting(shape.batch, 8 * shape.channels * width * tokens, shape, device)
+    samples = int(min(shape.batch, max(1, _parts(shape.batch, _projecting(shape), shape, device))))
     weights = _weights(draw, shape.channels, width)
     tables = [draw(1, shape.heads, shape.agents, shape.queries) for _ in range(2) if shape.bias]
 
@@ -196,39 +210,44 @@ def _weights(draw: _Draw, channels: int, width: int) -> list[Tensor]:
 
 
 def _pooled(x: Tensor, agents: int) -> Tensor:
-    """(..., N, C) -> (..., M, C), means of as many tokens each."""
-    tokens = x.shape[-2] // agents * agents if agents else 0
-    return x[..., :tokens, :].unflatten(-2, (agents, -1)).mean(dim=-2) if agents else x[..., :0, :]
+    """(B, N, C) -> (B, M, C), as a layer pools its tokens where they are a square."""
+    if not agents:
+        return x[:, :0]
+    tokens = x.shape[1]
+    side = math.isqrt(tokens)
+    grid = (side, side) if side * side == tokens else (tokens, 1)
+    size = agent_grid(agents, grid)
+    return pool_tokens(x, grid, size if math.prod(size) == agents else (agents, 1))
 
 
-def _split(x: Tensor, heads: int, first: int) -> Tensor:
-    """(B, N, H · D) -> (B, the first heads, N, D), as strided as in a layer."""
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)[:, :first]
-
-
-def _fitting_heads(shape: Shape, device: torch.device) -> tuple[int, int]:
+def _fitting_heads(shape: Shape, device: torch.device, most: float) -> tuple[int, int]:
     """(samples, heads of each) whose softmax attention is no more work than is measured; as many heads as threads."""
-    work = _work(shape)
-    fitting = _fitting(shape.batch * shape.heads, work, shape, device)
+    number = shape.batch * shape.heads
+    fitting = int(min(number, max(1, most * _parts(number, _work(shape), shape, device))))
     if fitting >= shape.heads:
         return fitting // shape.heads, shape.heads
     return 1, min(shape.heads, max(fitting, torch.get_num_threads()))
 
 
-def _fitting_queries(shape: Shape, device: torch.device, heads: int) -> int:
-    work = _work(shape) * heads / (shape.batch * shape.heads)
-    return _fitting(shape.queries, work / torch.get_num_threads(), shape, device, at_least=256)
+def _fitting_queries(shape: Shape, device: torch.device, heads: int, most: float) -> int:
+    work = _work(shape) * heads / (shape.batch * shape.heads) / torch.get_num_threads()
+    return int(min(shape.queries, max(256, most * _parts(shape.queries, work, shape, device))))
 
 
 def _work(shape: Shape) -> float:
+    """Floating-point operations of softmax attention."""
     return 4.0 * shape.batch * shape.heads * shape.queries * shape.keys * shape.head_dim
 
 
-def _fitting(number: int, work: float, shape: Shape, device: torch.device, at_least: int = 1) -> int:
-    """How many of `number` equal parts of `work` are no more than is measured."""
+def _projecting(shape: Shape) -> float:
+    """Of all four projections."""
+    return 8.0 * shape.batch * shape.queries * shape.channels * shape.heads * shape.head_dim
+
+
+def _parts(number: int, work: float, shape: Shape, device: torch.device) -> float:
+    """How many of `number` equal parts of `work` are as much as is measured; may be more than there are."""
     most = _MOST_WORK[device.type] * (torch.get_num_threads() if device.type == "cpu" else 1)
-    work = work * 3.5 if shape.training else work
-    return min(number, max(at_least, int(number * most / work)))
+    return number * most / (work * 3.5 if shape.training else work)
 
 
 class _Draw:

@@ -24,15 +24,16 @@ def in_turn(calls: Mapping[str, Callable[[], object]], device: torch.device, lim
             the host's and the device's.
         limit: seconds after which no further round begins; two are measured in any case.
     """
-    start, meters = time.perf_counter(), dict[str, Callable[[], float]]()
+    now, meters = _clock(device), dict[str, Callable[[], float]]()
+    start = now()
     for name, call in calls.items():
         try:
-            meters[name] = _meter(call, device)
+            meters[name] = _meter(call, device, now)
         except Exception:  # a kernel that does not take this shape, or no memory for it
             continue
     found: dict[str, list[float]] = {name: [] for name in meters}
     for done in range(_MOST_ROUNDS):
-        if done >= 2 and time.perf_counter() - start > limit:
+        if done >= 2 and now() - start > limit:
             break
         for name, meter in meters.items():
             found[name].append(meter())
@@ -58,11 +59,13 @@ def as_graphs(calls: Mapping[str, Callable[[], object]], device: torch.device) -
     return found
 
 
-def _meter(call: Callable[[], object], device: torch.device) -> Callable[[], float]:
+def _clock(device: torch.device) -> Callable[[], float]:
+    """What other processes do is not in the time of a thread; with several threads, or a GPU, it has to be."""
+    return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def _meter(call: Callable[[], object], device: torch.device, now: Callable[[], float]) -> Callable[[], float]:
     """A measurement of the call, which is warm after this and repeated as often as its time asks for."""
-    # What other processes do is not in the time of a thread; with several threads it has to be.
-    on_cpu = device.type == "cpu"
-    now = time.thread_time if on_cpu and torch.get_num_threads() == 1 else time.perf_counter
 
     def seconds(times: int) -> float:
         _wait(device)

@@ -8,6 +8,7 @@ attention calls run, and no speed is claimed. The argument `kernel` overrides th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -100,24 +101,28 @@ def choose_agent_kernel(
         absorbed: sizes of the layer, where its projections can be absorbed too; the choice may be "absorbed" then.
     """
     tensors = [query, key, value, agents, *(bias for bias in biases if bias is not None)]
-    trains, bias, dtype = _records(tensors), len(tensors) > 4, _computing_dtype(query)
-    batch, heads, queries, head_dim = query.shape
-    tokens = max(queries, key.shape[2])
-    problem = Problem(device_key(query.device), dtype, batch * heads, tokens, agents.shape[2], head_dim, trains, bias)
-    choice = choose_for_agents(problem, kernel, lambda: triton_agent.why_not(query, key, value, agents, correction))
-    if correction is not None:  # the table has none
-        choice = choice._replace(speedup=None)
-    if kernel in CHOOSING and absorbed is not None:
-        cost = absorbed_cost(query)
-        if cost is not None and absorbed.gain(cost) > 1:
-            choice = Choice(ABSORBED)
-    if kernel != AUTO or (correction is None and _is_known("agent", problem, query.device)):
-        return choice
-    layer = (absorbed.channels, absorbed.kept_projections) if absorbed is not None else (0, 0)
-    sizes = batch, heads, queries, key.shape[2], agents.shape[2], head_dim
-    return measured.find(
-        Shape("agent", _exact_dtype(query), *sizes, trains, bias, correction or "", *layer), query.device, choice
-    )
+    trains, bias, dtype = _records(tensors), len(tensors) > 4, _exact_dtype(query)
+    (batch, heads, queries, head_dim), keys, number = query.shape, key.shape[2], agents.shape[2]
+    kind, tokens = device_key(query.device), max(queries, keys)
+    problem = Problem(kind, _tabled(dtype, kind), batch * heads, tokens, number, head_dim, trains, bias)
+
+    def tabled() -> Choice:
+        cost = None if absorbed is None else absorbed_cost(query)
+        if kernel in CHOOSING and absorbed is not None and cost is not None and absorbed.gain(cost) > 1:
+            return Choice(ABSORBED)
+        why_not = partial(triton_agent.why_not, query, key, value, agents, correction)
+        choice = choose_for_agents(problem, kernel, why_not)
+        return choice if correction is None else choice._replace(speedup=None)  # the table has none
+
+    if kernel != AUTO:
+        return tabled()
+    if correction is None and _is_known("agent", problem, query.device):
+        if absorbed is None or absorbed_cost(query) is not None:
+            return tabled()
+    layer = (0, 0) if absorbed is None else (absorbed.channels, absorbed.kept_projections)
+    sizes = batch, heads, queries, keys, number, head_dim
+    shape = Shape("agent", dtype, *sizes, trains, bias, correction or "", *layer)
+    return measured.find(shape, query.device, tabled)
 
 
 def choose_for_agents(
@@ -168,13 +173,15 @@ def choose_linear_kernel(
     """The kernel for these tensors, or for tensors like these."""
     batch, heads, queries, head_dim = query.shape
     trains, tokens = _records((query, key, value)), max(queries, key.shape[2])
-    problem = Problem(device_key(query.device), _computing_dtype(query), batch * heads, tokens, 0, head_dim, trains)
-    why_not = triton_linear.why_not(query, key, value, feature_map) if query.is_cuda else "there is one path on a CPU"
-    choice = choose_for_linear(problem, kernel, lambda: triton_linear.why_not(query, key, value, feature_map))
-    if kernel != AUTO or why_not is not None or _is_known("linear", problem, query.device):
-        return choice
-    sizes = batch, heads, queries, key.shape[2], 0, head_dim
-    return measured.find(Shape("linear", _exact_dtype(query), *sizes, trains), query.device, choice)
+    dtype, kind = _exact_dtype(query), device_key(query.device)
+    problem = Problem(kind, _tabled(dtype, kind), batch * heads, tokens, 0, head_dim, trains)
+    why_not = partial(triton_linear.why_not, query, key, value, feature_map)
+    tabled = partial(choose_for_linear, problem, kernel, why_not)
+    # Without the Triton kernels there is nothing to choose.
+    if kernel != AUTO or _is_known("linear", problem, query.device) or why_not() is not None:
+        return tabled()
+    shape = Shape("linear", dtype, batch, heads, queries, key.shape[2], 0, head_dim, trains)
+    return measured.find(shape, query.device, tabled)
 
 
 def choose_for_linear(
@@ -187,7 +194,9 @@ def choose_for_linear(
 
 def absorbed_cost(like: Tensor | Like) -> AbsorbedCost | None:
     """The measured cost of the absorbed kernel for a layer with such an input, or None where there is none."""
-    cost = crossovers.absorbed_cost(device_key(like.device), layer_kind(_computing_dtype(like), _records((like,))))
+    kind = device_key(like.device)
+    trains = _records((like,))
+    cost = crossovers.absorbed_cost(kind, layer_kind(_tabled(_exact_dtype(like), kind), trains))
     return None if cost is None else AbsorbedCost(*cost)
 
 
@@ -224,7 +233,7 @@ def _look_up(method: str, problem: Problem) -> Choice | None:
 
 def _is_known(method: str, problem: Problem, device: torch.device) -> bool:
     """Whether the table was measured on this device, at sizes that are at most twice or half of these."""
-    if not crossovers.is_known(device):
+    if not crossovers.is_known(device) or _look_up(method, problem) is None:
         return False
     axes = crossovers.axes(problem.device, call_kind(method, problem.dtype, problem.training, problem.bias))
     sizes = _sizes(problem)
@@ -246,11 +255,10 @@ def _nearest(size: int, axis: Iterable[int]) -> int:
     return chosen
 
 
-def _computing_dtype(x: Tensor | Like) -> str:
-    """The dtype that attention over `x` runs in, or the dtype of the table in which kernels rank alike."""
-    dtype = _exact_dtype(x)
+def _tabled(dtype: str, device: str) -> str:
+    """The dtype of the table in which kernels rank as in `dtype`."""
     if dtype == "float16":
-        return "bfloat16" if x.device.type == "cuda" else "float32"  # CPUs compute float16 in float32
+        return "float32" if device == "cpu" else "bfloat16"  # CPUs compute float16 in float32
     return "float32" if dtype == "float64" else dtype
 
 

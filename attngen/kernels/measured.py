@@ -15,7 +15,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,6 +28,21 @@ from attngen.kernels.machine import environment
 Seconds = dict[str, float]
 """Of one call, by candidate."""
 
+Key = tuple[torch.device, Shape]
+
+
+class Choices(NamedTuple):
+    """The fastest kernel of a shape; None where that could not be measured.
+
+    Attributes:
+        eager: of calls that the host launches.
+        graph: of replays of a CUDA graph.
+    """
+
+    eager: Choice | None = None
+    graph: Choice | None = None
+
+
 SECONDS_A_SHAPE = 0.2
 """After which no further round of a shape is measured."""
 
@@ -36,37 +51,34 @@ SWITCH = "ATTNGEN_MEASURE"
 
 _logger = logging.getLogger(__name__)
 _lock = threading.RLock()
-_known: dict[tuple[str, Shape], dict[str, Seconds]] = {}
-_captured: set[tuple[str, Shape]] = set()
+_known: dict[Key, Choices] = {}
+_captured: set[Key] = set()
 _said: set[str] = set()
 version = "0"
 """Changes with every new measurement. Traced code reads it, so that a compiler traces again what was traced without."""
 
 
-def find(shape: Shape, device: torch.device, otherwise: Choice) -> Choice:
-    """The fastest kernel for calls like these, measured now where it is not known; `otherwise` where it cannot be.
+def find(shape: Shape, device: torch.device, otherwise: Callable[[], Choice]) -> Choice:
+    """The fastest kernel for calls like these, measured now where it is not known; else that of `otherwise`.
 
     As a CUDA graph where the call is captured, or was before, else eagerly. Whether the kernel is faster than softmax
     attention is a matter of eager calls, so that a capture computes what its warm-up has computed.
     """
     if torch.compiler.is_compiling():
-        return _traced(shape, str(device), version) or otherwise
-    if device.type not in ("cpu", "cuda") or os.environ.get(SWITCH, "1") == "0":
-        return otherwise
-    key = str(device), shape
+        return _traced(shape, str(device), version) or otherwise()
+    if device.type not in ("cpu", "cuda") or os.environ.get(SWITCH) == "0":
+        return otherwise()
+    key = device, shape
     captures = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    by_mode = _known.get(key)
-    if by_mode is None:
+    choices = _known.get(key)
+    if choices is None:
         may_measure = not captures and torch._C._len_torch_dispatch_stack() == 0
-        by_mode = _learn(key, device, may_measure, otherwise)
-    if not by_mode:
-        return otherwise
+        choices = _learn(key, may_measure, otherwise)
     if captures:
         _captured.add(key)
-    choice = choice_of(by_mode["eager"])
-    if key not in _captured or "graph" not in by_mode:
-        return choice
-    return choice_of(by_mode["graph"])._replace(speedup=choice.speedup)
+    if choices.graph is not None and key in _captured:
+        return choices.graph
+    return choices.eager or otherwise()
 
 
 def choice_of(seconds: Seconds) -> Choice:
@@ -74,32 +86,39 @@ def choice_of(seconds: Seconds) -> Choice:
     kernels = [name for name in seconds if name not in (SOFTMAX, PROJECTIONS, ABSORBED)]
     fastest = min(kernels, key=seconds.__getitem__)
     choice = Choice(fastest, seconds[SOFTMAX] / seconds[fastest], here=True)
-    if ABSORBED not in seconds or PROJECTIONS not in seconds:
-        return choice
-    beside = seconds[PROJECTIONS]
-    if seconds[ABSORBED] >= beside + seconds[fastest]:
+    beside = seconds.get(PROJECTIONS, 0.0)
+    if seconds.get(ABSORBED, math.inf) >= beside + seconds[fastest]:
         return choice
     return Choice(ABSORBED, (beside + seconds[SOFTMAX]) / seconds[ABSORBED], here=True)
 
 
-def _learn(key: tuple[str, Shape], device: torch.device, may_measure: bool, otherwise: Choice) -> dict[str, Seconds]:
-    """From the cache, or by measuring; empty where neither is possible."""
+def _learn(key: Key, may_measure: bool, otherwise: Callable[[], Choice]) -> Choices:
+    """From the cache, or by measuring; without any choice where neither is possible."""
     global version
+    device, shape = key
     with _lock:
         if key in _known:
             return _known[key]
-        path = _path(key[1], environment(device))
-        found = _read(path, key[1])
+        path = _path(shape, environment(device))
+        found = _read(path, shape)
         if found is None and may_measure:
             _say_once(path)
-            found = _measured(key[1], device)
-            _write(path, key[1], device, found)
+            found = _measured(shape, device)
+            _write(path, shape, device, found)
         if found is None:
-            return {}
-        _known[key] = found
-        if found and _differ(choice_of(found["eager"]), otherwise):
+            return Choices()
+        choices = _choices(found)
+        _known[key] = choices
+        if choices.eager is not None and _differ(choices.eager, otherwise()):
             version = str(int(version) + 1)
-        return found
+        return choices
+
+
+def _choices(found: dict[str, Seconds]) -> Choices:
+    if "eager" not in found:
+        return Choices()
+    eager = choice_of(found["eager"])
+    return Choices(eager, choice_of(found["graph"])._replace(speedup=eager.speedup) if "graph" in found else None)
 
 
 def _differ(choice: Choice, other: Choice) -> bool:
@@ -154,9 +173,8 @@ def _traced(shape: Shape, device: str, version: str) -> Choice | None:
 def _constants(device: str, settings: tuple[Any, ...], version: str) -> tuple[tuple[tuple[int, ...], str, float], ...]:
     """Sizes, kernel and speedup of all that is known."""
     found: list[tuple[tuple[int, ...], str, float]] = []
-    for (name, shape), by_mode in _known.items():
-        if name == device and (shape.method, shape.dtype, *shape[8:11]) == settings and by_mode:
-            choice = choice_of(by_mode["eager"])
+    for (known, shape), (choice, _) in _known.items():
+        if str(known) == device and (shape.method, shape.dtype, *shape[8:11]) == settings and choice is not None:
             assert choice.speedup is not None
             found.append(((*shape[2:8], *shape[11:]), choice.kernel, choice.speedup))
     return tuple(found)

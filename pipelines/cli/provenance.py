@@ -23,10 +23,12 @@ def machine(device: str) -> dict[str, Any]:
     import torch
 
     import attngen
-    from attngen.kernels.machine import device_name
+    from attngen.kernels.machine import environment
 
+    around = environment(torch.device(device))
     return {
-        "device": device_name(torch.device(device)),
+        "device": around["device"],
+        "driver": around["driver"],
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": version("triton"),

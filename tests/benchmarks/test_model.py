@@ -16,17 +16,17 @@ pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning")
 
 @pytest.mark.parametrize("name", list(models.MODELS))
 def test_every_model_runs_small_and_copies_share_weights(name, global_rng_untouched):
-    size = max(models.MODELS[name].unit, 64)
+    size, core = max(models.MODELS[name].unit, 64), models.MODELS[name].kind == "core"
     built = models.build_random(name, torch.float32, "cpu", size, small=True)
     inputs = models.random_inputs(name, built, size, 2, torch.float32, "cpu")
     with torch.no_grad():
         output = built(**inputs, return_dict=False)[0]
         copied = models.structural_copy(built)
         again = copied(**inputs, return_dict=False)[0]
-    assert output.shape[0] == 2 and output.shape[2:] == (size // 8, size // 8)
+    assert output.shape[0] == 2 and (core or output.shape[2:] == (size // 8, size // 8))
     assert output.std() > 0.01 and torch.equal(output, again)
     assert next(copied.parameters()) is next(built.parameters())
-    attngen.apply(copied, "linear", min_tokens=0)
+    attngen.apply(copied, "agent" if core else "linear", min_tokens=0, **({"num_agents": 4} if core else {}))
     with torch.no_grad():
         assert torch.equal(built(**inputs, return_dict=False)[0], output)
         assert not torch.equal(copied(**inputs, return_dict=False)[0], output)

@@ -54,13 +54,13 @@ def test_goals_are_found_among_the_measurements():
     assert (
         "| Attention layer sd15-512-l0, 64 agents, batch 2 | ≥ 10.00× | 12.00× (sd15-512-l0 bfloat16) | yes |" in text
     )
-    assert "| Attention layer sd15-1024-l0, 64 agents, batch 2 | ≥ 50.00× | not measured (no GPU) |  |" in text
+    assert "sd15-1024-l0, 64 agents" not in text, "a goal without a number is not in the document"
     assert "| Over two exact calls, 64 agents | ≥ 1.50× | 2.00× (sd15-512-l0 bfloat16) | yes |" in text
     assert "| Share of the copy bandwidth, N ≥ 4096, 64 agents | ≥ 80% | 70% (sd15-512-l0) | no |" in text
     # Numbers of another GPU or of the CPU are none of the H200.
     for device in ("NVIDIA A100", "CPU"):
         text = report.document({"a.json": layer_result(device, rows)})
-        assert text.count("not measured (no GPU)") == len(report.H200)
+        assert "H200" not in text.replace("NVIDIA H200", "")
 
 
 def test_goals_of_the_cpu_and_partial_success():
@@ -77,7 +77,7 @@ def test_goals_of_the_cpu_and_partial_success():
     assert "| ≥ 4.00× | 4.50× (sit-s-256 float32), 3.90× (sit-xl-256 float32) | 1 of 2 |" in text.replace(
         "3.90× (sit-xl-256 float32), 4.50× (sit-s-256 float32)", "4.50× (sit-s-256 float32), 3.90× (sit-xl-256 float32)"
     )
-    assert "| The same, N = 1024 | ≥ 12.00× | not measured |" in text
+    assert "| The same, N = 1024 | ≥ 12.00×" not in text
     assert "N = 1024, float32 | ≥ 1.40× | 1.50× (sit-s-512 float32) | yes |" in text
     assert "Why not:" not in text
     rows[-2] |= times(2.9, 1.0)  # the two calls are slower now, so the goal over einsum is missed and has a reason
