@@ -36,6 +36,7 @@ from pipelines.ui_shown import (
     timeline_html,
 )
 
+LABELS = {"follow": "Switch by"}  # where the name of an option is no label
 NEW_SEED = -1  # what other programs' users type for it
 MAX_PLAN_BYTES = 1 << 20
 
@@ -343,7 +344,10 @@ def _number(label: str, value: float | None, name: str, **more: Any) -> gr.Numbe
 
 
 def _option_part(method: str, option: Option) -> Any:
-    shared: Mapping[str, Any] = {"label": option.label, "elem_id": f"{method}-{option.name}".replace("_", "-")}
+    shared: Mapping[str, Any] = {
+        "label": LABELS.get(option.name, option.label),
+        "elem_id": f"{method}-{option.name}".replace("_", "-"),
+    }
     about = option.about or None
     if option.kind == "choice":
         return gr.Radio([plain(choice) for choice in option.choices], value=plain(option.default), info=about, **shared)

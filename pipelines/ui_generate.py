@@ -37,7 +37,7 @@ from pipelines.ui_form import Form
 from pipelines.ui_hero import settings_of
 from pipelines.ui_shown import title_of
 
-MAX_HISTORY, MAX_VISITORS, MAX_FRAMES = 60, 1000, 8
+MAX_HISTORY, MAX_VISITORS, MAX_FRAMES, MAX_KEPT_FRAMES = 60, 1000, 8, 64
 FILLED = "The settings are filled in"  # how the status begins then
 HEAT_MAP = "plan-"  # how the names of files of Calibrate begin
 START_DRAWING = """() => {
@@ -202,6 +202,8 @@ class GenerateTab:
                 return {}
             if progress.picture == 1:
                 frames.append((progress.preview, f"step {progress.done}"))
+                if len(frames) > MAX_KEPT_FRAMES:
+                    del frames[1::2]
             return {self.gallery: gr.update(value=[(progress.preview, "being drawn")], columns=1, selected_index=None)}
 
         def finish(result: Result) -> dict[Any, Any]:
@@ -237,10 +239,13 @@ class GenerateTab:
         return self.history_of.shown(str(request.session_hash))
 
     def _pick(self, picked: gr.SelectData, request: gr.Request) -> dict[Any, Any]:
-        files = self.history_of.files(str(request.session_hash))
-        if picked.index >= len(files):
+        # By name: other pages may have drawn since this one was filled.
+        image = picked.value.get("image", {}) if isinstance(picked.value, dict) else {}
+        name = Path(str(image.get("orig_name") or image.get("path"))).name
+        files = {file.name: file for file in self.history_of.files(str(request.session_hash))}
+        if name not in files:
             return {self.picked: "This picture is no longer there.", self.again: gr.update(interactive=False)}
-        file = files[picked.index]
+        file = files[name]
         told = caption_of(file)
         return {self.picked: told or "It has no settings.", self.again: gr.update(interactive=bool(told)),
                 self.chosen: str(file)}  # fmt: skip

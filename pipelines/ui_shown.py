@@ -74,7 +74,8 @@ def timeline_html(parts: Sequence[Part]) -> str:
         bars.append(
             f'<div class="bar {kind}" style="{style}" title="{label}"><b>{label}</b><i>{part.start:g}</i></div>'
         )
-    return f'<div class="bars">{"".join(bars)}</div><p class="axis"><span>noise</span><span>image</span></p>'
+    axis = "<span>noise</span><span>drag a bar up or down, or its left edge</span><span>image</span>"
+    return f'<div class="bars">{"".join(bars)}</div><p class="axis">{axis}</p>'
 
 
 def about(method: str) -> str:

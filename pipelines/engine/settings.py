@@ -57,7 +57,7 @@ class Settings:
         options: of the method; what is missing has its default.
         sampler: see `pipelines.samplers`; None for the model's own.
         steps: None for the model's usual number.
-        guidance_scale: likewise; 1 is none.
+        guidance_scale: likewise; 1 is off.
         height: in pixels; None, with the width, for the trained size.
         width: likewise.
         seed: 0 to 2**32 - 1; None for a new one.
@@ -165,5 +165,5 @@ def _guidance(value: Any, limits: Limits) -> float:
     most = limits.guidance_scale
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or not 0 <= value <= most:
-        raise UserError(f"guidance_scale must be a number from 0 to {most:g} (1 is none), got {str(value)[:60]!r}")
+        raise UserError(f"guidance_scale must be a number from 0 to {most:g} (1 is off), got {str(value)[:60]!r}")
     return float(value)

@@ -22,6 +22,29 @@ document.addEventListener("click", (event) => {
   const output = document.querySelector("#output"), top = output.getBoundingClientRect().top;
   if (top < 0 || top > innerHeight / 2) output.scrollIntoView({ behavior: "smooth" });
 });
+// A bar of the schedule: up and down changes its count, its left edge the time from which it holds.
+document.addEventListener("pointerdown", (event) => {
+  const bar = event.target.closest?.("#timeline .bar");
+  const field = [...document.querySelectorAll("[id^=options-] :is(textarea, input)")]
+    .find((found) => found.offsetParent && /^[\d.:,\s]+$/.test(found.value));
+  if (!bar || !field) return;
+  const bars = [...bar.parentElement.children], number = bars.indexOf(bar), box = bar.parentElement.getBoundingClientRect();
+  const pairs = field.value.includes(":") ? field.value.split(",").map((p) => p.split(":").map(Number)) : [[1, +field.value]];
+  if (pairs.length !== bars.length) return;
+  const isEdge = number > 0 && event.clientX - bar.getBoundingClientRect().left < 14, count = pairs[number][1];
+  const move = (now) => {
+    const time = Math.round(100 * (1 - (now.clientX - box.left) / box.width)) / 100;
+    if (isEdge) {
+      const later = pairs[number + 1]?.[0] ?? 0;
+      pairs[number][0] = Math.min(pairs[number - 1][0] - 0.02, Math.max(later + 0.02, time)).toFixed(2) * 1;
+    } else pairs[number][1] = Math.max(1, Math.round(count * 2 ** ((event.clientY - now.clientY) / 40)));
+    field.value = pairs.length > 1 ? pairs.map((pair) => pair.join(":")).join(",") : String(pairs[0][1]);
+    field.dispatchEvent(new Event("input", { bubbles: true }));
+  };
+  document.addEventListener("pointermove", move);
+  document.addEventListener("pointerup", () => document.removeEventListener("pointermove", move), { once: true });
+  event.preventDefault();
+});
 addEventListener("dragover", (event) => event.preventDefault());
 addEventListener("drop", (event) => {
   const file = event.dataTransfer?.files[0], input = document.querySelector("#more > input[type=file]");

@@ -130,6 +130,25 @@ def test_method_shows_its_own_options_and_draws(visit):
     assert "mediators" in generate(visit)
 
 
+def test_a_schedule_is_dragged(visit):
+    visit.page.check("#method input[value=mediators]")
+    field = visit.page.locator("#mediators-mediators :is(textarea, input)").first
+    field.fill("1:4,0.5:16")
+    visit.page.wait_for_function("document.querySelectorAll('#timeline .bar').length == 2")
+    bars = visit.page.locator("#timeline .bars").bounding_box()
+    edge = visit.page.locator("#timeline .bar").nth(1).bounding_box()
+    mouse, y = visit.page.mouse, edge["y"] + edge["height"] - 20
+    mouse.move(edge["x"] + 5, y)
+    mouse.down()
+    mouse.move(bars["x"] + 0.75 * bars["width"], y, steps=3)
+    mouse.up()
+    mouse.move(bars["x"] + 20, y)
+    mouse.down()
+    mouse.move(bars["x"] + 20, y - 40, steps=3)
+    mouse.up()
+    assert field.input_value() == "1:8,0.25:16"
+
+
 def test_keyboard_alone_draws(visit):
     visit.page.focus("#label input")
     visit.page.evaluate("document.querySelector('#status textarea').value = ''")

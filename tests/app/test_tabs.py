@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -295,12 +296,14 @@ def test_an_earlier_picture_fills_the_form(page):
     shown = history.shown("anyone")
     assert shown[0][1].startswith("heart, seed 5, 16x16")
     page.generate.history_of.private = True
-    picked = page.generate._pick(SimpleNamespace(index=0), ME)
+    data = {"image": {"path": "/cache/x.png", "orig_name": Path(shown[0][0]).name}}
+    picked = page.generate._pick(SimpleNamespace(value=data), ME)
     assert picked[page.generate.again]["interactive"] is True
     filled = page.generate.fill(picked[page.generate.chosen])
     assert filled[page.form.seed] == 5 and filled[page.form.new_seed] is False
     assert filled[page.generate.status].startswith("The settings are filled in")
-    assert "no longer" in page.generate._pick(SimpleNamespace(index=999), ME)[page.generate.picked]
+    for value in (None, {}, {"image": {"path": "../../etc/passwd"}}):
+        assert "no longer" in page.generate._pick(SimpleNamespace(value=value), ME)[page.generate.picked]
 
 
 def test_visitors_see_their_own_pictures_only(tmp_path):
