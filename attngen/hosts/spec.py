@@ -113,7 +113,13 @@ def decide(layer: Layer, call: Call | None, like: Like, why: str | None = None) 
         return exact("a guider skips its attention")
     method = spec.method(call)
     why = spec.why_exact(method, call.grid, like.shape[1])
-    return exact(why) if why is not None else _explained(method.route(layer, call, like), layer, method)
+    if why is not None:
+        return exact(why)
+    route = method.route(layer, call, like)
+    if route.vain is not None and spec.min_tokens > 0:
+        # The plan leaves it to attngen where the method pays; without `min_tokens` the user has decided.
+        return exact(route.vain)
+    return _explained(route, layer, method)
 
 
 def _explained(route: Route, layer: Layer, method: AttentionMethod) -> Route:

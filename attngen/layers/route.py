@@ -44,6 +44,7 @@ class Route(NamedTuple):
         agents: number of agents, or None for a method without.
         speedup: how many times faster than the best softmax attention its attention was measured to be at sizes like
             these, without projections where they are computed; None where that was not measured.
+        vain: why it saves nothing on this machine, as was measured here; None otherwise.
     """
 
     run: Run | None
@@ -51,6 +52,7 @@ class Route(NamedTuple):
     why: str | None = None
     agents: int | None = None
     speedup: float | None = None
+    vain: str | None = None
 
 
 def exact(why: str) -> Route:
@@ -112,12 +114,13 @@ def agent_route(
     if why is None:
         size = AbsorbedSize(number, layer.head_dim, layer.heads, layer.channels, tokens, agents.kept_projections)
     choice = dispatch.choose_agent_kernel(queries, keys, keys, pooled, biases, kernel, correction, size)
+    vain = None
     if choice.is_in_vain and agents.mixer is None and not measured.is_shared_job():
-        return exact(f"{number} agents are not faster than softmax here: {choice.speedup:.2f} times its speed")
+        vain = f"{number} agents are not faster than softmax here: {choice.speedup:.2f} times its speed"
     if choice.kernel == "absorbed":
-        return Route(partial(_absorbed, agents=agents), choice.kernel, None, number, choice.speedup)
+        return Route(partial(_absorbed, agents=agents), choice.kernel, None, number, choice.speedup, vain)
     reason = why if kernel == "absorbed" else choice.reason
-    return Route(partial(projected, kernel=choice.kernel), choice.kernel, reason, number, choice.speedup)
+    return Route(partial(projected, kernel=choice.kernel), choice.kernel, reason, number, choice.speedup, vain)
 
 
 def _why_not_absorbed(layer: Layer, agents: Agents) -> str | None:

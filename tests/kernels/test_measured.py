@@ -303,13 +303,24 @@ def test_a_layer_stays_exact_where_agents_are_not_faster(times):
     times({"sdpa": 4.97, "matmul": 4.95, SOFTMAX: 5.0, PROJECTIONS: 1.0})
     model = fresh("sd15")
     want = HOSTS["sd15"](model, (16, 16))
-    handle = attngen.apply(model, AgentAttention(num_agents=4))
+    handle = attngen.apply(model, AgentAttention(num_agents=4), min_tokens=1)
     with handle.trace() as trace:
         got = HOSTS["sd15"](model, (16, 16))
     assert torch.equal(got, want)
     reasons = {row.why for row in trace.rows}
     assert {row.kernel for row in trace.rows} == {EXACT} and reasons == kernels_in(handle)
     assert "4 agents are not faster than softmax here: 1.01 times its speed" in reasons
+
+
+@torch.no_grad()
+def test_a_method_that_was_asked_for_at_every_size_runs_though_it_is_not_faster(times):
+    times({"sdpa": 4.97, "matmul": 4.95, SOFTMAX: 5.0, PROJECTIONS: 1.0})
+    model = fresh("sd15")
+    for options in ({}, {"min_tokens": 0}):
+        handle = attngen.apply(model, AgentAttention(num_agents=4), **options)
+        with handle.trace() as trace:
+            HOSTS["sd15"](model, (16, 16))
+        assert {row.kernel for row in trace.rows} == kernels_in(handle) == {"matmul"}
 
 
 @torch.no_grad()
