@@ -1,9 +1,8 @@
 """Forward kernels of agent attention: aggregation split along the keys, its combination, and the broadcast.
 
-One program handles one tile of one head of one batch element. Programs that read the same bias, or the same keys,
-follow each other, so that it is read from memory once and from the L2 cache by the others. Strides are in units of
-ALIGN elements (`triton_common.alignment`), scores are to base 2, and offsets that grow with the batch or the tokens are
-64-bit.
+One program handles one tile of one head of one batch element. Strides are in units of ALIGN elements
+(`common.alignment`) and scores are to base 2. The state holds A, (B, H, S, M, E), and behind it the logarithms of the
+sums, (B, H, S, M), both float32, for S splits of the keys; -inf is the sum of an agent without any key.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
@@ -11,82 +10,44 @@ ALIGN elements (`triton_common.alignment`), scores are to base 2, and offsets th
 import triton
 import triton.language as tl
 
-from attngen.kernels.triton.tiles import accumulate, inner, load_part, load_rows, store_rows, zeros
+from attngen.kernels.triton.tiles import kernel, load_tile, multiply, place, store_tile
+
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def load_bias(bias, token, tokens, token_stride, agent, agent_stride, M: tl.constexpr):
+    """The bias of a tile to base 2. `token` and `agent` are a row and a column, or a column and a row."""
+    mask = (token < tokens) & (agent < M)
+    place = token * token_stride + agent * agent_stride
+    return tl.load(bias + place, mask=mask, other=0.0).to(tl.float32) * LOG2E
+
+
+@kernel
 def aggregate(
-    agents,
-    key,
-    value,
-    bias,
-    partial,
-    partial_lse,
-    batch,
-    num_agents,
-    num_keys,
-    splits,
-    split_size,
-    num_heads,
-    scale,
-    agents_b,
-    agents_h,
-    agents_n,
-    key_b,
-    key_h,
-    key_n,
-    value_b,
-    value_h,
-    value_n,
-    bias_b,
-    bias_h,
-    bias_m,
-    bias_n,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    E: tl.constexpr,
-    E0: tl.constexpr,
-    E1: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    agents, key, value, bias, state, batch, heads, tokens, splits, split_size, scale,
+    agents_b, agents_h, agents_n, key_b, key_h, key_n, value_b, value_h, value_n, bias_b, bias_h, bias_m, bias_n,
+    M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, ALIGN: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """softmax(P Kᵀ) V over the keys of one split, normalised in the split, and the log of its sum."""
-    LOG2E: tl.constexpr = 1.4426950408889634
-    program = tl.program_id(0)
-    chunks = tl.cdiv(num_agents, BLOCK_M)
-    chunk = program % chunks
-    b = (program // chunks) % batch
-    split = (program // chunks // batch) % splits
-    h = program // chunks // batch // splits
-    b64 = tl.cast(b, tl.int64)
-    h64 = tl.cast(h, tl.int64)
-
-    agent = chunk * BLOCK_M + tl.arange(0, BLOCK_M)
-    token = tl.arange(0, BLOCK_N)
-    agents += (b64 * agents_b + h64 * agents_h) * ALIGN
-    key += (b64 * key_b + h64 * key_h) * ALIGN
-    value += (b64 * value_b + h64 * value_h) * ALIGN
+    b, h, split = place(batch, heads, splits, bias is not None)
+    agent, token = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    key += (b * key_b + h * key_h) * ALIGN
+    value += (b * value_b + h * value_h) * ALIGN
     if bias is not None:
-        bias += b64 * bias_b + h64 * bias_h
-    p0, p1 = load_rows(agents, agents_n * ALIGN, agent, num_agents, D, D0, D1)
-
+        bias += b * bias_b + h * bias_h
+    p = load_tile(agents + (b * agents_b + h * agents_h) * ALIGN, agents_n * ALIGN, M, 0, D, BLOCK_M, BLOCK_D)
     top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    sum0, sum1 = zeros(BLOCK_M, E0, E1)
-    first = split * split_size
-    last = tl.minimum(first + split_size, num_keys)
-    for start in range(first, last, BLOCK_N):
+    result = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.float32)
+    for start in range(split * split_size, tl.minimum((split + 1) * split_size, tokens), BLOCK_N):
         start64 = tl.cast(start, tl.int64)
-        left = num_keys - start
-        k0, k1 = load_rows(key + start64 * key_n * ALIGN, key_n * ALIGN, token, left, D, D0, D1)
-        scores = inner(p0, p1, k0, k1, BLOCK_M, BLOCK_N, D1, PRECISION) * scale
+        left = tokens - start
+        k = load_tile(key + start64 * key_n * ALIGN, key_n * ALIGN, left, 0, D, BLOCK_N, BLOCK_D)
+        scores = multiply(p, tl.trans(k), OPERAND, PRECISION) * scale
         if bias is not None:
-            mask = (agent < num_agents)[:, None] & (token < left)[None, :]
-            place = agent[:, None] * bias_m + token[None, :] * bias_n
-            scores += tl.load(bias + start64 * bias_n + place, mask=mask, other=0.0).to(tl.float32) * LOG2E
+            scores += load_bias(bias + start64 * bias_n, token[None, :], left, bias_n, agent[:, None], bias_m, M)
         scores = tl.where((token < left)[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         # A bias of -inf may leave no key so far: any finite number in place of the maximum gives zeros.
@@ -94,307 +55,114 @@ def aggregate(
         weights = tl.exp2(scores - shift[:, None])
         decay = tl.exp2(top - shift)
         total = total * decay + tl.sum(weights, 1)
-        sum0 *= decay[:, None]
-        if E1 > 0:
-            sum1 *= decay[:, None]
-        v0, v1 = load_rows(value + start64 * value_n * ALIGN, value_n * ALIGN, token, left, E, E0, E1)
-        sum0, sum1 = accumulate(weights, v0, v1, sum0, sum1, E1, PRECISION)
+        v = load_tile(value + start64 * value_n * ALIGN, value_n * ALIGN, left, 0, E, BLOCK_N, BLOCK_E)
+        result = result * decay[:, None] + multiply(weights, v, OPERAND, PRECISION)
         top = new_top
-
-    found = total > 0.0
-    share = 1.0 / tl.where(found, total, 1.0)
-    lse = tl.where(found, top + tl.log2(tl.where(found, total, 1.0)), float("-inf"))
-    place = ((b64 * num_heads + h64) * splits + split) * num_agents
-    tl.store(partial_lse + place + agent, lse, mask=agent < num_agents)
-    sum0 *= share[:, None]
-    if E1 > 0:
-        sum1 *= share[:, None]
-    store_rows(partial + place * E, E, agent, num_agents, sum0, sum1, E, E0, E1)
+    row = ((b * heads + h) * splits + split) * M
+    sums = tl.cast(batch, tl.int64) * heads * splits * M * E
+    write_split(state + row * E, state + sums + row, result, total, top, M, E, BLOCK_M, BLOCK_E)
 
 
 @triton.jit
-def combined(
-    partial,
-    partial_lse,
-    head,
-    splits,
-    agent,
-    num_agents,
-    E: tl.constexpr,
-    E0: tl.constexpr,
-    E1: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+def write_split(
+    place, sum_place, result, total, top, M: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr
 ):
-    """The splits of one head's aggregation weighed by their sums: both parts, and the log of the whole sum."""
-    present = agent < num_agents
+    """Write a weighted sum, divided by the sum of its weights, and the logarithm of that; zeros where there is none."""
+    agent = tl.arange(0, BLOCK_M)
+    found = total > 0.0
+    total = tl.where(found, total, 1.0)
+    tl.store(sum_place + agent, tl.where(found, top + tl.log2(total), float("-inf")), mask=agent < M)
+    store_tile(place, E, M, 0, result * (1.0 / total)[:, None], E, BLOCK_M, BLOCK_E)
+
+
+@kernel
+def combine(
+    state, whole, heads, splits, M: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr
+):  # fmt: skip
+    """The splits of one head's aggregation weighed by their sums, as a state of one split. `heads` are of all B."""
+    head, all_heads = tl.cast(tl.program_id(0), tl.int64), tl.cast(heads, tl.int64)
+    agent = tl.arange(0, BLOCK_M)
+    parts = state + head * splits * M * E
+    sums = state + (all_heads * splits * M * E + head * splits * M)
     top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     for split in range(0, splits):
-        lse = tl.load(partial_lse + (head * splits + split) * num_agents + agent, mask=present, other=0.0)
-        top = tl.maximum(top, lse)
+        top = tl.maximum(top, tl.load(sums + split * M + agent, mask=agent < M, other=float("-inf")))
     top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    sum0, sum1 = zeros(BLOCK_M, E0, E1)
+    result = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.float32)
     for split in range(0, splits):
-        place = (head * splits + split) * num_agents
-        weight = tl.exp2(tl.load(partial_lse + place + agent, mask=present, other=0.0) - top)
+        weight = tl.exp2(tl.load(sums + split * M + agent, mask=agent < M, other=float("-inf")) - top)
         total += weight
-        sum0 += weight[:, None] * load_part(partial + place * E, E, agent, num_agents, 0, E0, E)
-        if E1 > 0:
-            sum1 += weight[:, None] * load_part(partial + place * E, E, agent, num_agents, E0, E1, E)
-    # An absent agent has loaded zeros, so that its total is the number of splits.
-    share = 1.0 / total
-    sum0 *= share[:, None]
-    if E1 > 0:
-        sum1 *= share[:, None]
-    return sum0, sum1, top + tl.log2(total)
-
-
-@triton.jit
-def combine(
-    partial,
-    partial_lse,
-    aggregated,
-    aggregated_lse,
-    num_agents,
-    splits,
-    E: tl.constexpr,
-    E0: tl.constexpr,
-    E1: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """Write what `combined` gives, for the backward pass or where every broadcast program would read too much."""
-    program = tl.program_id(0)
-    chunks = tl.cdiv(num_agents, BLOCK_M)
-    agent = (program % chunks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    head = tl.cast(program // chunks, tl.int64)
-    sum0, sum1, lse = combined(partial, partial_lse, head, splits, agent, num_agents, E, E0, E1, BLOCK_M)
-    tl.store(aggregated_lse + head * num_agents + agent, lse, mask=agent < num_agents)
-    store_rows(aggregated + head * num_agents * E, E, agent, num_agents, sum0, sum1, E, E0, E1)
-
-
-@triton.jit
-def convolve(
-    tokens,
-    stride,
-    start,
-    token,
-    num_tokens,
-    height,
-    width,
-    weight,
-    FLIP: tl.constexpr,
-    START: tl.constexpr,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """3 x 3 filters, one a column, over the grid of tokens, zero beyond its edges; flipped for the adjoint.
-
-    `tokens` points at token `start`, and `token` counts from there.
-    """
-    column = START + tl.arange(0, SIZE)
-    present = column < WIDTH
-    y = (start + token) // width
-    x = (start + token) % width
-    result = tl.zeros([BLOCK_N, SIZE], dtype=tl.float32)
-    for tap in range(0, 9):
-        dy = tap // 3 - 1
-        dx = tap % 3 - 1
-        inside = (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width) & (start + token < num_tokens)
-        place = (token + dy * width + dx)[:, None] * stride + column[None, :]
-        mask = inside[:, None]
-        if START + SIZE > WIDTH:
-            mask = mask & present[None, :]
-        shifted = tl.load(tokens + place, mask=mask, other=0.0).to(tl.float32)
-        if FLIP:
-            filters = tl.load(weight + column * 9 + (8 - tap), mask=present, other=0.0)
-        else:
-            filters = tl.load(weight + column * 9 + tap, mask=present, other=0.0)
-        result += shifted * filters.to(tl.float32)[None, :]
-    return result
+        result += weight[:, None] * load_tile(parts + split * M * E, E, M, 0, E, BLOCK_M, BLOCK_E)
+    whole_sums = whole + all_heads * M * E + head * M
+    write_split(whole + head * M * E, whole_sums, result, total, top, M, E, BLOCK_M, BLOCK_E)
 
 
 @triton.jit
 def value_branches(
-    value,
-    value_n,
-    start,
-    token,
-    num_tokens,
-    height,
-    width,
-    weight,
-    weight_bias,
-    shortcut,
-    SHORTCUT: tl.constexpr,
-    FLIP: tl.constexpr,
-    START: tl.constexpr,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """shortcut · V + convolution(V) of one tile and part. `value` points at token `start`, the weights at the head."""
-    result = tl.zeros([BLOCK_N, SIZE], dtype=tl.float32)
-    if SHORTCUT:
-        result += shortcut * load_part(value, value_n, token, num_tokens - start, START, SIZE, WIDTH).to(tl.float32)
+    value, stride, start, tokens, height, width, weight, weight_bias, shortcut, FLIP: tl.constexpr, E: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """shortcut · V + convolution(V) for one tile of tokens, (BLOCK_N, BLOCK_E).
+
+    The convolution has 3 x 3 filters, one a column, over the grid of tokens, zero beyond its edges; FLIP is for its
+    adjoint. `value` points at token `start`, the weights at the head.
+    """
+    result = tl.zeros([BLOCK_N, BLOCK_E], dtype=tl.float32)
+    if shortcut is not None:
+        result += shortcut * load_tile(value, stride, tokens - start, 0, E, BLOCK_N, BLOCK_E).to(tl.float32)
+    token, column = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_E)
     if weight is not None:
-        result += convolve(
-            value, value_n, start, token, num_tokens, height, width, weight, FLIP, START, SIZE, WIDTH, BLOCK_N
-        )
+        y, x = (start + token) // width, (start + token) % width
+        for dy in range(-1, 2):
+            for dx in tl.static_range(-1, 2):  # three loads on the way at once; nine take too many registers
+                inside = (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width) & (start + token < tokens)
+                shifted = value + tl.cast(dy * width + dx, tl.int64) * stride
+                mask = inside[:, None] & (column < E)[None, :]
+                v = tl.load(shifted + token[:, None] * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+                tap = 3 * dy + dx
+                filters = tl.load(weight + column * 9 + (4 - tap if FLIP else 4 + tap), mask=column < E, other=0.0)
+                result += v * filters.to(tl.float32)[None, :]
     if weight_bias is not None:
-        column = START + tl.arange(0, SIZE)
-        result += tl.load(weight_bias + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
+        result += tl.load(weight_bias + column, mask=column < E, other=0.0).to(tl.float32)[None, :]
     return result
 
 
-@triton.jit
-def broadcast_scores(
-    q0,
-    q1,
-    p0,
-    p1,
-    bias,
-    bias_n,
-    bias_m,
-    token,
-    left,
-    agent,
-    num_agents,
-    scale,
-    D1: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Scores of a tile of queries on a chunk of agents, to base 2; -inf where there is no agent."""
-    LOG2E: tl.constexpr = 1.4426950408889634
-    scores = inner(q0, q1, p0, p1, BLOCK_N, BLOCK_M, D1, PRECISION) * scale
-    if bias is not None:
-        mask = (token < left)[:, None] & (agent < num_agents)[None, :]
-        place = token[:, None] * bias_n + agent[None, :] * bias_m
-        scores += tl.load(bias + place, mask=mask, other=0.0).to(tl.float32) * LOG2E
-    return tl.where((agent < num_agents)[None, :], scores, float("-inf"))
-
-
-@triton.jit
+@kernel
 def broadcast(
-    query,
-    agents,
-    aggregated,
-    partial_lse,
-    bias,
-    value,
-    weight,
-    weight_bias,
-    output,
-    batch,
-    num_agents,
-    num_queries,
-    splits,
-    num_heads,
-    height,
-    width,
-    scale,
-    shortcut,
-    query_b,
-    query_h,
-    query_n,
-    agents_b,
-    agents_h,
-    agents_n,
-    value_b,
-    value_h,
-    value_n,
-    bias_b,
-    bias_h,
-    bias_n,
-    bias_m,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    E: tl.constexpr,
-    E0: tl.constexpr,
-    E1: tl.constexpr,
-    ALIGN: tl.constexpr,
-    SHORTCUT: tl.constexpr,
-    SINGLE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """softmax(Q Pᵀ) A and what is added of the values, for one tile of queries.
-
-    `aggregated` is A, or with `partial_lse` its splits. All agents are one chunk where SINGLE.
-    """
-    program = tl.program_id(0)
-    b = program % batch
-    tiles = tl.cdiv(num_queries, BLOCK_N)
-    start = ((program // batch) % tiles) * BLOCK_N
-    h = program // batch // tiles
-    b64 = tl.cast(b, tl.int64)
-    h64 = tl.cast(h, tl.int64)
+    query, agents, state, value, bias, weight, weight_bias, output, batch, heads, tokens, height, width,
+    scale, gain, shortcut, query_b, query_h, query_n, agents_b, agents_h, agents_n, value_b, value_h, value_n,
+    bias_b, bias_h, bias_n, bias_m,
+    M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, ALIGN: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """gain · softmax(Q Pᵀ) A and what is added of the values, for one tile of queries. The state has one split."""
+    b, h, tile = place(batch, heads, tl.cdiv(tokens, BLOCK_N), bias is not None)
+    start = tile * BLOCK_N
     start64 = tl.cast(start, tl.int64)
-    head = b64 * num_heads + h64
-
-    token = tl.arange(0, BLOCK_N)
-    left = num_queries - start
-    agents += (b64 * agents_b + h64 * agents_h) * ALIGN
-    query += (b64 * query_b + h64 * query_h + start64 * query_n) * ALIGN
+    left = tokens - start
+    head = b * heads + h
+    agent, token = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    query += (b * query_b + h * query_h + start64 * query_n) * ALIGN
+    q = load_tile(query, query_n * ALIGN, left, 0, D, BLOCK_N, BLOCK_D)
+    p = load_tile(agents + (b * agents_b + h * agents_h) * ALIGN, agents_n * ALIGN, M, 0, D, BLOCK_M, BLOCK_D)
+    scores = multiply(q, tl.trans(p), OPERAND, PRECISION) * scale
     if bias is not None:
-        bias += b64 * bias_b + h64 * bias_h + start64 * bias_n
-    q0, q1 = load_rows(query, query_n * ALIGN, token, left, D, D0, D1)
-    sum0, sum1 = zeros(BLOCK_N, E0, E1)
-    agent = tl.arange(0, BLOCK_M)
-    if SINGLE:
-        p0, p1 = load_rows(agents, agents_n * ALIGN, agent, num_agents, D, D0, D1)
-        scores = broadcast_scores(
-            q0, q1, p0, p1, bias, bias_n, bias_m, token, left, agent, num_agents, scale, D1, BLOCK_M, BLOCK_N, PRECISION
-        )
-        weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
-        total = tl.sum(weights, 1)
-        if partial_lse is not None:
-            a0, a1, lse = combined(aggregated, partial_lse, head, splits, agent, num_agents, E, E0, E1, BLOCK_M)
-        else:
-            a0, a1 = load_rows(aggregated + head * num_agents * E, E, agent, num_agents, E, E0, E1)
-        sum0, sum1 = accumulate(weights, a0.to(q0.dtype), a1.to(q0.dtype), sum0, sum1, E1, PRECISION)
-    else:
-        top = tl.full([BLOCK_N], float("-inf"), dtype=tl.float32)
-        total = tl.zeros([BLOCK_N], dtype=tl.float32)
-        for chunk in range(0, num_agents, BLOCK_M):
-            agent = chunk + tl.arange(0, BLOCK_M)
-            p0, p1 = load_rows(agents, agents_n * ALIGN, agent, num_agents, D, D0, D1)
-            scores = broadcast_scores(
-                q0, q1, p0, p1, bias, bias_n, bias_m, token, left, agent, num_agents, scale, D1, BLOCK_M, BLOCK_N,
-                PRECISION,
-            )  # fmt: skip
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-            weights = tl.exp2(scores - shift[:, None])
-            decay = tl.exp2(top - shift)
-            total = total * decay + tl.sum(weights, 1)
-            sum0 *= decay[:, None]
-            if E1 > 0:
-                sum1 *= decay[:, None]
-            a0, a1 = load_rows(aggregated + head * num_agents * E, E, agent, num_agents, E, E0, E1)
-            sum0, sum1 = accumulate(weights, a0.to(q0.dtype), a1.to(q0.dtype), sum0, sum1, E1, PRECISION)
-            top = new_top
-
-    value += (b64 * value_b + h64 * value_h + start64 * value_n) * ALIGN
+        bias += b * bias_b + h * bias_h + start64 * bias_n
+        scores += load_bias(bias, token[:, None], left, bias_n, agent[None, :], bias_m, M)
+    scores = tl.where((agent < M)[None, :], scores, float("-inf"))
+    top = tl.max(scores, 1)
+    weights = tl.exp2(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
+    total = tl.sum(weights, 1)
+    a = load_tile(state + head * M * E, E, M, 0, E, BLOCK_M, BLOCK_E)
+    result = multiply(weights, a, OPERAND, PRECISION) * (gain / tl.where(total > 0.0, total, 1.0))[:, None]
     if weight is not None:
-        weight += h64 * E * 9
+        weight += h * E * 9
     if weight_bias is not None:
-        weight_bias += h64 * E
-    share = 1.0 / total
-    sum0 *= share[:, None]
-    sum0 += value_branches(
-        value, value_n * ALIGN, start, token, num_queries, height, width, weight, weight_bias, shortcut, SHORTCUT,
-        False, 0, E0, E, BLOCK_N,
+        weight_bias += h * E
+    value += (b * value_b + h * value_h + start64 * value_n) * ALIGN
+    result += value_branches(
+        value, value_n * ALIGN, start, tokens, height, width, weight, weight_bias, shortcut, False, E, BLOCK_N, BLOCK_E
     )  # fmt: skip
-    if E1 > 0:
-        sum1 *= share[:, None]
-        sum1 += value_branches(
-            value, value_n * ALIGN, start, token, num_queries, height, width, weight, weight_bias, shortcut, SHORTCUT,
-            False, E0, E1, E, BLOCK_N,
-        )  # fmt: skip
-    output += ((b64 * num_queries + start64) * num_heads + h64) * E
-    store_rows(output, num_heads * E, token, left, sum0, sum1, E, E0, E1)
+    output += ((b * tokens + start64) * heads + h) * E
+    store_tile(output, heads * E, left, 0, result, E, BLOCK_N, BLOCK_E)

@@ -1,165 +1,165 @@
-"""Buffers, tile sizes and launches of the agent attention kernels. Importing it needs Triton."""
+"""Tiles, buffers and launches of the agent attention kernels: plans made once a shape. Importing it needs Triton."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attngen.kernels.triton import agent_backward as backward_kernels
-from attngen.kernels.triton import agent_forward as forward_kernels
-from attngen.kernels.triton import agent_tiles as choose
 from attngen.kernels.triton import common
+from attngen.kernels.triton.agent_backward import differentiate
+from attngen.kernels.triton.agent_call import Inputs, Options, check
+from attngen.kernels.triton.agent_forward import aggregate, broadcast, combine
+from attngen.kernels.triton.common import Launch
 
-# Up to this many bytes of partial sums every broadcast program combines its head's splits itself, which saves a launch.
-_COMBINED_IN_PLACE = 32 * 1024
+Tensors = Sequence[Any]
+"""Tensors, or None in place of those that there are not."""
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    agents: Tensor,
-    scale: float,
-    broadcast_scale: float,
-    aggregation_bias: Tensor | None,
-    broadcast_bias: Tensor | None,
-    shortcut: float,
-    weight: Tensor | None,
-    weight_bias: Tensor | None,
-    grid: tuple[int, int],
-    keep: bool,
-    gain: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (B, N, H, E); where `keep`, also gain · A (B, H, M, E), float32, and log-sums (B, H, M)."""
-    query, key, value, agents = (common.row_strided(x) for x in (query, key, value, agents))
-    weight, weight_bias = (None if x is None else x.contiguous() for x in (weight, weight_bias))
-    (batch, heads, num_queries, _), num_agents = query.shape, agents.shape[2]
-    tiles = choose.broadcast_tiles(num_agents, *_kind(query, value))
-    single = num_agents <= tiles.block_m
-    combine = keep or not single
-    aggregated, lse, splits = _aggregate(query, key, value, agents, scale, aggregation_bias, combine)
-    if gain != 1:
-        aggregated *= gain  # each split's part; they are added up later
-    align = common.alignment(query, agents, value)
-    output = common.empty((batch, num_queries, heads, value.shape[-1]), query.dtype, query.device)
-    common.launch(
-        forward_kernels.broadcast,
-        batch * heads * -(-num_queries // tiles.block_n),
-        query,
-        agents,
-        aggregated,
-        None if splits == 1 else lse,
-        broadcast_bias,
-        value,
-        weight,
-        weight_bias,
-        output,
-        batch,
-        num_agents,
-        num_queries,
-        splits,
-        heads,
-        *grid,
-        broadcast_scale * common.LOG2E,
-        shortcut,
-        *common.strides(query, align),
-        *common.strides(agents, align),
-        *common.strides(value, align),
-        *_bias_strides(broadcast_bias),
-        SHORTCUT=shortcut != 0,
-        SINGLE=single,
-        **_constants(query, value, align, tiles),
+class Tiles(NamedTuple):
+    """How one kernel cuts its work: tokens of a tile, warps of a program, tiles loaded ahead."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def aggregation_tiles(row: int, agents: int, width: int) -> Tiles:
+    """Of the pass over keys and values, which waits for memory: tiles are loaded ahead.
+
+    Args:
+        row: bytes of a padded head of one token.
+        agents: M, padded.
+        width: D or E, padded.
+    """
+    return Tiles(_tokens(8192 // row, 64), 4, 3)
+
+
+def broadcast_tiles(row: int, agents: int, width: int) -> Tiles:
+    """Of the pass over the queries, where other programs hide the waiting of one. Arguments as above."""
+    return Tiles(_tokens(16384 // row, 128), 8, 1)
+
+
+def backward_tiles(row: int, agents: int, width: int) -> Tiles:
+    """Of both backward passes, which hold sums as large as the agents and gradients as large as the tile at once."""
+    most = 64 * width // row  # half as many in float32, which needs more registers
+    return Tiles(_tokens(8192 // row, most), 4 if agents * width <= 1024 else 8, 1)
+
+
+def _tokens(number: int, most: int) -> int:
+    return max(16, min(number, most))
+
+
+class Forward(NamedTuple):
+    """A plan: whether inputs must be copied first, shapes of the buffers, and launches."""
+
+    copies: bool
+    state: tuple[int, ...]
+    whole: tuple[int, ...]
+    output: tuple[int, ...]
+    aggregate: Launch
+    combine: Launch | None
+    broadcast: Launch
+
+
+def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Output (B, N, H, E) and the state of `agent_forward`, in one split.
+
+    Arguments: the tensors of `Inputs`, numbers (of `Options`, without the grid), grid.
+    """
+    *tensors, numbers, grid = arguments
+    plan = common.planned(_plan_forward, tensors, tuple(numbers), tuple(grid))
+    query, key, value, agents, aggregation_bias, broadcast_bias, weight, weight_bias = (
+        _row_strided(tensors) if plan.copies else tensors
     )
-    if keep:
-        return output, aggregated.view(batch, heads, num_agents, -1), lse.view(batch, heads, num_agents)
-    return output, common.empty((0,), torch.float32, query.device), common.empty((0,), torch.float32, query.device)
+    device, dtype = query.device, query.dtype
+    state = common.empty(plan.state, torch.float32, device)
+    plan.aggregate(agents, key, value, aggregation_bias, state)
+    if plan.combine is not None:
+        parts, state = state, common.empty(plan.whole, torch.float32, device)
+        plan.combine(parts, state)
+    output = common.empty(plan.output, dtype, device)
+    plan.broadcast(query, agents, state, value, broadcast_bias, weight, weight_bias, output)
+    return output, state
 
 
-def _aggregate(
-    query: Tensor, key: Tensor, value: Tensor, agents: Tensor, scale: float, bias: Tensor | None, combine: bool
-) -> tuple[Tensor, Tensor, int]:
-    """A (B, H, S, M, E), its log-sums (B, H, S, M) and S: 1 if they had to be, or were cheaper, combined."""
-    (batch, heads, num_agents, _), (num_keys, width) = agents.shape, value.shape[2:]
-    tiles = choose.aggregate_tiles(num_agents, *_kind(query, value))
-    chunks = -(-num_agents // tiles.block_m)
+def _row_strided(tensors: Tensors) -> list[Any]:
+    """Copies where the last axis is not contiguous, and of weights that are not; biases may have any strides."""
+    heads, biases, weights = tensors[:4], tensors[4:6], tensors[6:]
+    rows = [common.row_strided(x) for x in heads if x is not None]
+    return [*rows, *biases, *(None if x is None else x.contiguous() for x in weights)]
+
+
+def _copies(tensors: Tensors) -> tuple[Inputs, bool]:
+    """The inputs as kernels read them, and whether any is a copy."""
+    rows = _row_strided(tensors)
+    changed = any(x is not y for x, y in zip(rows, tensors, strict=True))
+    return Inputs(*rows), changed
+
+
+def _plan_forward(tensors: Tensors, numbers: tuple[float, ...], grid: tuple[int, int]) -> Forward:
+    options = Options._make((*numbers, *grid))
+    check(Inputs(*tensors), options)
+    inputs, copies = _copies(tensors)
+    query, key, value, agents, aggregation_bias, broadcast_bias, _, _ = inputs
+    (batch, heads, tokens, _), (keys, width), num_agents = query.shape, value.shape[2:], agents.shape[2]
+    sizes, constants = _sizes(inputs), _constants(inputs)
     processors = common.multiprocessors(query.device)
-    splits, split_size = choose.splits(num_keys, batch * heads * chunks, tiles.block_n, processors)
+    tiles = aggregation_tiles(*sizes)
+    # Fewer than four tiles a split cost less than its combination.
+    splits, split_size = common.splits(keys, batch * heads, 4 * tiles.block_n, 2 * processors)
     align = common.alignment(agents, key, value)
-    partial = common.empty((batch, heads, splits, num_agents, width), torch.float32, query.device)
-    lse = common.empty((batch, heads, splits, num_agents), torch.float32, query.device)
-    common.launch(
-        forward_kernels.aggregate,
-        batch * heads * chunks * splits,
-        agents,
-        key,
-        value,
-        bias,
-        partial,
-        lse,
-        batch,
-        num_agents,
-        num_keys,
-        splits,
-        split_size,
-        heads,
-        scale * common.LOG2E,
-        *common.strides(agents, align),
-        *common.strides(key, align),
-        *common.strides(value, align),
-        *_bias_strides(bias),
-        **_constants(query, value, align, tiles),
+    first = Launch(
+        aggregate,
+        batch * heads * splits,
+        (
+            *(batch, heads, keys, splits, split_size, options.scale * common.LOG2E),
+            *(*common.strides(agents, align), *common.strides(key, align), *common.strides(value, align)),
+            *_bias_strides(aggregation_bias),
+        ),
+        constants | _of(tiles, align),
     )
-    if splits == 1 or not combine and splits * num_agents * width * 4 <= _COMBINED_IN_PLACE:
-        return partial, lse, splits
-    whole = common.empty((batch, heads, 1, num_agents, width), torch.float32, query.device)
-    whole_lse = common.empty((batch, heads, 1, num_agents), torch.float32, query.device)
-    part0, part1 = common.split_width(width)
-    # Few programs with little work each: small chunks spread them over more multiprocessors.
-    common.launch(
-        forward_kernels.combine,
-        batch * heads * -(-num_agents // 16),
-        partial,
-        lse,
-        whole,
-        whole_lse,
-        num_agents,
-        splits,
-        E=width,
-        E0=part0,
-        E1=part1,
-        BLOCK_M=16,
-        num_warps=4,
-        num_stages=3,
+    tiles = broadcast_tiles(*sizes)
+    align = common.alignment(query, agents, value)
+    last = Launch(
+        broadcast,
+        batch * heads * -(-tokens // tiles.block_n),
+        (
+            *(batch, heads, tokens, options.height, options.width),
+            *(options.broadcast_scale * common.LOG2E, options.gain, options.shortcut or None),
+            *(*common.strides(query, align), *common.strides(agents, align), *common.strides(value, align)),
+            *_bias_strides(broadcast_bias),
+        ),
+        constants | _of(tiles, align),
     )
-    return whole, whole_lse, 1
+    added = None if splits == 1 else _combination(constants, batch * heads, splits)
+    sums = num_agents * (width + 1)
+    shape = (batch * heads * splits * sums,), (batch * heads * sums,), (batch, tokens, heads, width)
+    return Forward(copies, *shape, first, added, last)
 
 
-def _kind(query: Tensor, value: Tensor) -> tuple[tuple[int, int], torch.dtype, str]:
-    """What tile sizes depend on beside the agents: head sizes, dtype and how float32 is multiplied."""
-    return (query.shape[-1], value.shape[-1]), query.dtype, common.dot_precision(query.dtype)
+def _combination(constants: dict[str, Any], heads: int, splits: int) -> Launch:
+    names = ("M", "E", "BLOCK_M", "BLOCK_E")
+    return Launch(combine, heads, (heads, splits), {name: constants[name] for name in names} | {"num_warps": 8})
 
 
-def _constants(query: Tensor, value: Tensor, align: int, tiles: choose.Tiles) -> dict[str, Any]:
-    """The constants that all kernels but `combine` share."""
-    width, value_width = query.shape[-1], value.shape[-1]
-    part0, part1 = common.split_width(width)
-    value_part0, value_part1 = common.split_width(value_width)
-    return {
-        "D": width,
-        "D0": part0,
-        "D1": part1,
-        "E": value_width,
-        "E0": value_part0,
-        "E1": value_part1,
-        "ALIGN": align,
-        "BLOCK_M": tiles.block_m,
-        "BLOCK_N": tiles.block_n,
-        "PRECISION": common.dot_precision(query.dtype),
-        "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages,
-    }
+def _sizes(inputs: Inputs) -> tuple[int, int, int]:
+    """What tiles depend on."""
+    width = common.padded(max(inputs.query.shape[3], inputs.value.shape[3]))
+    return width * inputs.query.element_size(), common.padded(inputs.agents.shape[2]), width
+
+
+def _constants(inputs: Inputs) -> dict[str, Any]:
+    """The constants that all kernels share."""
+    sizes = {"M": inputs.agents.shape[2], "D": inputs.query.shape[3], "E": inputs.value.shape[3]}
+    blocks = {f"BLOCK_{name}": common.padded(size) for name, size in sizes.items()}
+    return sizes | blocks | common.precision(inputs.query.dtype)
+
+
+def _of(tiles: Tiles, align: int) -> dict[str, int]:
+    return {"ALIGN": align, "BLOCK_N": tiles.block_n, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
 
 
 def _bias_strides(bias: Tensor | None) -> list[int]:
@@ -170,275 +170,95 @@ def _bias_strides(bias: Tensor | None) -> list[int]:
     return [0] * (4 - bias.ndim) + steps
 
 
-def backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    agents: Tensor,
-    aggregated: Tensor,
-    lse: Tensor,
-    scale: float,
-    broadcast_scale: float,
-    aggregation_bias: Tensor | None,
-    broadcast_bias: Tensor | None,
-    shortcut: float,
-    weight: Tensor | None,
-    grid: tuple[int, int],
-    needs: tuple[bool, bool, bool],
-    gain: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value (B, tokens, H, ...), agents (B, H, M, D) and both biases.
+class Backward(NamedTuple):
+    """A plan: whether inputs must be copied first, shapes of the partial sums of dP and dA, and a launch a pass."""
 
-    Those of the biases are (1 or B, 1 or H, 1 or M, 1 or tokens), agents before tokens. `grad` is (B, N, H, E), and
-    `aggregated` and `lse` are what the forward pass kept. `needs` says whether the aggregation is passed at all, and
-    whether the biases of aggregation and broadcast have gradients; what is not needed is empty.
+    copies: bool
+    agents: tuple[int, ...]
+    matrix: tuple[int, ...]
+    broadcast: Launch
+    aggregation: Launch | None
+
+
+def backward(*arguments: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value (B, tokens, H, ...), agents (B, H, M, D) and both biases; None if not needed.
+
+    Arguments: the gradient (B, N, H, E), the first seven tensors of `Inputs`, the state that the forward pass kept,
+    numbers, grid, and whether anything that comes through the aggregation, and each of the biases, has a gradient.
+    Gradients of biases have four axes.
     """
-    query, key, value, agents = (common.row_strided(x) for x in (query, key, value, agents))
-    weight = None if weight is None else weight.contiguous()
-    (batch, heads, num_queries, width), (num_keys, value_width) = query.shape, value.shape[2:]
-    state = _Backward(query, key, value, agents, aggregated, common.row_strided(grad.transpose(1, 2)), lse)
-    missing = [common.empty((0,), torch.float32, query.device) for _ in range(4)]
+    grad, *tensors, state, numbers, grid, needs = arguments
+    grad, needs = grad.transpose(1, 2), tuple(needs)
+    plan = common.planned(_plan_backward, (*tensors, grad), tuple(numbers), tuple(grid), needs)
+    if plan.copies:
+        *tensors, _ = _row_strided((*tensors, None))
+        grad = common.row_strided(grad)
+    query, key, value, agents, aggregation_bias, broadcast_bias, weight = tensors
+    agents_parts = common.empty(plan.agents, torch.float32, query.device)
+    matrix = common.empty(plan.matrix, torch.float32, query.device)
+    query_grad, key_grad, value_grad = _heads_last(query), None, None
+    buffers = [
+        _bias_buffer(aggregation_bias, agents, key, needs[1]),
+        _bias_buffer(broadcast_bias, query, agents, needs[2]),
+    ]
+    plan.broadcast(
+        query, grad, agents, state, None, broadcast_bias, None, None,
+        query_grad, None, agents_parts, matrix, buffers[1],
+    )  # fmt: skip
+    if plan.aggregation is not None:
+        matrix = matrix.squeeze(2) if matrix.shape[2] == 1 else matrix.sum(2)
+        key_grad, value_grad = _heads_last(key), _heads_last(value)
+        plan.aggregation(
+            key, value, agents, matrix, state, aggregation_bias, weight, grad,
+            key_grad, value_grad, agents_parts, None, buffers[0],
+        )  # fmt: skip
+    biases = zip(buffers, (aggregation_bias, broadcast_bias), strict=True)
+    bias_grads = [None if x is None else x.sum_to_size(common.four_axes(bias.shape)) for x, bias in biases]
+    return query_grad, key_grad, value_grad, agents_parts.sum(2).to(agents.dtype), *bias_grads
 
-    query_splits = state.splits(num_queries)
-    key_splits, key_split_size = state.splits(num_keys) if needs[0] else (0, 0)
-    parts = (batch, heads, query_splits[0] + key_splits, agents.shape[2], width)
-    agents_parts = common.empty(parts, torch.float32, query.device)
-    query_grad = common.empty((batch, num_queries, heads, width), query.dtype, query.device)
-    aggregated_grad = state.through_broadcast(
-        query_grad, agents_parts, query_splits, broadcast_scale * common.LOG2E, broadcast_bias
-    )
-    broadcast_bias_grad = missing[0]
-    if needs[2] and broadcast_bias is not None:
-        broadcast_bias_grad = state.broadcast_bias_gradient(broadcast_scale * common.LOG2E, broadcast_bias)
-    key_grad, value_grad, aggregation_bias_grad = missing[1:]
+
+def _heads_last(tensor: Tensor) -> Tensor:
+    batch, heads, tokens, width = tensor.shape
+    return common.empty((batch, tokens, heads, width), tensor.dtype, tensor.device)
+
+
+def _bias_buffer(bias: Tensor | None, rows: Tensor, columns: Tensor, needed: bool) -> Tensor | None:
+    """For the gradients of all elements of the batch, to be summed over the axes that the bias has not."""
+    if bias is None or not needed:
+        return None
+    return common.empty((*rows.shape[:3], columns.shape[2]), bias.dtype, rows.device)
+
+
+def _plan_backward(
+    tensors: Tensors, numbers: tuple[float, ...], grid: tuple[int, int], needs: tuple[bool, ...]
+) -> Backward:
+    inputs, copies = _copies((*tensors[:-1], None))
+    grad, options = tensors[-1], Options._make((*numbers, *grid))
+    query, key, value, agents, aggregation_bias, broadcast_bias, _, _ = inputs
+    copies, grad = copies or grad.stride(-1) != 1, common.row_strided(grad)
+    tiles = backward_tiles(*_sizes(inputs))
+    (batch, heads, num_agents, width), value_width = agents.shape, value.shape[3]
+    align = common.alignment(query, key, value, agents, grad)
+    constants = _constants(inputs) | _of(tiles, align)
+    programs = 2 * common.multiprocessors(query.device)
+    first = common.splits(query.shape[2], batch * heads, tiles.block_n, programs)
+    second = common.splits(key.shape[2], batch * heads, tiles.block_n, programs) if needs[0] else (0, 0)
+    parts = first[0] + second[0]
+
+    def through(x: Tensor, y: Tensor, bias: list[int], splits: tuple[int, int], before: int, scale: float) -> Launch:
+        shortcut = None if y is grad else options.shortcut or None
+        numbers = (
+            *(batch, heads, x.shape[2], *splits, before, parts, options.height, options.width),
+            *(scale * common.LOG2E, options.gain, shortcut),
+            *(step for tensor in (x, y, agents, grad) for step in common.strides(tensor, align)),
+            *bias,
+        )
+        return Launch(differentiate, batch * heads * splits[0], numbers, constants)
+
+    by_broadcast = through(query, grad, _bias_strides(broadcast_bias), first, 0, options.broadcast_scale)
+    by_aggregation = None
     if needs[0]:
-        key_grad = common.empty((batch, num_keys, heads, width), key.dtype, key.device)
-        value_grad = common.empty((batch, num_keys, heads, value_width), value.dtype, value.device)
-        means = (aggregated_grad * aggregated).sum(-1)
-        # The means do not change, for what one factor gains the other has lost.
-        sums = (aggregated_grad if gain == 1 else aggregated_grad * gain, lse, means)
-        state.through_aggregation(
-            (key_grad, value_grad, agents_parts),
-            sums,
-            (key_splits, key_split_size, query_splits[0]),
-            scale * common.LOG2E,
-            aggregation_bias,
-            (shortcut, weight, grid),
-        )
-        if needs[1] and aggregation_bias is not None:
-            aggregation_bias_grad = state.aggregation_bias_gradient(sums, scale * common.LOG2E, aggregation_bias)
-    agents_grad = agents_parts.sum(2).to(agents.dtype)
-    return query_grad, key_grad, value_grad, agents_grad, aggregation_bias_grad, broadcast_bias_grad
-
-
-class _Backward:
-    """Tensors and sizes that the backward kernels share. `grad` is (B, H, N, E)."""
-
-    def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, agents: Tensor, aggregated: Tensor, grad: Tensor, lse: Tensor
-    ) -> None:
-        self.query, self.key, self.value, self.agents = query, key, value, agents
-        self.aggregated, self.grad, self.lse = aggregated, grad, lse
-        self.batch, self.heads, self.num_agents, _ = agents.shape
-        self.tiles = choose.backward_tiles(self.num_agents, *_kind(query, value))
-        self.chunks = -(-self.num_agents // self.tiles.block_m)
-        self.single = self.chunks == 1
-        align = common.alignment(query, key, value, agents, grad)
-        self.strides = {
-            name: common.strides(tensor, align)
-            for name, tensor in (("query", query), ("key", key), ("value", value), ("agents", agents), ("grad", grad))
-        }
-        self.constants = _constants(query, value, align, self.tiles)
-        # Sums of rows over several chunks: log-sums of the broadcast, and means of its raised scores.
-        stats = (self.batch, self.heads, 2, query.shape[2])
-        self.stats = None if self.single else common.empty(stats, torch.float32, query.device)
-
-    def splits(self, tokens: int) -> tuple[int, int]:
-        programs = self.batch * self.heads * self.chunks
-        return choose.splits(tokens, programs, self.tiles.block_n, common.multiprocessors(self.query.device))
-
-    def through_broadcast(
-        self, query_grad: Tensor, agents_parts: Tensor, splits: tuple[int, int], scale: float, bias: Tensor | None
-    ) -> Tensor:
-        """Write the gradient of the queries and parts of that of the agents; returns that of A, (B, H, M, E)."""
-        number, size = splits
-        tokens = self.query.shape[2]
-        layout = [
-            *self.strides["grad"],
-            *self.strides["query"],
-            *self.strides["agents"],
-            *_bias_strides(bias),
-        ]
-        tensors = (self.grad, self.query, self.agents, self.aggregated, bias, self.stats)
-        if not self.single:
-            common.launch(
-                backward_kernels.query_backward,
-                self.batch * self.heads * -(-tokens // self.tiles.block_n),
-                *tensors,
-                query_grad,
-                self.batch,
-                self.num_agents,
-                tokens,
-                self.heads,
-                scale,
-                *layout,
-                **self.constants,
-            )
-        shape = (self.batch, self.heads, number, self.num_agents, self.value.shape[-1])
-        aggregated_parts = common.empty(shape, torch.float32, self.query.device)
-        common.launch(
-            backward_kernels.broadcast_backward,
-            self.batch * self.heads * self.chunks * number,
-            *tensors,
-            query_grad,
-            agents_parts,
-            aggregated_parts,
-            self.batch,
-            self.num_agents,
-            tokens,
-            number,
-            size,
-            agents_parts.shape[2],
-            self.heads,
-            scale,
-            *layout,
-            SINGLE=self.single,
-            **self.constants,
-        )
-        return aggregated_parts.squeeze(2) if number == 1 else aggregated_parts.sum(2)
-
-    def broadcast_bias_gradient(self, scale: float, bias: Tensor) -> Tensor:
-        tokens = self.query.shape[2]
-        number, share = self._batch_shares(bias, tokens)
-        shape = (number, self.heads, self.num_agents, tokens)
-        parts = common.empty(shape, torch.float32, self.query.device)
-        common.launch(
-            backward_kernels.broadcast_bias_backward,
-            number * self.heads * self.chunks * -(-tokens // self.tiles.block_n),
-            self.grad,
-            self.query,
-            self.agents,
-            self.aggregated,
-            bias,
-            self.stats,
-            parts,
-            self.batch,
-            share,
-            self.num_agents,
-            tokens,
-            self.heads,
-            scale,
-            *self.strides["grad"],
-            *self.strides["query"],
-            *self.strides["agents"],
-            *_bias_strides(bias),
-            SINGLE=self.single,
-            **self.constants,
-        )
-        batch, heads, rows, columns = common.four_axes(bias.shape)
-        return parts.sum_to_size(batch, heads, columns, rows).to(bias.dtype)
-
-    def through_aggregation(
-        self,
-        gradients: tuple[Tensor, Tensor, Tensor],
-        sums: tuple[Tensor, Tensor, Tensor],
-        splits: tuple[int, int, int],
-        scale: float,
-        bias: Tensor | None,
-        branches: tuple[float, Tensor | None, tuple[int, int]],
-    ) -> None:
-        """Write the gradients of keys and values, and the rest of the parts of that of the agents.
-
-        Args:
-            gradients: buffers for keys, values and parts of the agents.
-            sums: gradient of A, log-sums, and means of the raised scores.
-            splits: number and size of the splits of the keys, and how many of the agents' parts are before them.
-            scale: of the scores, to base 2.
-            bias: of the aggregation.
-            branches: share of the values in the output, weight of the convolution, its grid.
-        """
-        key_grad, value_grad, agents_parts = gradients
-        number, size, before = splits
-        shortcut, weight, grid = branches
-        tokens = self.key.shape[2]
-        tensors = (self.grad, self.key, self.value, self.agents, *sums, bias, weight, key_grad, value_grad)
-        layout = [
-            *self.strides["grad"],
-            *self.strides["key"],
-            *self.strides["value"],
-            *self.strides["agents"],
-            *_bias_strides(bias),
-        ]
-        if not self.single:
-            common.launch(
-                backward_kernels.key_backward,
-                self.batch * self.heads * -(-tokens // self.tiles.block_n),
-                *tensors,
-                self.batch,
-                self.num_agents,
-                tokens,
-                self.heads,
-                *grid,
-                scale,
-                shortcut,
-                *layout,
-                SHORTCUT=shortcut != 0,
-                **self.constants,
-            )
-        common.launch(
-            backward_kernels.aggregation_backward,
-            self.batch * self.heads * self.chunks * number,
-            *tensors,
-            agents_parts,
-            self.batch,
-            self.num_agents,
-            tokens,
-            number,
-            size,
-            before,
-            agents_parts.shape[2],
-            self.heads,
-            *grid,
-            scale,
-            shortcut,
-            *layout,
-            SHORTCUT=shortcut != 0,
-            SINGLE=self.single,
-            **self.constants,
-        )
-
-    def aggregation_bias_gradient(self, sums: tuple[Tensor, Tensor, Tensor], scale: float, bias: Tensor) -> Tensor:
-        tokens = self.key.shape[2]
-        number, share = self._batch_shares(bias, tokens)
-        shape = (number, self.heads, self.num_agents, tokens)
-        parts = common.empty(shape, torch.float32, self.query.device)
-        common.launch(
-            backward_kernels.aggregation_bias_backward,
-            number * self.heads * self.chunks * -(-tokens // self.tiles.block_n),
-            self.key,
-            self.value,
-            self.agents,
-            *sums,
-            bias,
-            parts,
-            self.batch,
-            share,
-            self.num_agents,
-            tokens,
-            self.heads,
-            scale,
-            *self.strides["key"],
-            *self.strides["value"],
-            *self.strides["agents"],
-            *_bias_strides(bias),
-            **self.constants,
-        )
-        return parts.sum_to_size(*common.four_axes(bias.shape)).to(bias.dtype)
-
-    def _batch_shares(self, bias: Tensor, tokens: int) -> tuple[int, int]:
-        """(number of programs that share the batch, elements of each) for the gradient of one tile of a bias."""
-        if common.four_axes(bias.shape)[0] != 1:
-            return self.batch, 1
-        programs = self.heads * self.chunks * -(-tokens // self.tiles.block_n)
-        return choose.splits(self.batch, programs, 1, common.multiprocessors(self.query.device))
+        *outer, of_agents, of_keys = _bias_strides(aggregation_bias)
+        by_aggregation = through(key, value, [*outer, of_keys, of_agents], second, first[0], options.scale)
+    shapes = (batch, heads, parts, num_agents, width), (batch, heads, first[0], num_agents, value_width)
+    return Backward(copies, *shapes, by_broadcast, by_aggregation)

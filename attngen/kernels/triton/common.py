@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from attngen.kernels.like import Like
 
-# Kernels take scores to base 2, the base of the hardware's exponential.
 LOG2E = 1.4426950408889634
+"""Kernels take scores to base 2, the base of the hardware's exponential."""
 
 # The interpreter has no multiprocessors; a few, so that small tensors are split as large ones are on a GPU.
 _INTERPRETED_MULTIPROCESSORS = 6
@@ -51,14 +50,22 @@ def why_no_kernels(tensors: Sequence[Tensor | Like]) -> str | None:
         return f"the tensors have several dtypes: {', '.join(sorted({str(t.dtype) for t in tensors}))}"
     if first.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the kernels compute in float32, float16 and bfloat16, not in {first.dtype}"
-    if first.dtype == torch.bfloat16 and first.is_cuda and _is_before_ampere(first.device.index):
-        return "this GPU has no bfloat16"
+    capability = _capability(first.device.index) if first.device.type == "cuda" else None
+    if capability is not None and capability < (8, 0):
+        return f"the kernels need a GPU of compute capability 8.0, this one has {capability[0]}.{capability[1]}"
     return None
 
 
 @torch.compiler.assume_constant_result
-def _is_before_ampere(index: int | None) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0)
+def _capability(index: int | None) -> tuple[int, int] | None:
+    """Of a CUDA device; None for another maker's."""
+    return torch.cuda.get_device_capability(index) if torch.version.hip is None else None
+
+
+@torch.compiler.assume_constant_result
+def uses_tf32() -> bool:
+    """Whether products of float32 are in TF32, as PyTorch's own matrix products on CUDA devices are."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -71,31 +78,38 @@ def _multiprocessors(index: int | None) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def split_width(width: int) -> tuple[int, int]:
-    """Powers of two (first, second) that cover `width`: 72 -> (64, 16), 64 -> (64, 0), 120 -> (128, 0).
-
-    Triton's tiles are powers of two wide, and one tile of 128 for 72 would spend 1.8 times the work. The second part is
-    0 where two are no narrower than one; no part is narrower than 16, the least a matrix unit multiplies.
-    """
-    single = max(16, power_of_two(width))
-    first = single // 2
-    second = max(16, power_of_two(width - first))
-    return (first, second) if single > 16 and first + second < single else (single, 0)
-
-
 def power_of_two(number: int) -> int:
     """The least power of two that is not below `number`."""
     return 1 << max(0, number - 1).bit_length()
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """How kernels multiply float32: exactly, or in TF32 where PyTorch's own matrix products on CUDA do.
+def padded(number: int) -> int:
+    """Rows or columns of a tile that holds so many: a power of two, at least the 16 of a matrix instruction."""
+    return max(16, power_of_two(number))
 
-    "wide" converts the factors to float32 first: Triton's interpreter multiplies the bits of bfloat16 as integers.
+
+def splits(tokens: int, rows: int, unit: int, programs: int) -> tuple[int, int]:
+    """(number, tokens of each) of the splits of `tokens` so that `rows` times their number is about `programs`.
+
+    Each split is a whole number of `unit` tokens, and none is empty.
     """
-    if interpreted():
-        return "wide"
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    units = -(-tokens // unit)
+    size = -(-units // min(units, max(1, programs // rows)))
+    return -(-units // size), size * unit
+
+
+def precision(dtype: torch.dtype, wide: bool = False) -> dict[str, Any]:
+    """Constants of `tiles.multiply` for inputs of a dtype: what factors are rounded to, and how they are multiplied.
+
+    Float32 is multiplied as PyTorch's own products on CUDA devices are. With `wide` float16 is multiplied in TF32, for
+    factors beyond its range. Triton's interpreter would multiply the bits of bfloat16 as integers, so there rounded
+    factors are multiplied in float32.
+    """
+    import triton.language as tl
+
+    tf32 = dtype == torch.float16 and wide or dtype == torch.float32 and uses_tf32()
+    operand = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float32 if wide else tl.float16}.get(dtype, tl.float32)
+    return {"OPERAND": operand, "PRECISION": "rounded" if interpreted() else "tf32" if tf32 else "ieee"}
 
 
 def row_strided(tensor: Tensor) -> Tensor:
@@ -128,14 +142,102 @@ def four_axes(shape: Sequence[int]) -> tuple[int, int, int, int]:
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Every buffer of the kernels comes from here; tests fill it with NaN to show that all of it is written."""
-    return torch.empty(tuple(shape), dtype=dtype, device=device)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Makes the device of `tensor` the current one, on which Triton launches whatever the tensors are on."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+class Launch:
+    """A kernel as a plan holds it, without its tensors.
+
+    Args:
+        kernel: what Triton made of the function.
+        programs: of the grid's one axis.
+        numbers: what follows the tensors.
+        constants: by keyword, warps and stages among them.
+    """
+
+    __slots__ = ("constants", "numbers", "run")
+
+    def __init__(
+        self, kernel: Any, programs: int, numbers: tuple[int | float | None, ...], constants: dict[str, Any]
+    ) -> None:
+        self.run, self.numbers, self.constants = kernel[(programs,)], numbers, constants
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        self.run(*tensors, *self.numbers, **self.constants)
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    """Every launch goes through here; tests replace it to compile for a GPU that is not there."""
-    kernel[(programs,)](*arguments, **constants)
+PLANS: dict[Any, Any] = {}
+"""What does not depend on the numbers in the tensors, made once a shape."""
+_MOST_PLANS = 1024
+
+
+def planned(make: Callable[..., Any], tensors: Sequence[Tensor | None], *options: Any) -> Any:
+    """`make(tensors, *options)`, made once for tensors of the same layout and equal options, which are hashable."""
+    layouts = [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors]
+    key = (make, options, tensors[0].dtype == torch.float32 and uses_tf32(), *layouts)  # pyright: ignore
+    plan = PLANS.get(key)
+    if plan is None:
+        if len(PLANS) >= _MOST_PLANS:
+            PLANS.clear()
+        plan = PLANS[key] = make(tensors, *options)
+    return plan
+
+
+class Operator:
+    """A function of tensors with a gradient: an operator that `torch.compile` leaves whole, and a short way to it.
+
+    Eager calls on plain tensors go past torch's dispatcher, which takes longer than all that the function does.
+
+    Args:
+        name: of the operator, with its namespace.
+        schema: its arguments and results, in torch's notation.
+        function: the first argument is a tensor; returns a tuple with None for results that are not needed, of which
+            the operator makes empty tensors.
+        fake: gives tensors of the same shapes for the same arguments.
+        save: the `setup_context` of an autograd function; None if there is no derivative.
+        differentiate: its backward. With `create_graph` it must call operators, whose gradients are refused.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        function: Callable[..., tuple[Tensor | None, ...]],
+        fake: Callable[..., tuple[Tensor | None, ...]],
+        save: Callable[..., None] | None,
+        differentiate: Callable[..., Any],
+    ) -> None:
+        def filled(results: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+            like = next(x for x in results if x is not None)
+            return tuple(like.new_empty((0,)) if x is None else x for x in results)
+
+        def whole(*arguments: Any) -> tuple[Tensor, ...]:
+            return filled(function(*arguments))
+
+        save = save or (lambda ctx, inputs, output: None)
+        self.function = function
+        self.operator = torch.library.custom_op(name, whole, mutates_args=(), schema=schema)
+        self.operator.register_fake(lambda *arguments: filled(fake(*arguments)))
+        self.operator.register_autograd(differentiate, setup_context=save)
+        members = {"forward": whole, "setup_context": save, "backward": differentiate}
+        kind = type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in members.items()})
+        self.eager = kind.apply
+
+    def __call__(self, records: bool, *arguments: Any) -> tuple[Any, ...]:
+        """Call with `arguments`; `records` is whether a gradient can be asked for."""
+        first = arguments[0]
+        if torch.compiler.is_compiling() or type(first) not in _PLAIN:
+            return self.operator(*arguments)
+        call = self.eager if records else self.function
+        if not first.is_cuda or first.device.index == torch.cuda.current_device():
+            return call(*arguments)
+        with torch.cuda.device(first.device):  # Triton launches on the current device, whatever the tensors are on
+            return call(*arguments)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def records(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a call with these tensors has a gradient."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

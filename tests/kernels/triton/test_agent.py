@@ -1,62 +1,34 @@
-"""The Triton kernels of agent attention on the CPU: in Triton's interpreter against float64, and compiled for a GPU.
-
-Triton decides at its import, and again for every kernel it decorates, whether kernels are interpreted. Other tests may
-have imported it before, so the checks run in processes of their own, with TRITON_INTERPRET set from the start: pytest
-collects `test_*` here and starts itself on this file, where it collects `interpreted_*` or `compiled_*` instead.
-"""
+"""The Triton kernels of agent attention in Triton's interpreter, against float64."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from attngen.kernels import reference
+from attngen.kernels import reference, sdpa
 from attngen.kernels.reference import AgentScales, Convolution
 from attngen.kernels.triton import agent as triton_agent
 from attngen.kernels.triton import common as triton_common
 from tests.cases import share
+from tests.kernels.triton.interpreter import ROOT, needs_interpreter, run_interpreted, start_with_nan
 
-ROOT = Path(__file__).parents[3]
 SCALES, EQUAL = AgentScales(0.3, 0.5), AgentScales(1.0, 1.0)
 """Different factors, so that exchanging them shows, and equal ones."""
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
-
-
-def interpreter_reads_numpy() -> bool:
-    """Triton 3.6 converts arrays of one element to integers, which newer versions of NumPy refuse."""
-    import numpy
-    import triton
-
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return version > (3, 6) or tuple(int(part) for part in numpy.__version__.split(".")[:2]) < (2, 4)
-
-
-needs_interpreter = pytest.mark.skipif(
-    find_spec("triton") is None or not interpreter_reads_numpy(), reason="needs Triton, and NumPy as old as it"
-)
 
 
 @needs_interpreter
 def test_kernels_in_the_interpreter():
-    run_in_process("interpreted", "1", "-m", "not slow")
+    run_interpreted(__file__, "-m", "not slow")
 
 
 @needs_interpreter
 @pytest.mark.slow
 def test_all_sizes_in_the_interpreter():
-    run_in_process("interpreted", "1", "-m", "slow")
-
-
-@needs_triton
-def test_kernels_compile_for_a_gpu():
-    run_in_process("compiled", "0")
+    run_interpreted(__file__, "-m", "slow")
 
 
 def test_import_needs_no_triton():
@@ -66,43 +38,56 @@ def test_import_needs_no_triton():
 
 def test_reasons_against_the_kernels(monkeypatch):
     q = torch.zeros(1, 1, 4, 8)
+    monkeypatch.setattr(triton_common, "PLANS", {})
     monkeypatch.setattr(triton_common, "_has_triton", lambda: False)
     assert triton_agent.why_not(q, q, q, q) == "Triton is not installed"
     monkeypatch.setattr(triton_common, "_has_triton", lambda: True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "need a CUDA device" in str(triton_agent.why_not(q, q, q, q))
-    with pytest.raises(ValueError, match="cannot run here: .* need a CUDA device"):
-        triton_agent.agent_attention(q, q, q, q, EQUAL)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert triton_agent.why_not(q, q, q, q) is None
-    wide, many = torch.zeros(1, 1, 4, 257), torch.zeros(1, 1, 257, 8)
+    wide, many = torch.zeros(1, 1, 4, 161), torch.zeros(1, 1, 65, 8)
     assert "not in torch.float64" in str(triton_agent.why_not(*(x.double() for x in (q, q, q, q))))
     assert "several dtypes" in str(triton_agent.why_not(q, q, q.half(), q))
     assert "several devices" in str(triton_agent.why_not(q, q, q.to("meta"), q))
-    assert "not 257" in str(triton_agent.why_not(wide, wide, q, wide))
-    assert "not 257" in str(triton_agent.why_not(q, q, wide, q))
-    assert "agents, not 257" in str(triton_agent.why_not(q, q, q, many))
+    assert "not 161" in str(triton_agent.why_not(wide, wide, q, wide))
+    assert "not 161" in str(triton_agent.why_not(q, q, wide, q))
+    assert "from 1 to 64 agents for heads of 8" in str(triton_agent.why_not(q, q, q, many))
     assert "no queries" in str(triton_agent.why_not(q[:, :, :0], q, q, q))
 
 
 @pytest.mark.parametrize(
-    ("width", "parts"),
-    [(1, (16, 0)), (16, (16, 0)), (32, (32, 0)), (40, (32, 16)), (56, (64, 0)), (64, (64, 0)), (72, (64, 16)),
-     (80, (64, 16)), (96, (64, 32)), (112, (128, 0)), (160, (128, 32)), (200, (256, 0)), (256, (256, 0))],
-)  # fmt: skip
-def test_widths_are_cut_in_powers_of_two(width, parts):
-    assert triton_common.split_width(width) == parts
+    ("dtype", "head_dim", "most"),
+    [(torch.bfloat16, 64, 64), (torch.bfloat16, 128, 64), (torch.float16, 160, 32), (torch.float32, 72, 32)],
+)
+def test_agents_that_stay_on_the_chip(monkeypatch, dtype, head_dim, most):
+    """Four tiles of agents and two of tokens have to fit into the 99 KB of the smaller GPUs."""
+    monkeypatch.setattr(triton_common, "_has_triton", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    q = torch.zeros(1, 1, most + 1, head_dim, dtype=dtype)
+    assert f"from 1 to {most} agents" in str(triton_agent.why_not(q, q, q, q))
+    wide = torch.zeros(1, 1, 4, 129)
+    assert "head sizes from 1 to 128 in torch.float32, not 129" in str(triton_agent.why_not(wide, wide, wide, wide))
+    assert triton_agent.why_not(q, q, q, q[:, :, 1:]) is None
 
 
-def run_in_process(prefix: str, interpret: str, *options: str) -> None:
-    """Run the functions of this file named `prefix`_* as tests in a process with TRITON_INTERPRET as given."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", f"python_functions={prefix}_*"]
-    environment = {**os.environ, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTEST_ADDOPTS", None)  # options of the outer run, such as its number of processes
-    done = subprocess.run(
-        [*command, *options, __file__], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+def test_gpus_that_are_too_old_and_exact_float32_are_refused(monkeypatch):
+    """Before capability 8.0 there is no bfloat16, and half precision is compiled without matrix units."""
+    from attngen.kernels.like import Like
+
+    monkeypatch.setattr(triton_common, "_has_triton", lambda: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(triton_common, "_capability", lambda index: (7, 5))
+    for dtype in (torch.float16, torch.bfloat16):
+        q = Like((1, 1, 4, 8), dtype, torch.device("cuda", 0))
+        assert "compute capability 8.0, this one has 7.5" in str(triton_agent.why_not(q, q, q, q))
+    monkeypatch.setattr(triton_common, "_capability", lambda index: (8, 0))
+    assert triton_agent.why_not(q, q, q, q) is None
+    q = q._replace(dtype=torch.float32)
+    monkeypatch.setattr(triton_common, "uses_tf32", lambda: False)
+    assert "in TF32" in str(triton_agent.why_not(q, q, q, q))
+    monkeypatch.setattr(triton_common, "uses_tf32", lambda: True)
+    assert triton_agent.why_not(q, q, q, q) is None
 
 
 class Case(NamedTuple):
@@ -169,13 +154,9 @@ def compare(case: Case, dtype: torch.dtype = torch.float32, tolerance: float = 1
 
 
 @pytest.fixture(autouse=True)
-def buffers_start_as_nan(monkeypatch):
-    """What a kernel leaves unwritten, or reads before it is written, shows."""
-
-    def nan(shape, dtype, device):
-        return torch.full(tuple(shape), float("nan"), dtype=dtype, device=device)
-
-    monkeypatch.setattr(triton_common, "empty", nan)
+def buffers(monkeypatch):
+    """The shapes of the buffers that the kernels got, which were full of NaN."""
+    return start_with_nan(monkeypatch)
 
 
 # Every count of tokens, head size and count of agents occurs, and each branch with one and with two parts of a head.
@@ -187,11 +168,12 @@ CASES = [
     Case(256, 16, 16, convolution=(8, 32), aggregation_bias=(1, 1, 16, 256), broadcast_bias=(1, 1, 256, 16)),
     Case(40, 72, 16, convolution=(4, 10), shortcut=0.5),
     Case(300, 32, 64, keys=77, value_dim=16),
-    Case(60, 40, 100, aggregation_bias=(1, 1, 100, 60), broadcast_bias=(1, 1, 60, 100), convolution=(12, 5)),
-    Case(33, 80, 70, keys=20, value_dim=24, batch=2),
+    Case(60, 40, 33, aggregation_bias=(1, 1, 33, 60), broadcast_bias=(1, 1, 60, 33), convolution=(12, 5)),
+    Case(33, 80, 20, keys=20, value_dim=24, batch=2),
     Case(1000, 16, 4, shortcut=0.2),
     Case(40, 128, 16, batch=2),
     Case(35, 20, 5, value_dim=13, heads=3, convolution=(5, 7)),
+    Case(70, 120, 16, keys=40),
     Case(300, 32, 16, heads=2, shortcut=0.2, gain=0.6),
     Case(12, 16, 4, aggregation_bias=(1, 1, 4, 12), broadcast_bias=(1, 1, 12, 4), convolution=(3, 4), gain=1.7),
 ]
@@ -207,6 +189,8 @@ def interpreted_gradients_match_float64(case):
 @pytest.mark.parametrize("head_dim", [32, 40, 64, 72, 80, 128])
 @pytest.mark.parametrize("tokens", [1, 63, 256, 300, 1000])
 def interpreted_all_sizes(tokens, head_dim, agents):
+    if triton_agent.why_not(*(torch.zeros(1, 1, n, head_dim) for n in (tokens, tokens, tokens, agents))):
+        pytest.skip("too many agents for float32")
     compare(Case(tokens, head_dim, agents, aggregation_bias=(1, agents, tokens), broadcast_bias=(tokens, agents)))
 
 
@@ -227,33 +211,46 @@ def interpreted_biases_broadcast(biases):
     compare(Case(17, 8, 5, 20, 16, 5, 2, *biases))
 
 
-def interpreted_shared_bias_over_many_batches(monkeypatch):
-    monkeypatch.setattr(triton_common, "multiprocessors", lambda device: 1)
-    compare(Case(17, 8, 5, 20, 16, 5, 1, (5, 20), (17, 5)))
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 5e-3), (torch.bfloat16, 3e-2)])
 def interpreted_half_precision(dtype, tolerance):
     case = Case(70, 40, 20, aggregation_bias=(1, 20, 70), broadcast_bias=(70, 20), shortcut=0.1, convolution=(7, 10))
     compare(case, dtype, tolerance)
-    compare(case._replace(agents=70, aggregation_bias=None, broadcast_bias=None), dtype, tolerance)
 
 
-@pytest.mark.parametrize("agents", [16, 70])
-def interpreted_masks_and_large_scores(agents):
+def interpreted_masks_and_large_scores():
     """A bias of -inf over whole splits and tiles, and scores beyond the range of an exponential, without NaN."""
-    case = Case(100, 16, agents, aggregation_bias=(agents, 100), broadcast_bias=(100, agents))
+    agents = 16
+    case = Case(300, 16, agents, aggregation_bias=(agents, 300), broadcast_bias=(300, agents))
     inputs = make_inputs(case)
     inputs["query"] *= 40
     inputs["key"] *= 40
     # Far below zero for all keys, so that a score of zero beyond the last key would exceed the sum of the others.
     inputs["aggregation_bias"] -= 300
-    inputs["aggregation_bias"][:, :80] = float("-inf")
+    inputs["aggregation_bias"][:, :260] = float("-inf")
     inputs["broadcast_bias"][:, 3:-3] = float("-inf")
     wanted = run(reference.agent_attention, case, {k: x.float().double() for k, x in inputs.items()}, torch.float64)
     got = run(triton_agent.agent_attention, case, inputs, torch.float32)
     for name, want in wanted.items():
         assert (got[name] - want).norm() <= 3e-4 * want.norm(), name
+
+
+@pytest.mark.parametrize("processors", [1, 6])
+@pytest.mark.parametrize("trained", [False, True])
+def interpreted_masked_agents_and_queries_are_zero(monkeypatch, processors, trained):
+    """An agent without any key gives zeros, and so does a query without any agent, in one split and in several."""
+    monkeypatch.setattr(triton_common, "multiprocessors", lambda device: processors)
+    case = Case(520, 16, 4, aggregation_bias=(4, 520), broadcast_bias=(520, 4))
+    inputs = {name: x.float() for name, x in make_inputs(case).items()}
+    inputs["aggregation_bias"][1] = float("-inf")
+    inputs["broadcast_bias"][7] = float("-inf")
+    wanted = run(sdpa.agent_attention, case, {k: x.double() for k, x in inputs.items()}, torch.float64)
+    heads = [inputs[name].transpose(1, 2) for name in ("query", "key", "value", "agents")]
+    if not trained:
+        got = triton_agent.agent_attention(*heads, SCALES, (inputs["aggregation_bias"], inputs["broadcast_bias"]))
+        assert torch.allclose(got, wanted["output"].float(), atol=1e-5) and not got[:, :, 7].any()
+        return
+    for name, result in run(triton_agent.agent_attention, case, inputs, torch.float32).items():
+        assert torch.allclose(result, wanted[name].float(), atol=1e-5), name
 
 
 def small(case: Case, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -284,14 +281,12 @@ def interpreted_output_joins_its_heads_without_a_copy():
     assert output.transpose(1, 2).is_contiguous()
 
 
-def interpreted_biases_are_never_expanded(monkeypatch):
+def interpreted_biases_are_never_expanded(buffers):
     case = Case(90, 8, 4, batch=6, aggregation_bias=(4, 90), broadcast_bias=(90, 4))
-    sizes = []
-    full = triton_common.empty
-    monkeypatch.setattr(triton_common, "empty", lambda shape, *rest: sizes.append(shape) or full(shape, *rest))
-    monkeypatch.setattr(triton_common, "multiprocessors", lambda device: 1)
-    compare(case)
-    assert sizes and all((6, 4, 90) != (shape[0], *shape[-2:]) for shape in sizes)
+    inputs = {name: x.float() for name, x in make_inputs(case).items()}
+    heads = [inputs[name].transpose(1, 2) for name in ("query", "key", "value", "agents")]
+    triton_agent.agent_attention(*heads, SCALES, (inputs["aggregation_bias"], inputs["broadcast_bias"]))
+    assert buffers and all(sorted((4, 90)) != sorted(shape[-2:]) for shape in buffers)
 
 
 def interpreted_two_runs_are_equal():
@@ -300,33 +295,41 @@ def interpreted_two_runs_are_equal():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def interpreted_without_gradients_equals_with(monkeypatch):
-    """Splits are combined by the broadcast itself, or before it where they are many."""
-    from attngen.kernels.triton import agent_launch as triton_agent_launch
-
+def interpreted_without_gradients_equals_with():
     heads = small(Case(300, 16, 16))
     want = triton_agent.agent_attention(*(x.detach().requires_grad_() for x in heads), SCALES)
-    assert torch.allclose(triton_agent.agent_attention(*heads, SCALES), want, rtol=0, atol=1e-6)
-    monkeypatch.setattr(triton_agent_launch, "_COMBINED_IN_PLACE", 0)
     assert torch.equal(triton_agent.agent_attention(*heads, SCALES), want)
 
 
-def interpreted_needless_gradients_cost_nothing(monkeypatch):
-    launched = []
-    launch = triton_common.launch
-    monkeypatch.setattr(
-        triton_common, "launch", lambda kernel, *a, **k: launched.append(kernel.__name__) or launch(kernel, *a, **k)
-    )
+def interpreted_a_plan_serves_all_calls_of_a_shape():
+    heads, others = small(Case(300, 16, 16)), small(Case(299, 16, 16))
+    first, second = (triton_agent.agent_attention(*heads, SCALES._replace(shortcut=k)) for k in (0.0, 0.5))
+    assert len(triton_common.PLANS) == 2 and not torch.equal(first, second)
+    assert torch.equal(triton_agent.agent_attention(*heads, SCALES), first) and len(triton_common.PLANS) == 2
+    triton_agent.agent_attention(*others, SCALES)
+    assert len(triton_common.PLANS) == 3
+
+
+def interpreted_heads_are_beside_each_other():
+    """Programs follow the heads of a token, which share sectors of memory; with a shared bias the batch."""
+    from tests.kernels.triton.programs import places
+
+    plain, shared = places(2, 3, 4, False), places(2, 3, 4, True)
+    assert [h for _, h, _ in plain[:6]] == [0, 1, 2, 0, 1, 2] and len(set(plain)) == 24
+    assert [b for b, _, _ in shared[:4]] == [0, 1, 0, 1] and len(set(shared)) == 24
+
+
+def interpreted_needless_gradients_cost_nothing(buffers):
     query, key, value, agents = small(Case(20, 8, 4))
     bias = torch.zeros(4, 20)
     query.requires_grad_()
     triton_agent.agent_attention(query, key, value, agents, EQUAL, (bias, bias.T)).sum().backward()
-    assert "broadcast_backward" in launched
-    assert not any("bias" in name or "aggregation" in name for name in launched)
-    launched.clear()
+    assert (1, 20, 1, 8) in buffers and (1, 1, 4, 20) not in buffers and (1, 1, 20, 4) not in buffers
+    heads_last = buffers.count((1, 20, 1, 8))  # the output and the gradient of the queries
+    buffers.clear()
     key.requires_grad_()
     triton_agent.agent_attention(query, key, value, agents, EQUAL, (bias, bias.T)).sum().backward()
-    assert "aggregation_backward" in launched and not any("bias" in name for name in launched)
+    assert heads_last == 2 and buffers.count((1, 20, 1, 8)) == 4 and (1, 1, 4, 20) not in buffers
     assert key.grad is not None and agents.grad is None and value.grad is None
 
 
@@ -352,6 +355,21 @@ def interpreted_second_derivatives_are_refused():
     (gradient,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivatives"):
         gradient.sum().backward()
+
+
+def interpreted_wrong_shapes_are_refused():
+    query, key, value, agents = small(Case(12, 8, 4))
+    for tensors, name in (
+        ((query, key[:, :, :, :4], value, agents), "key"),
+        ((query, key, value[:, :, :9], agents), "key"),  # the values count
+        ((query, key, value, agents[..., :4]), "agents"),
+    ):
+        with pytest.raises(ValueError, match=f"the {name} has shape"):
+            triton_agent.agent_attention(*tensors, EQUAL)
+        with pytest.raises(ValueError, match=f"the {name} has shape"):
+            triton_agent._forward.operator(*tensors, None, None, None, None, [1.0, 1.0, 0.0, 1.0], [0, 0])
+    with pytest.raises(ValueError, match=r"shape \(3, 12\) does not broadcast to \(1, 1, 4, 12\)"):
+        triton_agent.agent_attention(query, key, value, agents, EQUAL, (torch.zeros(3, 12), None))
 
 
 def interpreted_wrong_branches_are_refused():
@@ -401,15 +419,16 @@ def interpreted_operators_pass_opcheck():
     case = Case(6, 8, 3, aggregation_bias=(3, 6), broadcast_bias=(1, 6, 3), convolution=(2, 3))
     inputs = {name: x.float() for name, x in make_inputs(case).items()}
     heads = [inputs[name].transpose(1, 2) for name in ("query", "key", "value", "agents")]
-    biases = [inputs["aggregation_bias"], inputs["broadcast_bias"]]
-    branches = [0.5, inputs["weight"], inputs["weight_bias"], 2, 3]
+    biases, weights = [inputs["aggregation_bias"], inputs["broadcast_bias"]], [inputs["weight"], inputs["weight_bias"]]
+    numbers, grid = [0.3, 0.5, 0.5, 0.9], [2, 3]
     leaves = [x.detach().requires_grad_() for x in (*heads, *biases)]
-    torch.library.opcheck(triton_agent._forward, (*leaves[:4], 0.3, 0.5, *leaves[4:], *branches, True))
-    torch.library.opcheck(triton_agent._forward, (*heads, 0.3, 0.5, None, None, 0.0, None, None, 0, 0, False))
-    output, aggregated, lse = triton_agent._forward(*heads, 0.3, 0.5, *biases, *branches, True)
-    common = (torch.ones_like(output), *heads, aggregated, lse, 0.3, 0.5, *biases, 0.5, inputs["weight"], 2, 3)
-    torch.library.opcheck(triton_agent._backward, (*common, True, True, True))
-    torch.library.opcheck(triton_agent._backward, (*common, False, False, False))
+    forward, backward = triton_agent._forward.operator, triton_agent._backward.operator
+    torch.library.opcheck(forward, (*leaves, *weights, numbers, grid))
+    torch.library.opcheck(forward, (*heads, None, None, None, None, [0.3, 0.5, 0.0, 1.0], [0, 0]))
+    output, state = forward(*heads, *biases, *weights, numbers, grid)
+    common = (torch.ones_like(output), *heads, *biases, weights[0], state, numbers, grid)
+    torch.library.opcheck(backward, (*common, [True, True, True]))
+    torch.library.opcheck(backward, (*common, [False, False, False]))
 
 
 def interpreted_compiles_whole():
@@ -422,91 +441,3 @@ def interpreted_compiles_whole():
     larger = small(Case(30, 8, 4, batch=2))
     want = triton_agent.agent_attention(*larger, SCALES)
     assert torch.allclose(compiled(*larger, SCALES), want, atol=1e-6)
-
-
-class NoDevice:
-    """What Triton asks of a driver before it compiles: the target, here a Hopper GPU that is not there."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-
-@pytest.fixture
-def compile_only(monkeypatch):
-    """Launches compile their kernel instead; the list it gives fills with (name, stack bytes, shared bytes)."""
-    import triton
-
-    compiled = []
-
-    def warm_up(kernel, programs, *arguments, **constants):
-        binary = kernel.warmup(*arguments, grid=(programs,), **constants)
-        compiled.append((kernel.__name__, stack_bytes(binary.asm["cubin"]), binary.metadata.shared))
-
-    # Never reset: without a GPU there is no driver to go back to, and this process has no other use for one.
-    triton.runtime.driver.set_active(NoDevice())
-    monkeypatch.setattr(triton_common, "launch", warm_up)
-    monkeypatch.setattr(triton_common, "multiprocessors", lambda device: 132)
-    return compiled
-
-
-def stack_bytes(cubin: bytes) -> int:
-    """Bytes of local memory a thread has, which is where registers are spilt to: the frame size in the binary."""
-    import struct
-
-    sections, frames = elf_sections(cubin), []
-    for content in (content for name, content in sections.items() if name.startswith(".nv.info")):
-        at = 0
-        while at < len(content):
-            form, attribute, size = struct.unpack_from("<BBH", content, at)
-            # Attribute 0x11 is a function's frame size: its symbol and the bytes.
-            if (form, attribute) == (4, 0x11):
-                frames.append(struct.unpack_from("<II", content, at + 4)[1])
-            at += 4 + (size if form == 4 else 0)
-    assert frames, "the binary does not say how large its frames are"
-    return max(frames)
-
-
-def elf_sections(binary: bytes) -> dict[str, bytes]:
-    import struct
-
-    (table,) = struct.unpack_from("<Q", binary, 40)
-    entry, count, names = struct.unpack_from("<HHH", binary, 58)
-    headers = [struct.unpack_from("<IIQQQQ", binary, table + entry * i) for i in range(count)]
-    text = binary[headers[names][4] :]
-    return {text[h[0] : text.index(b"\0", h[0])].decode(): binary[h[4] : h[4] + h[5]] for h in headers if h[1] != 8}
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "agents", "dtype", "branches"),
-    [(64, 16, torch.bfloat16, True), (72, 100, torch.float16, False)],
-)
-def compiled_kernels_fit_a_multiprocessor(compile_only, monkeypatch, head_dim, agents, dtype, branches):
-    """For Hopper: 227 KB of shared memory, and registers that spill little or nothing."""
-    from attngen.kernels.triton import agent_launch as triton_agent_launch
-
-    monkeypatch.setattr(triton_common, "empty", lambda shape, dtype, device: torch.empty(shape, dtype=dtype))
-    query = torch.zeros(2, 4096, 8, head_dim, dtype=dtype).transpose(1, 2)
-    pooled = query[:, :, :agents]
-    biases = [torch.zeros(8, agents, 4096, dtype=dtype), torch.zeros(8, 4096, agents, dtype=dtype)]
-    biases = biases if branches else [None, None]
-    weights = [torch.zeros(8 * head_dim, 1, 3, 3), torch.zeros(8 * head_dim)] if branches else [None, None]
-    call = (query, query, query, pooled)
-    output, aggregated, lse = triton_agent_launch.forward(
-        *call, 0.3, 0.5, *biases, 0.1 if branches else 0.0, *weights, (64, 64), True
-    )
-    triton_agent_launch.backward(
-        output, *call, aggregated, lse, 0.3, 0.5, *biases, 0.1, weights[0], (64, 64), (True, branches, branches)
-    )
-    names = {name for name, _, _ in compile_only}
-    assert {"aggregate", "combine", "broadcast", "broadcast_backward", "aggregation_backward"} <= names
-    assert ("query_backward" in names) == (agents == 100)
-    for name, stack, shared in compile_only:
-        assert stack <= 128 and shared <= 227 * 1024, (name, stack, shared)
