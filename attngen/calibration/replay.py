@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attngen.hosts.core import core_enter, core_layer
+from attngen.hosts.core import core_enter
+from attngen.hosts.product import core_layer
 from attngen.hosts.spec import decide
 from attngen.layer_rows import layer_shape
 from attngen.layers.call import CHANNEL_KEY, Call

@@ -22,7 +22,6 @@ from attngen.hosts.backend import BackendAttention, CaughtBackend
 from attngen.hosts.calls import PRODUCTS, Calls
 from attngen.hosts.family import Core
 from attngen.hosts.product import EXACT_ATTENTION, Asked, Exactly, attend, why_missed, why_unreachable
-from attngen.hosts.product import core_layer as core_layer
 from attngen.hosts.spec import noted, spec_of
 from attngen.layers.call import Call
 from attngen.layers.route import exact

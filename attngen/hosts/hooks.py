@@ -26,7 +26,6 @@ from attngen.hosts.family import Unreadable
 from attngen.hosts.flux import FluxAttnGenProcessor
 from attngen.hosts.image import AttnGenProcessor
 from attngen.hosts.joint import JointAttnGenProcessor
-from attngen.hosts.seen import AttnGenWarning as AttnGenWarning
 from attngen.hosts.seen import Seen, warn
 from attngen.hosts.spec import spec_of
 from attngen.kernels.autocast import autocast_dtype
