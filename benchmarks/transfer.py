@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=cli.at_least(8), default=64, help="side in pixels of the first row")
     parser.add_argument("--steps", type=cli.at_least(2), default=10, help="of the first row")
     parser.add_argument("--lora", type=float, default=1.0, help="scale of the random LoRA")
+    parser.add_argument("--rows", nargs="+", metavar="TEXT", help="only rows whose name has one of these in it")
     parser.add_argument("--rounds", type=cli.at_least(1), default=3)
     parser.add_argument("--dtype", default="float32", choices=cli.DTYPES)
     options = cli.parse(parser, argv)
@@ -66,7 +67,7 @@ def changes(options: argparse.Namespace, pipe: Any) -> dict[str, Change]:
     other = SCHEDULERS.get(type(pipe.scheduler).__name__)
     found |= {} if other is None else {other: _scheduler(other)}
     found[f"a LoRA of scale {options.lora:g}"] = lambda drawing: _lora(drawing, options.lora)
-    return found
+    return {name: change for name, change in found.items() if not options.rows or any(t in name for t in options.rows)}
 
 
 def _call(**arguments: Any) -> Change:
