@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attngen.sit.model import SiTTransformer2DModel
-from train.config import TrainingConfig
 from train.data_base import Data
 from train.meter import Meter, matmul_flops, training_flops
-from train.objectives import Objective
+from train.recipe.config import TrainingConfig
+from train.recipe.objectives import Objective
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from train.unet import ClassUNet
+    from train.recipe.unet import ClassUNet
 
 
 def build_model(config: TrainingConfig, data: Data, objective: Objective) -> SiTTransformer2DModel | ClassUNet:
     """The network of a configuration, with weights drawn from its seed and the global RNG left alone."""
     if config.architecture == "unet":
-        from train.unet import build_unet
+        from train.recipe.unet import build_unet
 
         return build_unet(config, data)
     needed = objective.model_config

@@ -240,7 +240,7 @@ def _noising(drawing: Drawing) -> Callable[[Tensor, Tensor, torch.Generator], tu
     scheduler: Any = drawing.pipe.scheduler
     config: Any = scheduler.config
     if hasattr(drawing.model, "token_grid"):  # SiT's class
-        from train.objectives import make_objective
+        from train.recipe.objectives import make_objective
 
         model_config: Any = drawing.model.config
         if model_config["predicts_variance"]:

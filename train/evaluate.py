@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from pipelines.cli.seeds import generator_for, sample_order
-from train.config import TrainingConfig
 from train.data_base import Data
-from train.objectives import Objective
+from train.recipe.config import TrainingConfig
+from train.recipe.objectives import Objective
 from train.samples import calls_to_steps, pipeline_of
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import cli
-from train.config import TrainingConfig
-from train.presets import PRESETS
+from train.recipe.config import TrainingConfig
+from train.recipe.presets import PRESETS
 
 if TYPE_CHECKING:
     import torch
@@ -161,8 +161,8 @@ def measure(run: Path) -> dict[str, Any]:
     from train.checkpoint import list_checkpoints, load_checkpoint
     from train.data import open_data
     from train.evaluate import frechet_distances
-    from train.objectives import make_objective
     from train.plot import read_log
+    from train.recipe.objectives import make_objective
 
     found = list_checkpoints(run / "checkpoints")
     if not found:
@@ -271,7 +271,7 @@ class _Timed:
 
         from train.build import build_model
         from train.data import open_data
-        from train.objectives import make_objective
+        from train.recipe.objectives import make_objective
 
         data: Data = open_data(config.data, image_size=config.image_size, classes=config.classes)
         model: Any = build_model(config, data, make_objective(config.objective))

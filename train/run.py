@@ -26,12 +26,12 @@ from train.checkpoint import (
     write_json,
     write_tensors,
 )
-from train.config import TrainingConfig
 from train.data_base import Data
 from train.data_prefetch import Batch
 from train.ema import PowerAverage, snapshot_path
 from train.meter import Meter, append_line, bucket_sums, flat
-from train.objectives import Objective
+from train.recipe.config import TrainingConfig
+from train.recipe.objectives import Objective
 from train.samples import describe_pipeline, export_pipeline, sample_grid
 
 if TYPE_CHECKING:

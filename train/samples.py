@@ -16,10 +16,10 @@ from torch import Tensor
 from attngen.sit.pipeline import SiTPipeline
 from pipelines.cli.seeds import generator_for
 from pipelines.images import grid, save_png
-from train.config import TrainingConfig
 from train.data_base import Data
-from train.objectives import Objective
-from train.unet import ClassUNet
+from train.recipe.config import TrainingConfig
+from train.recipe.objectives import Objective
+from train.recipe.unet import ClassUNet
 
 if TYPE_CHECKING:
     from attngen.sit.model import SiTTransformer2DModel

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import cli
 from train.broken import parse_max_broken
-from train.config import CHOICES, GROUPS, TrainingConfig, describe_fields
-from train.config_file import add_run_arguments, find_run, read_config
-from train.presets import PRESETS
+from train.recipe.config import CHOICES, GROUPS, TrainingConfig, describe_fields
+from train.recipe.files import add_run_arguments, find_run, read_config
+from train.recipe.presets import PRESETS
 from train.record import command_of
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from pipelines.cli.signals import StopOnSignal
     from train.data_base import Data
-    from train.objectives import Objective
+    from train.recipe.objectives import Objective
     from train.run import Run
 
 _FLOATS = ("mediator_starts", "ema_stds")
@@ -158,7 +158,7 @@ def train(options: argparse.Namespace, config: TrainingConfig) -> int:
 
     from train.checkpoint import list_checkpoints, step_of
     from train.data import open_data
-    from train.objectives import make_objective
+    from train.recipe.objectives import make_objective
     from train.start import start
 
     if options.threads:

@@ -15,13 +15,13 @@ import torch
 
 from train.build import build_model, build_optimizers, compile_model, make_meter
 from train.checkpoint import clean_name, load_checkpoint, load_optimizer, place_like, step_of, write_json
-from train.config import TrainingConfig
-from train.config_file import changes
 from train.data_base import Data
 from train.ema import PowerAverage
 from train.evaluate import open_distance
 from train.meter import trim_log
-from train.objectives import Objective
+from train.recipe.config import TrainingConfig
+from train.recipe.files import changes
+from train.recipe.objectives import Objective
 from train.record import record_start, tell_changes
 from train.run import Run
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import cli
-from train.config_file import add_run_arguments, find_run, read_config
+from train.recipe.files import add_run_arguments, find_run, read_config
 from train.record import command_of
 
 

@@ -22,8 +22,8 @@ from train.checkpoint import (
     save_checkpoint,
     write_json,
 )
-from train.config_file import changes
 from train.meter import append_line, trim_log
+from train.recipe.files import changes
 from train.record import record_start, tell_changes
 from train.samples import write_pipeline
 from train.vae_config import VaeConfig

@@ -9,7 +9,7 @@ import torch
 
 from attngen import InterpolantScheduler, SiTPipeline, SiTTransformer2DModel
 from train.card import card, main, training_facts
-from train.presets import PRESETS
+from train.recipe.presets import PRESETS
 
 
 def write_run(folder, **changes):

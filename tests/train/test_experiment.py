@@ -11,8 +11,8 @@ import torch
 
 from train import experiment
 from train.experiment_table import text
-from train.objectives import make_objective
-from train.presets import PRESETS
+from train.recipe.objectives import make_objective
+from train.recipe.presets import PRESETS
 from train.sit import parse_arguments
 
 

@@ -20,7 +20,7 @@ from tests.train.test_sit_training import assert_same, run, weights
 from train.build import compile_model
 from train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, write_json
 from train.meter import append_line
-from train.presets import PRESETS
+from train.recipe.presets import PRESETS
 from train.run import MOST_SKIPPED, Run
 from train.start import check_same_checkpoint, set_matmul_precision
 

@@ -13,8 +13,8 @@ from PIL import Image
 from tests.train.test_fid import inception_file, small_groups  # noqa: F401
 from tests.train.test_sit_training import run
 from train import evaluate, fid, fid_metrics, frechet
-from train.config import TrainingConfig
 from train.data import open_data
+from train.recipe.config import TrainingConfig
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attngen.sit.model import SiTTransformer2DModel
 from tests.golden_cases import golden_cases
-from train.objectives import OBJECTIVES, DiTObjective, make_objective
+from train.recipe.objectives import OBJECTIVES, DiTObjective, make_objective
 
 PREDICTIONS = {"noise": "epsilon"}
 

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from attngen import SiTTransformer2DModel
 from tests.golden_cases import golden_cases, state
 from train.build import build_optimizers
-from train.objectives import make_objective
-from train.presets import PRESETS
+from train.recipe.objectives import make_objective
+from train.recipe.presets import PRESETS
 
 CASES = list(golden_cases("sit_model_*"))
 EPSILON, BETAS = 1e-8, (0.9, 0.999)  # AdamW's

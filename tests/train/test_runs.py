@@ -18,9 +18,9 @@ from pipelines.engine import runs
 from pipelines.engine.loading import LoadOptions, load_pipeline
 from train import distill, export, fid, sample, sit, vae
 from train.checkpoint import list_checkpoints
-from train.config import TrainingConfig
-from train.config_file import read_config
-from train.presets import PRESETS
+from train.recipe.config import TrainingConfig
+from train.recipe.files import read_config
+from train.recipe.presets import PRESETS
 
 CPU = torch.device("cpu")
 FACTS = {"name": "a set", "pictures": 3, "size": "16 x 16"}
@@ -307,7 +307,7 @@ def test_a_distillation_takes_a_run_and_resumes_by_its_name(tmp_path, capsys):
 def test_a_pipeline_of_latents_has_its_autoencoder_in_half_precision(tmp_path, monkeypatch):
     from diffusers import AutoencoderKL
 
-    from train.objectives import make_objective
+    from train.recipe.objectives import make_objective
     from train.samples import describe_pipeline, export_pipeline
 
     with torch.random.fork_rng():

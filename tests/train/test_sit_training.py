@@ -23,11 +23,11 @@ from pipelines.cli.seeds import generator_for, sample_order
 from train import evaluate, sit
 from train.build import build_model
 from train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, write_json
-from train.config import TrainingConfig, describe_fields
 from train.data import open_data
 from train.ema import PowerAverage, Profile, combination, gamma_of
-from train.objectives import make_objective
-from train.presets import PRESETS
+from train.recipe.config import TrainingConfig, describe_fields
+from train.recipe.objectives import make_objective
+from train.recipe.presets import PRESETS
 from train.run import Run, learning_rate_factor
 
 ROOT = Path(__file__).parents[2]
@@ -161,7 +161,7 @@ def test_generators_depend_on_every_part_of_the_key(global_rng_untouched):
 
 def test_building_seeds_no_gpu(monkeypatch, global_rng_untouched):
     """torch.manual_seed would seed every GPU, and nothing restores their generators."""
-    from train.unet import build_unet
+    from train.recipe.unet import build_unet
     from train.vae_config import VaeConfig
     from train.vae_model import build_vae
 
@@ -237,7 +237,7 @@ def test_the_published_recipes(name, millions):
 
 
 def test_names_are_those_of_the_objectives():
-    from train import config, objectives
+    from train.recipe import config, objectives
 
     assert config.OBJECTIVES == objectives.OBJECTIVES and config.TIME_SAMPLINGS == objectives.TIME_SAMPLINGS
     assert (None, *config.WEIGHTINGS) == objectives.WEIGHTINGS

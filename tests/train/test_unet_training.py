@@ -11,10 +11,10 @@ import torch
 import attngen
 from tests.train.test_sit_training import assert_same, weights
 from train import export, sit
-from train.config import TrainingConfig
 from train.data import open_data
-from train.presets import PRESETS
-from train.unet import build_unet
+from train.recipe.config import TrainingConfig
+from train.recipe.presets import PRESETS
+from train.recipe.unet import build_unet
 
 SMALL = (
     *("--preset", "emoji-unet", "--image-size", "16", "--classes", "face", "heart", "--block-channels", "16", "16"),

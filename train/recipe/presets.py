@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from train.config import TrainingConfig
+from train.recipe.config import TrainingConfig
 
 # Classes whose pictures look alike enough for a small network.
 _COHERENT = (

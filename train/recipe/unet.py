@@ -10,7 +10,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from attngen.sit.unet_pipeline import UNetClassPipeline, class_condition
-from train.config import NORM_GROUPS, TrainingConfig
+from train.recipe.config import NORM_GROUPS, TrainingConfig
 
 if TYPE_CHECKING:
     from train.data_base import Data

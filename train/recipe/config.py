@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from attngen.sit.attention import AttentionKind
     from attngen.sit.model import ConvolutionKind
 
-# As in `train.objectives`, which imports torch; a program's --help should not wait for that.
+# As in `train.recipe.objectives`, which imports torch; a program's --help should not wait for that.
 ARCHITECTURES = ("sit", "unet")
 OBJECTIVES = ("velocity", "epsilon", "score", "dit")
 TIME_SAMPLINGS = ("uniform", "logit-normal")
@@ -62,7 +62,7 @@ class TrainingConfig:
         balance: 0 draws every image equally often, 1 every class, 0.5 is between (a class by the root of its size).
         max_broken: unreadable images allowed: an integer is a count, a number with a decimal point a fraction.
         workers: threads that read images; their number does not change the batches.
-        architecture: "sit" (also DiT's network), or "unet": diffusers' `UNet2DConditionModel`, see `train.unet`.
+        architecture: "sit" (also DiT's network), or "unet": diffusers' `UNet2DConditionModel`, see `train.recipe.unet`.
         block_channels: channels of a UNet per resolution, from the highest; attention in all but the last.
         patch_size: patch size, in pixels or latent pixels.
         num_layers: depth (blocks); for a UNet, layers per block.

@@ -1,0 +1,1 @@
+"""What is trained: configuration, presets, objectives, and the UNet."""
