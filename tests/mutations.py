@@ -612,7 +612,7 @@ FAULTS = {
         ("tests/promises/test_files.py::test_pickles_are_never_run",),
     ),
     "a checkpoint without its mark": Fault(
-        "train.checkpoint:list_checkpoints",
+        "train.loop.checkpoint:list_checkpoints",
         lambda original: lambda folder: sorted(folder.iterdir()),
         ("tests/train/test_sit_training.py::test_checkpoints_are_whole_or_absent",),
     ),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import cli
-from train.record import STARTS
+from train.loop.record import STARTS
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,7 +43,7 @@ def write_card(run: Path, pipeline: Path, pictures: int) -> None:
         UserError: if the run or the pipeline cannot be read.
     """
     from attngen.files import write_file
-    from train.checkpoint import write_json
+    from train.loop.checkpoint import write_json
 
     try:
         facts = {**training_facts(run), **pipeline_facts(pipeline)}

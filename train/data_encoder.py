@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from attngen.sit.latents import check_normalization, encode_moments
 from pipelines.cli.seeds import generator_for
-from train import checkpoint
 from train.broken import Broken, parse_max_broken
 from train.data import EmojiData, PictureData
 from train.emoji import NEVER_FLIPPED
 from train.latents import FORMAT, INDEX_NAME, METADATA_KEY, VERSION, Shard, pack_names, shard_name, view_names
+from train.loop import checkpoint
 from train.pictures import CROP
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import cli
 from pipelines.cli import UserError
-from train.record import command_of
+from train.loop.record import command_of
 
 if TYPE_CHECKING:
     from attngen.learned.methods import LearnedMethod
@@ -162,9 +162,9 @@ def distill(options: argparse.Namespace) -> int:
     import attngen
     from attngen.hosts.families import denoisers_of
     from attngen.learned.file import LearnedLayers
-    from train.checkpoint import list_checkpoints
     from train.distill_inputs import Drawing, open_inputs
     from train.distill_run import RUN_SUFFIX, Run
+    from train.loop.checkpoint import list_checkpoints
 
     if options.threads:
         torch.set_num_threads(options.threads)

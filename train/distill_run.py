@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from attngen.learned.modules import hidden_core
 from pipelines.cli.signals import StopOnSignal
-from train.checkpoint import (
+from train.distill_pair import PREDICTION, TINY, Pair, measure, table
+from train.loop.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_optimizer,
@@ -26,9 +27,8 @@ from train.checkpoint import (
     save_checkpoint,
     write_json,
 )
-from train.distill_pair import PREDICTION, TINY, Pair, measure, table
-from train.meter import append_line, trim_log
-from train.record import record_start, tell_changes
+from train.loop.meter import append_line, trim_log
+from train.loop.record import record_start, tell_changes
 
 if TYPE_CHECKING:
     from attngen.learned.file import LearnedLayers

@@ -113,7 +113,7 @@ def command(name: str, options: argparse.Namespace) -> list[str]:
 
 def _run(name: str, options: argparse.Namespace) -> None:
     """Train and measure a run, as far as that is not done."""
-    from train.checkpoint import write_json
+    from train.loop.checkpoint import write_json
 
     path = options.results / f"{name}.json"
     if path.is_file():
@@ -157,10 +157,10 @@ def measure(run: Path) -> dict[str, Any]:
     Raises:
         ValueError: if the run has no checkpoint or is not at its end.
     """
-    from train.build import build_model
-    from train.checkpoint import list_checkpoints, load_checkpoint
     from train.data import open_data
-    from train.evaluate import frechet_distances
+    from train.loop.build import build_model
+    from train.loop.checkpoint import list_checkpoints, load_checkpoint
+    from train.loop.distance import frechet_distances
     from train.plot import read_log
     from train.recipe.objectives import make_objective
 
@@ -269,8 +269,8 @@ class _Timed:
     def __init__(self, config: TrainingConfig, count: int | None) -> None:
         import torch
 
-        from train.build import build_model
         from train.data import open_data
+        from train.loop.build import build_model
         from train.recipe.objectives import make_objective
 
         data: Data = open_data(config.data, image_size=config.image_size, classes=config.classes)

@@ -89,7 +89,7 @@ def export(run: Path, step: int | None, weights: str, dtype: str, out: Path | No
         OSError: if it cannot be written.
     """
     from pipelines.engine.loading import quietly
-    from train.samples import write_pipeline
+    from train.loop.preview import write_pipeline
 
     if not run.is_dir():
         raise cli.UserError(f"there is no run {run}")
@@ -110,7 +110,7 @@ def _pipeline(run: Path, step: int | None, weights: str, dtype: str) -> tuple[in
     if kind != "std":
         checkpoint = checkpoint_of(run, step)
         return int(checkpoint.name.removeprefix("step-")), read_checkpoint(checkpoint, getattr(torch, dtype), kind)
-    from train.ema import reconstruct
+    from train.loop.averages import reconstruct
 
     try:
         step, tensors = reconstruct(run, float(width), step)

@@ -119,7 +119,7 @@ def _measure(options: argparse.Namespace) -> None:
         raise cli.UserError(str(error)) from error
     print(table(result))
     if options.json is not None:
-        from train.checkpoint import write_json
+        from train.loop.checkpoint import write_json
 
         path = json_path(options)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def rank(options: argparse.Namespace) -> list[str]:
     """Print a line a series; returns the names of those that do not rank."""
-    from train.checkpoint import write_json
+    from train.loop.checkpoint import write_json
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)

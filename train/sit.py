@@ -25,18 +25,18 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import cli
 from train.broken import parse_max_broken
+from train.loop.record import command_of
 from train.recipe.config import CHOICES, GROUPS, TrainingConfig, describe_fields
 from train.recipe.files import add_run_arguments, find_run, read_config
 from train.recipe.presets import PRESETS
-from train.record import command_of
 
 if TYPE_CHECKING:
     import torch
 
     from pipelines.cli.signals import StopOnSignal
     from train.data_base import Data
+    from train.loop.run import Run
     from train.recipe.objectives import Objective
-    from train.run import Run
 
 _FLOATS = ("mediator_starts", "ema_stds")
 EPILOG = "The grouped options override the preset, the file or the resumed run; defaults shown are those of emoji."
@@ -156,10 +156,10 @@ def train(options: argparse.Namespace, config: TrainingConfig) -> int:
     """Run the training; returns the exit status."""
     import torch
 
-    from train.checkpoint import list_checkpoints, step_of
     from train.data import open_data
+    from train.loop.checkpoint import list_checkpoints, step_of
+    from train.loop.start import start
     from train.recipe.objectives import make_objective
-    from train.start import start
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -243,7 +243,7 @@ def _loop(options: argparse.Namespace, run: Run, step: int, stop: StopOnSignal) 
 def _schedule(run: Run) -> Callable[[int], tuple[torch.Tensor, torch.Generator]]:
     """Step -> indices of its batch, and its generator."""
     from pipelines.cli.seeds import generator_for, sample_order
-    from train.build import class_weights
+    from train.loop.build import class_weights
 
     config, weights = run.config, class_weights(run.data, run.config.balance)
 
@@ -265,8 +265,8 @@ def _bar(run: Run, step: int) -> Any:
 
 def dry_run(config: TrainingConfig, data: Data, objective: Objective) -> int:
     """Print what would be trained and what it costs."""
-    from train.build import build_model, example_inputs
-    from train.meter import training_flops
+    from train.loop.build import build_model, example_inputs
+    from train.loop.meter import training_flops
 
     model = build_model(config, data, objective)
     flops = training_flops(model, example_inputs(data))

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import cli
+from train.loop.record import command_of
 from train.recipe.files import add_run_arguments, find_run, read_config
-from train.record import command_of
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Any]:
@@ -79,7 +79,7 @@ def train(options: argparse.Namespace, config: Any) -> int:
     import torch
 
     from pipelines.cli.signals import StopOnSignal
-    from train.checkpoint import list_checkpoints
+    from train.loop.checkpoint import list_checkpoints
     from train.vae_data import read_images
     from train.vae_run import start
 

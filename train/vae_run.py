@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipelines.cli.seeds import generator_for
-from train.checkpoint import (
+from train.loop.checkpoint import (
     checkpoint_tensors,
     list_checkpoints,
     load_checkpoint,
@@ -22,10 +22,10 @@ from train.checkpoint import (
     save_checkpoint,
     write_json,
 )
-from train.meter import append_line, trim_log
+from train.loop.meter import append_line, trim_log
+from train.loop.preview import write_pipeline
+from train.loop.record import record_start, tell_changes
 from train.recipe.files import changes
-from train.record import record_start, tell_changes
-from train.samples import write_pipeline
 from train.vae_config import VaeConfig
 from train.vae_data import Images, make_batch
 from train.vae_model import build_optimizers, build_vae, latent_loss, latent_statistics, reconstruction_loss

@@ -134,7 +134,7 @@ def _read_transformer(path: Path) -> Source:
 
 
 def _read_run(path: Path, weights: str) -> Source:
-    from train.checkpoint import list_checkpoints
+    from train.loop.checkpoint import list_checkpoints
 
     found = list_checkpoints(path / "checkpoints")
     if not found:
@@ -143,7 +143,7 @@ def _read_run(path: Path, weights: str) -> Source:
 
 
 def _read_training_checkpoint(path: Path, run: Path, weights: str) -> Source:
-    from train.checkpoint import load_checkpoint
+    from train.loop.checkpoint import load_checkpoint
 
     tensors, state = load_checkpoint(path)
     if weights not in tensors:

@@ -18,9 +18,9 @@ from attngen.sit.model import SiTTransformer2DModel
 from attngen.sit.pipeline import SiTPipeline
 from pipelines import class2image
 from pipelines.images import read_settings
+from train.loop.preview import export_pipeline, sample_grid
 from train.recipe.objectives import make_objective
 from train.recipe.presets import PRESETS
-from train.samples import export_pipeline, sample_grid
 
 NAMES = {0: "face", 1: "heart"}
 DATA = SimpleNamespace(channels=3, vae=None, id2label=NAMES)

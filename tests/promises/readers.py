@@ -23,7 +23,7 @@ from attngen.learned.file import LearnedLayers
 from attngen.sit.pipeline import SiTPipeline
 from attngen.sit.scheduler import InterpolantScheduler
 from tests.builders.hosts import fresh, normal, randomised
-from train.checkpoint import load_checkpoint, save_checkpoint
+from train.loop.checkpoint import load_checkpoint, save_checkpoint
 
 SIT = {
     "sample_size": 8,

@@ -21,8 +21,8 @@ from attngen import LearnedLayers, LearnedLinear, LearnedMediators
 from attngen.hosts.families import denoisers_of
 from tests.builders.hosts import TEXT, fresh, normal, randomised, snapshot
 from train import distill, distill_pair, distill_run
-from train.checkpoint import list_checkpoints, load_checkpoint
 from train.distill_inputs import Call, Drawing, NoisedData, OwnTrajectories, open_inputs
+from train.loop.checkpoint import list_checkpoints, load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning")

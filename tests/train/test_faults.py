@@ -17,12 +17,12 @@ from PIL import Image
 
 from pipelines.cli.signals import StopOnSignal
 from tests.train.test_sit_training import assert_same, run, weights
-from train.build import compile_model
-from train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, write_json
-from train.meter import append_line
+from train.loop.build import compile_model
+from train.loop.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, write_json
+from train.loop.meter import append_line
+from train.loop.run import MOST_SKIPPED, Run
+from train.loop.start import check_same_checkpoint, set_matmul_precision
 from train.recipe.presets import PRESETS
-from train.run import MOST_SKIPPED, Run
-from train.start import check_same_checkpoint, set_matmul_precision
 
 
 def log_of(out) -> list[dict]:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from attngen import SiTTransformer2DModel
 from tests.golden_cases import golden_cases, state
-from train.build import build_optimizers
+from train.loop.build import build_optimizers
 from train.recipe.objectives import make_objective
 from train.recipe.presets import PRESETS
 

@@ -17,7 +17,7 @@ from pipelines.cli import UserError
 from pipelines.engine import runs
 from pipelines.engine.loading import LoadOptions, load_pipeline
 from train import distill, export, fid, sample, sit, vae
-from train.checkpoint import list_checkpoints
+from train.loop.checkpoint import list_checkpoints
 from train.recipe.config import TrainingConfig
 from train.recipe.files import read_config
 from train.recipe.presets import PRESETS
@@ -307,8 +307,8 @@ def test_a_distillation_takes_a_run_and_resumes_by_its_name(tmp_path, capsys):
 def test_a_pipeline_of_latents_has_its_autoencoder_in_half_precision(tmp_path, monkeypatch):
     from diffusers import AutoencoderKL
 
+    from train.loop.preview import describe_pipeline, export_pipeline
     from train.recipe.objectives import make_objective
-    from train.samples import describe_pipeline, export_pipeline
 
     with torch.random.fork_rng():
         torch.manual_seed(0)

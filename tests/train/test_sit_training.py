@@ -20,15 +20,16 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from pipelines.cli.seeds import generator_for, sample_order
-from train import evaluate, sit
-from train.build import build_model
-from train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, write_json
+from train import sit
 from train.data import open_data
-from train.ema import PowerAverage, Profile, combination, gamma_of
+from train.loop import distance as evaluate
+from train.loop.averages import PowerAverage, Profile, combination, gamma_of
+from train.loop.build import build_model
+from train.loop.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, write_json
+from train.loop.run import Run, learning_rate_factor
 from train.recipe.config import TrainingConfig, describe_fields
 from train.recipe.objectives import make_objective
 from train.recipe.presets import PRESETS
-from train.run import Run, learning_rate_factor
 
 ROOT = Path(__file__).parents[2]
 
@@ -410,7 +411,7 @@ def test_a_run_starts_from_another(tmp_path, capsys):
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path, capsys, monkeypatch):
-    from train import run as module
+    from train.loop import run as module
 
     def append(path, record):
         if record["step"] > 2:
@@ -506,7 +507,8 @@ def test_averages_of_power_profiles(tmp_path):
 
 
 def test_a_run_keeps_averages_and_makes_others(tmp_path, capsys):
-    from train import ema, export
+    from train import export
+    from train.loop import averages as ema
 
     options = ("--steps", "8", "--save-every", "2", "--ema-stds", "0.05", "0.1")
     assert run(tmp_path / "whole", *options) == 0

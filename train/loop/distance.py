@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pipelines.cli.seeds import generator_for, sample_order
 from train.data_base import Data
+from train.loop.preview import calls_to_steps, pipeline_of
 from train.recipe.config import TrainingConfig
 from train.recipe.objectives import Objective
-from train.samples import calls_to_steps, pipeline_of
 
 if TYPE_CHECKING:
     from attngen.sit.model import SiTTransformer2DModel

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.meter import append_line
+from train.loop.meter import append_line
 
 STARTS = "starts.jsonl"
 

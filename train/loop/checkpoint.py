@@ -133,7 +133,7 @@ def checkpoint_tensors(
         model: the network, bare, compiled, or wrapped for several processes.
         optimizers: over its parameters.
         ema: diffusers' average.
-        averages: `train.ema.PowerAverage`s.
+        averages: `train.loop.averages.PowerAverage`s.
 
     Returns:
         File stem -> tensors by name, and the power-function averages by their width.

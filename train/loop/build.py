@@ -8,7 +8,7 @@ import torch
 
 from attngen.sit.model import SiTTransformer2DModel
 from train.data_base import Data
-from train.meter import Meter, matmul_flops, training_flops
+from train.loop.meter import Meter, matmul_flops, training_flops
 from train.recipe.config import TrainingConfig
 from train.recipe.objectives import Objective
 

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from train.build import build_model, build_optimizers, compile_model, make_meter
-from train.checkpoint import clean_name, load_checkpoint, load_optimizer, place_like, step_of, write_json
 from train.data_base import Data
-from train.ema import PowerAverage
-from train.evaluate import open_distance
-from train.meter import trim_log
+from train.loop.averages import PowerAverage
+from train.loop.build import build_model, build_optimizers, compile_model, make_meter
+from train.loop.checkpoint import clean_name, load_checkpoint, load_optimizer, place_like, step_of, write_json
+from train.loop.distance import open_distance
+from train.loop.meter import trim_log
+from train.loop.record import record_start, tell_changes
+from train.loop.run import Run
 from train.recipe.config import TrainingConfig
 from train.recipe.files import changes
 from train.recipe.objectives import Objective
-from train.record import record_start, tell_changes
-from train.run import Run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

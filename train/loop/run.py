@@ -17,7 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.cli.seeds import generator_for
-from train.checkpoint import (
+from train.data_base import Data
+from train.data_prefetch import Batch
+from train.loop.averages import PowerAverage, snapshot_path
+from train.loop.checkpoint import (
     checkpoint_tensors,
     clean_name,
     list_checkpoints,
@@ -26,19 +29,16 @@ from train.checkpoint import (
     write_json,
     write_tensors,
 )
-from train.data_base import Data
-from train.data_prefetch import Batch
-from train.ema import PowerAverage, snapshot_path
-from train.meter import Meter, append_line, bucket_sums, flat
+from train.loop.meter import Meter, append_line, bucket_sums, flat
+from train.loop.preview import describe_pipeline, export_pipeline, sample_grid
 from train.recipe.config import TrainingConfig
 from train.recipe.objectives import Objective
-from train.samples import describe_pipeline, export_pipeline, sample_grid
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from attngen.sit.model import SiTTransformer2DModel
-    from train.evaluate import InceptionDistance
+    from train.loop.distance import InceptionDistance
 
 
 MOST_SKIPPED = 30
@@ -319,7 +319,7 @@ class Run:
 
     def evaluate(self, step: int, stopped: Callable[[], bool]) -> None:
         """The Fréchet distance, for each number of mediators that is trained; given up, and said so, once `stopped`."""
-        from train.evaluate import Stopped, frechet_distances
+        from train.loop.distance import Stopped, frechet_distances
 
         model = self.averaged_model()
         if not self.accelerator.is_main_process:
