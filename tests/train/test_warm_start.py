@@ -18,7 +18,7 @@ from tests import oracles
 from tests.golden_cases import golden_cases, state
 from tests.sit.test_dit import diffusers_dit, from_diffusers, original_names
 from train.loop.checkpoint import save_checkpoint
-from train.warm_start import Source, format_changes, read_source, warm_start
+from train.warm.start import Source, format_changes, read_source, warm_start
 
 SMALL = {
     "sample_size": 16,

@@ -175,7 +175,7 @@ def tracker_names(names: Sequence[str] | None) -> list[Any]:
 
 
 def _warm_start(model: Any, config: TrainingConfig, data: Data, allow_pickle: bool, told: bool) -> None:
-    from train.warm_start import format_changes, warm_start
+    from train.warm.start import format_changes, warm_start
 
     try:
         changes = warm_start(

@@ -22,7 +22,7 @@ from attngen.checks import Grid
 from attngen.layers.mediator import MediatorMixer, _resize
 from attngen.sit.model import SiTTransformer2DModel
 from attngen.tokens import agent_grid
-from train.warm_source import Source, read_source
+from train.warm.source import Source, read_source
 
 Action = Literal["kept", "adapted", "resampled", "new", "dropped"]
 ACTIONS: tuple[Action, ...] = ("kept", "adapted", "resampled", "new", "dropped")

@@ -1,0 +1,1 @@
+"""Starting from the weights of another model."""
