@@ -175,7 +175,7 @@ class NoisedData(Inputs):
 
     Args:
         drawing: how the pipeline is called.
-        data: what `train.data.open_data` opened.
+        data: what `train.data.open.open_data` opened.
         labels: label in the data -> the model's class number, for a pipeline that takes labels.
 
     Raises:
@@ -277,15 +277,15 @@ def _noising(drawing: Drawing) -> Callable[[Tensor, Tensor, torch.Generator], tu
 
 
 def open_inputs(spec: str, drawing: Drawing, exactly: Callable[[], Any]) -> Inputs:
-    """The inputs that a text names: "self", or data as `train.data.open_data` takes them.
+    """The inputs that a text names: "self", or data as `train.data.open.open_data` takes them.
 
     Raises:
         ValueError: if the data cannot be used for the model.
     """
     if spec == "self":
         return OwnTrajectories(drawing, exactly)
-    from train.data import is_encoded, open_data
-    from train.latents import read_index
+    from train.data.latents import read_index
+    from train.data.open import is_encoded, open_data
 
     config: Any = drawing.model.config
     if is_encoded(spec):

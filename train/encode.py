@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from train.data import EmojiData, PictureData
+    from train.data.open import EmojiData, PictureData
 
 CHECKED = 16
 
@@ -74,10 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def encode(options: argparse.Namespace) -> int:
     """Make the shards of this process, and the index if all are there; returns the exit code."""
     from pipelines.engine.autoencoder import load_vae
-    from train.broken import parse_max_broken
-    from train.data import open_data
-    from train.data_encoder import DTYPES, Encoder, Settings
-    from train.latents import INDEX_NAME, read_index
+    from train.data.broken import parse_max_broken
+    from train.data.encoder import DTYPES, Encoder, Settings
+    from train.data.latents import INDEX_NAME, read_index
+    from train.data.open import open_data
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     data: Any = open_data(
@@ -136,7 +136,7 @@ def write_check(folder: Path, data: PictureData | EmojiData, vae_source: str, de
 
     from pipelines.engine.autoencoder import load_vae
     from pipelines.images import grid, save_png
-    from train.latents import LatentData, read_index, scale, unscale
+    from train.data.latents import LatentData, read_index, scale, unscale
 
     index = read_index(folder)
     latents = LatentData(folder, index["image_size"], flip=index["flip"] or index["variants"] > 1)

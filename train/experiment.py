@@ -26,7 +26,7 @@ from train.recipe.presets import PRESETS
 if TYPE_CHECKING:
     import torch
 
-    from train.data_base import Data
+    from train.data.base import Data
 
 PRESET = "emoji-experiment"
 ELASTIC = ("--attention", "mediator", "--num-mediators", "64", "--mediator-counts", "4", "16", "64")
@@ -157,7 +157,7 @@ def measure(run: Path) -> dict[str, Any]:
     Raises:
         ValueError: if the run has no checkpoint or is not at its end.
     """
-    from train.data import open_data
+    from train.data.open import open_data
     from train.loop.build import build_model
     from train.loop.checkpoint import list_checkpoints, load_checkpoint
     from train.loop.distance import frechet_distances
@@ -269,7 +269,7 @@ class _Timed:
     def __init__(self, config: TrainingConfig, count: int | None) -> None:
         import torch
 
-        from train.data import open_data
+        from train.data.open import open_data
         from train.loop.build import build_model
         from train.recipe.objectives import make_objective
 

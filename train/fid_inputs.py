@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from train.data_tar import find_shards
+from train.data.pictures import SUFFIXES, read_picture, to_rgb, upright
+from train.data.tar import find_shards
 from train.frechet import FORMAT, MIN_PICTURES
-from train.pictures import SUFFIXES, read_picture, to_rgb, upright
 
 EMOJI = "emoji"
 STATISTICS = {"mu": 1, "sigma": 2, "mu_s": 1, "sigma_s": 2}
@@ -128,7 +128,7 @@ def _whole_picture(content: bytes) -> np.ndarray:
     """A picture without any cropping, uint8 (3, H, W)."""
     from PIL import Image
 
-    from train.pictures import FORMATS
+    from train.data.pictures import FORMATS
 
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -161,7 +161,7 @@ class NpzSet(PictureSet):
     def _decoded(self) -> Iterator[tuple[np.ndarray, bytes]]:
         from PIL import Image
 
-        from train.pictures import center_crop
+        from train.data.pictures import center_crop
 
         count, *shape = self.shape
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import cli
-from train.broken import parse_max_broken
+from train.data.broken import parse_max_broken
 from train.loop.record import command_of
 from train.recipe.config import CHOICES, GROUPS, TrainingConfig, describe_fields
 from train.recipe.files import add_run_arguments, find_run, read_config
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipelines.cli.signals import StopOnSignal
-    from train.data_base import Data
+    from train.data.base import Data
     from train.loop.run import Run
     from train.recipe.objectives import Objective
 
@@ -156,7 +156,7 @@ def train(options: argparse.Namespace, config: TrainingConfig) -> int:
     """Run the training; returns the exit status."""
     import torch
 
-    from train.data import open_data
+    from train.data.open import open_data
     from train.loop.checkpoint import list_checkpoints, step_of
     from train.loop.start import start
     from train.recipe.objectives import make_objective
@@ -200,7 +200,7 @@ def loop(options: argparse.Namespace, run: Run, step: int) -> int:
 
 
 def _loop(options: argparse.Namespace, run: Run, step: int, stop: StopOnSignal) -> int:
-    from train.data_prefetch import Prefetcher
+    from train.data.prefetch import Prefetcher
 
     config, accelerator = run.config, run.accelerator
     part = slice(accelerator.process_index, None, accelerator.num_processes)

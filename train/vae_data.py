@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipelines.cli.seeds import generator_for, sample_order
-from train.data import is_emoji, open_data
+from train.data.open import is_emoji, open_data
 from train.emoji import DATA_FILE, SKIN_TONES, TEST_SHARE, cut_out, is_held_out, read_data_file, to_float
 
 

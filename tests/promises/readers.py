@@ -200,7 +200,7 @@ def _write_shard(path: Path) -> None:
 
 def _read_shard(path: Path) -> Any:
     """As training reads a data set: its index, and every picture."""
-    from train.data_tar import TarSource
+    from train.data.tar import TarSource
 
     return TarSource(str(path))
 

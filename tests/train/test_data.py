@@ -1,4 +1,4 @@
-"""train.data: every source of pictures, batches that depend on nothing read before, and what is said of bad data."""
+"""train.data.open: every source of pictures, batches that depend on nothing read before, and what is said of bad data."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import torch
 from PIL import Image
 
 from pipelines.cli.seeds import generator_for
-from train import data as data_module
-from train.broken import Broken, parse_max_broken
-from train.data import open_data
-from train.data_prefetch import Prefetcher
-from train.data_sources import fingerprint_of
-from train.data_tar import expand_braces
+from train.data.broken import Broken, parse_max_broken
+from train.data.open import open as data_module
+from train.data.open import open_data
+from train.data.pictures import MAX_PIXELS, center_crop, read_picture
+from train.data.prefetch import Prefetcher
+from train.data.sources import fingerprint_of
+from train.data.tar import expand_braces
 from train.emoji import EmojiDataset, augment
-from train.pictures import MAX_PIXELS, center_crop, read_picture
 
 ROOT = Path(__file__).parents[2]
 SIZE = 16
@@ -524,7 +524,7 @@ def test_splits_are_no_classes(tmp_path):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    from train import data_hub
+    from train.data.open import hub as data_hub
 
     monkeypatch.setattr(data_hub.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'attngen\[data\]'"):
@@ -617,7 +617,7 @@ def test_batches_are_ready_when_they_are_wanted(folder):
 
 def test_a_program_that_forgets_to_close_ends(folder):
     program = (
-        "import sys; from train.data import open_data; from train.data_prefetch import Prefetcher\n"
+        "import sys; from train.data.open import open_data; from train.data.prefetch import Prefetcher\n"
         "from pipelines.cli.seeds import generator_for; import torch\n"
         f"d = open_data(sys.argv[1], image_size={SIZE})\n"
         "p = Prefetcher(d, lambda s: (torch.tensor([0, 1]), generator_for(s)), 2, 2); print(next(p).step)"

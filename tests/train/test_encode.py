@@ -1,4 +1,4 @@
-"""train.encode and train.latents: the same files after any interruption, lazy reading, the autoencoder's values."""
+"""train.encode and train.data.latents: the same files after any interruption, lazy reading, the autoencoder's values."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from pipelines.cli.seeds import generator_for
 from pipelines.engine.autoencoder import load_vae, weights_hash
 from tests.train.test_data import assert_batches_are_stateless, class_folders
-from train import encode, latents
-from train.data import open_data
-from train.data_prefetch import Prefetcher
-from train.latents import INDEX_NAME, LatentData, scale, unscale
+from train import encode
+from train.data.latents import INDEX_NAME, LatentData, scale, unscale
+from train.data.open import latents, open_data
+from train.data.prefetch import Prefetcher
 
 ROOT = Path(__file__).parents[2]
 SIZE = 16
@@ -182,9 +182,9 @@ def test_a_large_shard_is_not_loaded(tmp_path, encoded):
     index["shards"] = [{"file": "latents-00000-of-00001.safetensors", "count": count}]
     (folder / INDEX_NAME).write_text(json.dumps(index))
     program = (
-        "import sys, torch; from pathlib import Path; from train.data import open_data\n"
+        "import sys, torch; from pathlib import Path; from train.data.open import open_data\n"
         "from pipelines.cli.seeds import generator_for; torch.zeros(8, 64, 8, 8)\n"
-        "import train.latents\n"
+        "import train.data.latents\n"
         "def used():\n"
         "    return int([x for x in open('/proc/self/status') if x.startswith('VmRSS')][0].split()[1]) // 1024\n"
         "before = used(); d = open_data(sys.argv[1], image_size=16)\n"

@@ -13,7 +13,7 @@ from PIL import Image
 from tests.train.test_fid import inception_file, small_groups  # noqa: F401
 from tests.train.test_sit_training import run
 from train import fid, fid_metrics, frechet
-from train.data import open_data
+from train.data.open import open_data
 from train.loop import distance as evaluate
 from train.recipe.config import TrainingConfig
 

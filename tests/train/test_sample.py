@@ -282,7 +282,7 @@ def test_the_npz_is_as_adm_s(whole):
 
 
 def test_shards_hold_pictures_and_labels_and_are_training_data(model, whole, tmp_path):
-    from train.data_tar import TarSource
+    from train.data.tar import TarSource
 
     draw(model, tmp_path / "set", "--num", 40, "--format", "tar")
     shard = tmp_path / "set" / "shards" / "00000.tar"

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from pipelines.cli.seeds import generator_for, sample_order
 from train import sit
-from train.data import open_data
+from train.data.open import open_data
 from train.loop import distance as evaluate
 from train.loop.averages import PowerAverage, Profile, combination, gamma_of
 from train.loop.build import build_model

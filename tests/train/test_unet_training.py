@@ -11,7 +11,7 @@ import torch
 import attngen
 from tests.train.test_sit_training import assert_same, weights
 from train import export, sit
-from train.data import open_data
+from train.data.open import open_data
 from train.recipe.config import TrainingConfig
 from train.recipe.presets import PRESETS
 from train.recipe.unet import build_unet

@@ -18,9 +18,9 @@ from attngen.sit.latents import check_normalization, denormalize_latents, encode
 from pipelines.engine.autoencoder import load_vae
 from pipelines.engine.previews import colours_of
 from train import build_emoji, encode, vae
-from train.data import open_data
+from train.data.latents import LatentData, scale, unscale
+from train.data.open import open_data
 from train.emoji import DATA_FILE, SKIN_TONES, is_held_out, read_data_file
-from train.latents import LatentData, scale, unscale
 from train.vae_config import VaeConfig
 from train.vae_data import make_batch, read_images
 from train.vae_model import KernelMuon, build_vae, latent_statistics, reconstruction_loss

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attngen.sit.model import SiTTransformer2DModel
-from train.data_base import Data
+from train.data.base import Data
 from train.loop.meter import Meter, matmul_flops, training_flops
 from train.recipe.config import TrainingConfig
 from train.recipe.objectives import Objective

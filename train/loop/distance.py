@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipelines.cli.seeds import generator_for, sample_order
-from train.data_base import Data
+from train.data.base import Data
 from train.loop.preview import calls_to_steps, pipeline_of
 from train.recipe.config import TrainingConfig
 from train.recipe.objectives import Objective

@@ -16,7 +16,7 @@ from torch import Tensor
 from attngen.sit.pipeline import SiTPipeline
 from pipelines.cli.seeds import generator_for
 from pipelines.images import grid, save_png
-from train.data_base import Data
+from train.data.base import Data
 from train.recipe.config import TrainingConfig
 from train.recipe.objectives import Objective
 from train.recipe.unet import ClassUNet

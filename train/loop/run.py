@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.cli.seeds import generator_for
-from train.data_base import Data
-from train.data_prefetch import Batch
+from train.data.base import Data
+from train.data.prefetch import Batch
 from train.loop.averages import PowerAverage, snapshot_path
 from train.loop.checkpoint import (
     checkpoint_tensors,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from train.data_base import Data
+from train.data.base import Data
 from train.loop.averages import PowerAverage
 from train.loop.build import build_model, build_optimizers, compile_model, make_meter
 from train.loop.checkpoint import clean_name, load_checkpoint, load_optimizer, place_like, step_of, write_json

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from train.broken import MAX_BROKEN, check_max_broken
+from train.data.broken import MAX_BROKEN, check_max_broken
 
 if TYPE_CHECKING:
     from attngen.methods.linear import FeatureMapName

@@ -13,7 +13,7 @@ from attngen.sit.unet_pipeline import UNetClassPipeline, class_condition
 from train.recipe.config import NORM_GROUPS, TrainingConfig
 
 if TYPE_CHECKING:
-    from train.data_base import Data
+    from train.data.base import Data
 
 # The UNet's clock: 0 is data, this is noise, as in diffusers' flow-matching schedulers.
 NOISE = 1000

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from train.pictures import SUFFIXES
+from train.data.pictures import SUFFIXES
 
 # Names that are parts of a data set, not classes of one.
 SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))

@@ -61,6 +61,6 @@ class Broken:
         warnings.warn(f"{name} cannot be read and is left out: {reason}", stacklevel=2)
 
     def __str__(self) -> str:
-        from train.data_sources import shown  # which imports torch
+        from train.data.sources import shown  # which imports torch
 
         return shown([f"{name} ({reason})" for name, reason in list(self.reasons.items())])

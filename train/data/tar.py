@@ -21,8 +21,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from train.data_sources import MAX_FILE_BYTES, Source, fingerprint_of
-from train.pictures import SUFFIXES
+from train.data.pictures import SUFFIXES
+from train.data.sources import MAX_FILE_BYTES, Source, fingerprint_of
 
 CLASSES_FILE = "classes.txt"
 MAX_LABEL_BYTES = 2**20

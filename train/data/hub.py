@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.data_sources import Source, fingerprint_of
+from train.data.sources import Source, fingerprint_of
 
 
 class HubSource(Source):

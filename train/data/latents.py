@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from attngen.sit.latents import denormalize_latents, normalize_latents
-from train.data_base import EVERYTHING, Data, choose_classes
+from train.data.base import EVERYTHING, Data, choose_classes
 
 INDEX_NAME = "index.json"
 SHARD_PATTERN = "latents-*-of-*.safetensors"

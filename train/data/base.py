@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.data_sources import shown
+from train.data.sources import shown
 
 EVERYTHING = slice(None)
 

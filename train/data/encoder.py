@@ -1,4 +1,4 @@
-"""Makes the shards of latents for `python -m train.encode`; :mod:`train.latents` reads them."""
+"""Makes the shards of latents for `python -m train.encode`; :mod:`train.data.latents` reads them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from attngen.sit.latents import check_normalization, encode_moments
 from pipelines.cli.seeds import generator_for
-from train.broken import Broken, parse_max_broken
-from train.data import EmojiData, PictureData
+from train.data.broken import Broken, parse_max_broken
+from train.data.latents import FORMAT, INDEX_NAME, METADATA_KEY, VERSION, Shard, pack_names, shard_name, view_names
+from train.data.open import EmojiData, PictureData
+from train.data.pictures import CROP
 from train.emoji import NEVER_FLIPPED
-from train.latents import FORMAT, INDEX_NAME, METADATA_KEY, VERSION, Shard, pack_names, shard_name, view_names
 from train.loop import checkpoint
-from train.pictures import CROP
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

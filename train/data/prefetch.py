@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from train.data_base import EVERYTHING, Data, SampleError
-from train.data_sources import shown
+from train.data.base import EVERYTHING, Data, SampleError
+from train.data.sources import shown
 
 Schedule = Callable[[int], tuple[Tensor, torch.Generator]]
 _POLL_SECONDS = 0.1

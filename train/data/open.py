@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.broken import MAX_BROKEN, Broken, check_max_broken
-from train.data_base import EVERYTHING, Data, SampleError, choose_classes
-from train.data_sources import FolderSource, Source, fingerprint_of
-from train.latents import INDEX_NAME, SHARD_PATTERN, LatentData
-from train.pictures import read_picture
+from train.data.base import EVERYTHING, Data, SampleError, choose_classes
+from train.data.broken import MAX_BROKEN, Broken, check_max_broken
+from train.data.latents import INDEX_NAME, SHARD_PATTERN, LatentData
+from train.data.pictures import read_picture
+from train.data.sources import FolderSource, Source, fingerprint_of
 
 
 def open_data(
@@ -79,12 +79,12 @@ def open_source(spec: str) -> Source:
     """
     path = Path(spec)
     if spec.startswith("hf:"):
-        from train.data_hub import HubSource
+        from train.data.hub import HubSource
 
         return HubSource(spec[3:])
     looks_like_shards = spec.endswith((".tar", ".tar.gz", ".tgz")) or bool(set(spec) & set("*?[{"))
     if any(path.glob("*.tar")) if path.is_dir() else looks_like_shards:
-        from train.data_tar import TarSource
+        from train.data.tar import TarSource
 
         return TarSource(spec)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():

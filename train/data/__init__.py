@@ -1,0 +1,1 @@
+"""Data to train on: images in folders, of the hub, in tar shards, or their latents."""
