@@ -111,7 +111,7 @@ def copying_facts(pipeline: Path, run: Path, pictures: int) -> dict[str, Any]:
     import torch
 
     from attngen import SiTPipeline, UNetClassPipeline
-    from train.emoji import EmojiDataset, to_float
+    from train.emoji.dataset import EmojiDataset, to_float
 
     config = json.loads((run / "config.json").read_text())
     is_unet = config.get("architecture") == "unet"
@@ -142,7 +142,7 @@ def copying_facts(pipeline: Path, run: Path, pictures: int) -> dict[str, Any]:
 def _nearest(images: Any, labels: Any, train: Any) -> Any:
     import torch
 
-    from train.emoji import to_float
+    from train.emoji.dataset import to_float
 
     known = to_float(train.pixel_values).flatten(1)
     distances = []

@@ -226,7 +226,7 @@ def _draws(config: TrainingConfig, objective: Any, split: str) -> Iterator[tuple
     import torch
 
     from pipelines.cli.seeds import generator_for
-    from train.emoji import EmojiDataset, to_float
+    from train.emoji.dataset import EmojiDataset, to_float
 
     emoji = EmojiDataset(split, image_size=config.image_size, classes=config.classes or None)
     for draw in range(LOSS_DRAWS if split == "test" else 1):

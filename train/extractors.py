@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.features import load_extractor
+from train.emoji.features import load_extractor
 from train.fid_extractors import EmojiExtractor, Extractor, InceptionExtractor
 from train.hub_extractors import CLIP, DINOV2, ClipExtractor, DinoExtractor
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.features import MAX_SIZE, MIN_SIZE, FeatureExtractor, default_extractor
+from train.emoji.features import MAX_SIZE, MIN_SIZE, FeatureExtractor, default_extractor
 
 INCEPTION = "inception-v3-compat"
 # Pictures in one call.

@@ -188,7 +188,7 @@ class EmojiSet(PictureSet):
     """The emoji that come with the code, each once and without augmentation."""
 
     def __init__(self, split: str, side: int, classes: Sequence[str] | None) -> None:
-        from train.emoji import EmojiDataset
+        from train.emoji.dataset import EmojiDataset
 
         super().__init__(f"{EMOJI}:{split}")
         self._pictures = EmojiDataset(split, side, classes).pixel_values.numpy()

@@ -1,4 +1,4 @@
-"""FD-emoji: Fréchet and kernel distances between sets of emoji, in the features of :mod:`train.features`.
+"""FD-emoji: Fréchet and kernel distances between sets of emoji, in the features of :mod:`train.emoji.features`.
 
 The Fréchet distance of two Gaussians (Dowson and Landau, 1982, doi 10.1016/0047-259X(82)90077-X) between features of
 pictures is the idea of FID (Heusel et al., arXiv 1706.08500); the kernel distance is that of KID (Binkowski et al.,
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from attngen.files import write_file
 from pipelines.cli.seeds import generator_for
-from train.emoji import EmojiDataset, check_classes
-from train.features import FeatureExtractor, default_extractor, features_of
+from train.emoji.dataset import EmojiDataset, check_classes
+from train.emoji.features import FeatureExtractor, default_extractor, features_of
 
 METRIC = "FD-emoji"
 FORMAT = "attngen-statistics-1"

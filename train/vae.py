@@ -1,6 +1,6 @@
 """Train a small autoencoder for images, whose latents a SiT can be trained on.
 
-    python -m train.build_emoji --size 128 --no-skin-tones --out runs/emoji-128.zip
+    python -m train.emoji.build --size 128 --no-skin-tones --out runs/emoji-128.zip
     python -m train.vae --data runs/emoji-128.zip --out runs/vae --minutes 25
     python -m train.vae --resume runs/vae
     python -m train.encode --data runs/emoji-128.zip --vae runs/vae/vae --image-size 128 --variants 8 --out runs/latents

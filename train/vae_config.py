@@ -16,7 +16,7 @@ class VaeConfig:
     """Everything that decides a training run of an autoencoder. Saved beside it as JSON.
 
     Attributes:
-        data: emoji file made by `train.build_emoji`, or images, as for `train.sit`.
+        data: emoji file made by `train.emoji.build`, or images, as for `train.sit`.
         image_size: side of the images, in pixels.
         latent_channels: channels of the latents, whose side is an eighth of the image's.
         channels: of the network at 1/2, 1/4 and 1/8 of the image's side.

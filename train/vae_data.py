@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipelines.cli.seeds import generator_for, sample_order
 from train.data.open import is_emoji, open_data
-from train.emoji import DATA_FILE, SKIN_TONES, TEST_SHARE, cut_out, is_held_out, read_data_file, to_float
+from train.emoji.dataset import DATA_FILE, SKIN_TONES, TEST_SHARE, cut_out, is_held_out, read_data_file, to_float
 
 
 class Images(NamedTuple):
@@ -37,7 +37,7 @@ def read_images(spec: str, image_size: int) -> Images:
     emoji outside every class are taken in. Of other images a tenth is held out, by a hash of the pixels.
 
     Args:
-        spec: "emoji", a file made by `train.build_emoji` (`….zip`), or images, as for `train.sit`.
+        spec: "emoji", a file made by `train.emoji.build` (`….zip`), or images, as for `train.sit`.
         image_size: side of the images, in pixels.
 
     Raises:
@@ -57,7 +57,7 @@ def _emoji(spec: str, image_size: int) -> tuple[Tensor, list[str], Tensor]:
     if image_size > index["size"]:
         raise ValueError(
             f"image_size is {image_size}, and {path} holds {index['size']} pixels; "
-            f"python -m train.build_emoji --size {image_size} --no-skin-tones --out FILE.zip draws larger ones"
+            f"python -m train.emoji.build --size {image_size} --no-skin-tones --out FILE.zip draws larger ones"
         )
     chosen = [(i, e) for i, e in enumerate(index["emoji"]) if SKIN_TONES.isdisjoint(e["codepoints"])]
     images = cut_out(atlas, index, [position for position, _ in chosen], image_size)

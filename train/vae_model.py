@@ -121,7 +121,7 @@ def latent_statistics(vae: Any, images: Tensor, batch_size: int = 32) -> tuple[l
     Returns:
         `latents_mean` and `latents_std`, as diffusers' autoencoders have them in their configuration.
     """
-    from train.emoji import to_float
+    from train.emoji.dataset import to_float
 
     total = square = torch.zeros((), dtype=torch.float64)
     count = 0

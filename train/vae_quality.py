@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.emoji import to_float
+from train.emoji.dataset import to_float
 
 SHOWN = 32
 """Images of a sheet, in rows of 8, each above its reconstruction."""

@@ -153,7 +153,7 @@ def _read_official(path: Path) -> Any:
 
 def _write_emoji(path: Path) -> None:
     """A data file of four pictures."""
-    from train import emoji
+    from train.emoji.dataset import dataset as emoji
 
     entry = {"name": "a face", "group": "g", "subgroup": "s", "codepoints": [1], "base": [1]}
     index = {"format": emoji.FORMAT, "version": emoji.VERSION, "size": 8, "columns": 2, "emoji": [entry] * 4}
@@ -165,13 +165,13 @@ def _write_emoji(path: Path) -> None:
 
 
 def _read_emoji(path: Path) -> Any:
-    from train.emoji import read_data_file
+    from train.emoji.dataset import read_data_file
 
     return read_data_file(path)
 
 
 def _write_statistics(path: Path) -> None:
-    from train.features import default_extractor
+    from train.emoji.features import default_extractor
     from train.frechet import Statistics, save_statistics
 
     extractor = default_extractor()

@@ -24,7 +24,7 @@ from train.data.pictures import MAX_PIXELS, center_crop, read_picture
 from train.data.prefetch import Prefetcher
 from train.data.sources import fingerprint_of
 from train.data.tar import expand_braces
-from train.emoji import EmojiDataset, augment
+from train.emoji.dataset import EmojiDataset, augment
 
 ROOT = Path(__file__).parents[2]
 SIZE = 16

@@ -17,7 +17,8 @@ import pytest
 import torch
 from PIL import Image, features
 
-from train import build_emoji, emoji
+from train.emoji.dataset import build as build_emoji
+from train.emoji.dataset import dataset as emoji
 
 HAS_SOURCES = all(Path(p).is_file() for p in (build_emoji.DEFAULT_FONT, build_emoji.DEFAULT_EMOJI_TEST))
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipelines.cli.seeds import generator_for, sample_order
-from train import feature_training, features, train_features
-from train.emoji import CLASSES, DATA_FILE, EmojiDataset
-from train.features import FeatureExtractor, load_extractor, prepare
+from train.emoji.dataset import CLASSES, DATA_FILE, EmojiDataset, features, train_features
+from train.emoji.dataset import training as feature_training
+from train.emoji.features import FeatureExtractor, load_extractor, prepare
 
 
 @pytest.fixture(scope="module")

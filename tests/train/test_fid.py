@@ -20,8 +20,8 @@ from torch.utils.data import Dataset
 torch_fidelity = pytest.importorskip("torch_fidelity")
 
 from train import extractors, fid, fid_extractors, fid_inputs, fid_measure, fid_metrics  # noqa: E402
-from train.emoji import EmojiDataset  # noqa: E402
-from train.features import default_extractor, register_with_torch_fidelity  # noqa: E402
+from train.emoji.dataset import EmojiDataset  # noqa: E402
+from train.emoji.features import default_extractor, register_with_torch_fidelity  # noqa: E402
 from train.fid_extractors import EmojiExtractor, Extractor, InceptionExtractor  # noqa: E402
 from train.frechet import Statistics, save_statistics, statistics_of  # noqa: E402
 

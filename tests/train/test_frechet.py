@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from train import frechet, rank_extractor
-from train.emoji import EmojiDataset
-from train.features import FeatureExtractor, default_extractor, register_with_torch_fidelity
+from train import frechet
+from train.emoji.dataset import EmojiDataset
+from train.emoji.dataset import rank as rank_extractor
+from train.emoji.features import FeatureExtractor, default_extractor, register_with_torch_fidelity
 from train.frechet import (
     RunningStatistics,
     Statistics,

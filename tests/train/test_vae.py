@@ -17,10 +17,11 @@ from attngen import InterpolantScheduler, SiTPipeline, SiTTransformer2DModel
 from attngen.sit.latents import check_normalization, denormalize_latents, encode_moments, normalize_latents
 from pipelines.engine.autoencoder import load_vae
 from pipelines.engine.previews import colours_of
-from train import build_emoji, encode, vae
+from train import encode, vae
 from train.data.latents import LatentData, scale, unscale
 from train.data.open import open_data
-from train.emoji import DATA_FILE, SKIN_TONES, is_held_out, read_data_file
+from train.emoji.dataset import DATA_FILE, SKIN_TONES, is_held_out, read_data_file
+from train.emoji.dataset import build as build_emoji
 from train.vae_config import VaeConfig
 from train.vae_data import make_batch, read_images
 from train.vae_model import KernelMuon, build_vae, latent_statistics, reconstruction_loss

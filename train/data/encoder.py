@@ -25,7 +25,7 @@ from train.data.broken import Broken, parse_max_broken
 from train.data.latents import FORMAT, INDEX_NAME, METADATA_KEY, VERSION, Shard, pack_names, shard_name, view_names
 from train.data.open import EmojiData, PictureData
 from train.data.pictures import CROP
-from train.emoji import NEVER_FLIPPED
+from train.emoji.dataset import NEVER_FLIPPED
 from train.loop import checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -35,7 +35,7 @@ def open_data(
     """Open training data.
 
     Args:
-        spec: "emoji", or a file made by `train.build_emoji` ("….zip"); a folder of class folders;
+        spec: "emoji", or a file made by `train.emoji.build` ("….zip"); a folder of class folders;
             "hf:NAME_OR_FOLDER[:SPLIT]"; tar shards as a folder, glob or brace pattern; or a folder written by
             `python -m train.encode`.
         image_size: side of the pictures, in pixels; for latents that of the pictures they were made from.
@@ -191,7 +191,7 @@ class EmojiData(Data):
         classes: names of the classes to use, or () for all.
         augment: strength of shift, scale and rotation.
         flip: mirror every second picture, drawn at random.
-        path: file made by `train.build_emoji`, or None for that of the repository.
+        path: file made by `train.emoji.build`, or None for that of the repository.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class EmojiData(Data):
         flip: bool = True,
         path: str | Path | None = None,
     ) -> None:
-        from train.emoji import EmojiDataset
+        from train.emoji.dataset import EmojiDataset
 
         self.emoji = EmojiDataset("train", image_size=image_size, classes=classes or None, path=path)
         self.sample_size, self.augment, self.flip = image_size, augment, flip
@@ -224,7 +224,7 @@ class EmojiData(Data):
         part: slice = EVERYTHING,
         pool: Executor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        from train.emoji import random_affine, to_float
+        from train.emoji.dataset import random_affine, to_float
 
         draws = torch.rand(len(indices), 5, generator=generator)[part]
         if not self.flip:
@@ -233,6 +233,6 @@ class EmojiData(Data):
         images, labels = to_float(self.emoji.pixel_values[chosen]), self.labels[chosen]
         matrices = random_affine(draws, labels, self.emoji.classes, self.augment)
         grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
-        # As in train.emoji.augment, which draws for what it moves; here a process moves its part of the draws.
+        # As in train.emoji.dataset.augment, which draws for what it moves; here a process moves its part of the draws.
         moved = F.grid_sample(images - 1.0, grid, mode="bicubic", padding_mode="zeros", align_corners=False) + 1.0
         return moved.clamp(-1.0, 1.0), labels

@@ -15,8 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipelines.cli.seeds import generator_for, sample_order
-from train.emoji import CLASSES, DATA_FILE, EmojiDataset, augment
-from train.features import INPUT_SIZE, LAYERS, NAME, NUM_FEATURES, FeatureExtractor, card_path, load_extractor, prepare
+from train.emoji.dataset import CLASSES, DATA_FILE, EmojiDataset, augment
+from train.emoji.features import (
+    INPUT_SIZE,
+    LAYERS,
+    NAME,
+    NUM_FEATURES,
+    FeatureExtractor,
+    card_path,
+    load_extractor,
+    prepare,
+)
 from train.loop.checkpoint import write_json, write_tensors
 
 LEARNING_RATE = 4e-3

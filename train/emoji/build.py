@@ -1,7 +1,7 @@
-"""Draw every emoji of a font into one file, ``train/data/emoji.zip``, which :mod:`train.emoji` reads.
+"""Draw every emoji of a font into one file, ``train/data/emoji.zip``, which :mod:`train.emoji.dataset` reads.
 
 The names, groups and code points come from Unicode's ``emoji-test.txt``, the pictures from Noto Color Emoji.
-The same font and list give the same bytes. Run it as ``python -m train.build_emoji``.
+The same font and list give the same bytes. Run it as ``python -m train.emoji.build``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipelines import cli
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 DEFAULT_EMOJI_TEST = "/usr/share/unicode/emoji/emoji-test.txt"
 
@@ -292,7 +292,7 @@ def picture_size(text: str) -> int:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = cli.Parser("train.build_emoji", "Draw the emoji data set.")
+    parser = cli.Parser("train.emoji.build", "Draw the emoji data set.")
     parser.add_argument("--font", default=DEFAULT_FONT, help="colour emoji font (default: %(default)s)")
     parser.add_argument("--emoji-test", default=DEFAULT_EMOJI_TEST, help="Unicode's list (default: %(default)s)")
     parser.add_argument("--out", default=ROOT / "train" / "data" / "emoji.zip", type=Path, help="zip file to write")

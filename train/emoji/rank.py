@@ -1,4 +1,4 @@
-"""Does FD-emoji rank? Damage and lack of training against the distance: python -m train.rank_extractor
+"""Does FD-emoji rank? Damage and lack of training against the distance: python -m train.emoji.rank
 
 Every kind of damage is done to the emoji themselves, at rising strength; the distance to the whole emoji must rise with
 it. With --run, distances that a training run has logged (`--fd-every`) must fall with its steps.
@@ -19,13 +19,13 @@ from pipelines import cli
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from train.emoji import EmojiDataset
+    from train.emoji.dataset import EmojiDataset
 
-PROGRAM = "train.rank_extractor"
+PROGRAM = "train.emoji.rank"
 EXAMPLES = """
 examples:
-  python -m train.rank_extractor
-  python -m train.rank_extractor --run runs/emoji --json rank.json
+  python -m train.emoji.rank
+  python -m train.emoji.rank --run runs/emoji --json rank.json
 """
 STRENGTHS = {
     "noise": (8, 16, 32, 64),
@@ -58,7 +58,7 @@ def blurred(data: EmojiDataset, strength: float) -> Tensor:
 
 def of_wrong_classes(data: EmojiDataset, strength: float) -> Tensor:
     """A share of the pictures is of classes that the reference has not, as if a model drew what nobody asked for."""
-    from train.emoji import CLASSES, EmojiDataset
+    from train.emoji.dataset import CLASSES, EmojiDataset
 
     others = [name for name in CLASSES if name not in data.classes]
     strangers = EmojiDataset(data.split, data.image_size, others).pixel_values
@@ -99,7 +99,7 @@ def rank_damage(image_size: int = 32, classes: Sequence[str] = REFERENCE_CLASSES
         image_size: side of the pictures.
         classes: of the reference.
     """
-    from train.emoji import EmojiDataset
+    from train.emoji.dataset import EmojiDataset
     from train.frechet import frechet_distance, reference_statistics, statistics_of
 
     data, reference = EmojiDataset("train", image_size, classes), reference_statistics(image_size, classes)

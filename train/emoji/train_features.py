@@ -1,4 +1,4 @@
-"""Train the feature extractor of FD-emoji on the emoji set: python -m train.train_features
+"""Train the feature extractor of FD-emoji on the emoji set: python -m train.emoji.train_features
 
 Writes the weights in half precision and, beside them, a card with accuracy, sizes, versions and the hash. The same
 seed gives the same weights on the same machine; about two minutes on one core.
@@ -13,15 +13,15 @@ from pathlib import Path
 
 from pipelines import cli
 
-# As train.features has it, which takes seconds to import.
-WEIGHTS_FILE = Path(__file__).parent / "data" / "features.safetensors"
+# As train.emoji.features has it, which takes seconds to import.
+WEIGHTS_FILE = Path(__file__).parents[1] / "data" / "features.safetensors"
 STEPS = 1300
 BATCH_SIZE = 64
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of the command line."""
-    parser = cli.Parser("train.train_features", __doc__)
+    parser = cli.Parser("train.emoji.train_features", __doc__)
     add = parser.add_argument
     add(
         "--out",
@@ -48,14 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
     import torch
 
-    from train.feature_training import make_extractor
+    from train.emoji.training import make_extractor
 
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
         card = make_extractor(options)
     except (ValueError, OSError) as error:
-        print(f"train.train_features: {error}", file=sys.stderr)
+        print(f"train.emoji.train_features: {error}", file=sys.stderr)
         return 2
     finally:
         torch.set_num_threads(threads)

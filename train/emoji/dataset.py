@@ -1,6 +1,6 @@
 """The emoji data set: small pictures with plain class names, read from ``train/data/emoji.zip``.
 
-The file holds every emoji of Noto Color Emoji on white; :mod:`train.build_emoji` makes it. Nothing in it is executed.
+The file holds every emoji of Noto Color Emoji on white; :mod:`train.emoji.build` makes it. Nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from train.build_emoji import FORMAT, SKIN_TONES, VERSION
+from train.emoji.build import FORMAT, SKIN_TONES, VERSION
 
-DATA_FILE = Path(__file__).parent / "data" / "emoji.zip"
+DATA_FILE = Path(__file__).parents[1] / "data" / "emoji.zip"
 SPLITS = ("train", "test", "all")
 
 # Class name -> subgroups of emoji-test.txt. The order gives the label when no classes are chosen.

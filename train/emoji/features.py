@@ -1,6 +1,6 @@
 """Features of small pictures for FD-emoji: a small network trained on the emoji set, loaded from `train/data`.
 
-`python -m train.train_features` makes the weights. The network is no Inception network: distances between its features
+`python -m train.emoji.train_features` makes the weights. The network is no Inception network: distances between its features
 compare models of emoji with each other, and with nothing in a paper.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 NAME = "emoji-cnn-v1"
-WEIGHTS_FILE = Path(__file__).parent / "data" / "features.safetensors"
+WEIGHTS_FILE = Path(__file__).parents[1] / "data" / "features.safetensors"
 INPUT_SIZE = 32
 MIN_SIZE, MAX_SIZE = 16, 128
 # Channels in, channels out, stride of each 3x3 convolution.
@@ -31,7 +31,7 @@ NUM_FEATURES = LAYERS[-1][1]
 CHUNK = 64
 # Half precision of a sampler may put a white pixel this far above 1; anything more is a picture of another range.
 TOLERANCE = 0.01
-REMAKE = "make weights and card with python -m train.train_features"
+REMAKE = "make weights and card with python -m train.emoji.train_features"
 
 
 class FeatureExtractor(nn.Module):
