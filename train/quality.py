@@ -167,7 +167,7 @@ def sample_arguments(options: argparse.Namespace) -> list[str]:
 def load_sampler(options: argparse.Namespace) -> Any:
     """The model as `train.sample` draws with it, its attention unchanged."""
     from train.sample import parse_arguments as parse_sampling
-    from train.sample_model import Sampler
+    from train.sampling.model import Sampler
 
     parsed = parse_sampling([*sample_arguments(options), "--out", str(options.out)])
     sampler = Sampler(parsed, cli.prepare_device(argparse.Namespace(device=options.device, threads=1)))

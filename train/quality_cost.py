@@ -97,7 +97,7 @@ def draw(sampler: Any, row: Row, options: argparse.Namespace) -> None:
     """Draw one picture; the result is discarded."""
     import torch
 
-    from train.sample_model import make_mediators
+    from train.sampling.model import make_mediators
 
     subject = {"class_labels": [0]} if sampler.draws_classes else {"prompt": "a photo"}
     arguments = dict(sampler.arguments)

@@ -22,9 +22,9 @@ from pipelines.cli.signals import StopOnSignal
 from pipelines.methods.options import method_help
 
 if TYPE_CHECKING:
-    from train.sample_files import SampleFolder
-    from train.sample_model import Sampler
-    from train.sample_subjects import Subject
+    from train.sampling.files import SampleFolder
+    from train.sampling.model import Sampler
+    from train.sampling.subjects import Subject
 
 PROGRAM = "train.sample"
 EXAMPLES = """
@@ -144,8 +144,8 @@ def sample(options: argparse.Namespace, stopped: StopOnSignal | None = None) -> 
         UserError: for options that cannot be, or a folder with other pictures.
         FloatingPointError: if a picture is not finite; those before it are kept.
     """
-    from train.sample_files import SampleFolder
-    from train.sample_model import Sampler, default_group
+    from train.sampling.files import SampleFolder
+    from train.sampling.model import Sampler, default_group
 
     stopped = stopped or StopOnSignal()
     processes = start_processes(options)
@@ -207,7 +207,7 @@ def choose_subjects(sampler: Sampler, options: argparse.Namespace) -> list[Subje
     Raises:
         UserError: if the options do not fit the kind of model.
     """
-    from train.sample_subjects import Subject, choose_labels, class_prompts, read_lines, read_prompts, repeat
+    from train.sampling.subjects import Subject, choose_labels, class_prompts, read_lines, read_prompts, repeat
 
     if sampler.draws_classes:
         if options.prompts or options.class_names or options.negative_prompt:
@@ -243,7 +243,7 @@ def describe(
     import torch
 
     from pipelines.cli.provenance import versions
-    from train.sample_subjects import subjects_hash
+    from train.sampling.subjects import subjects_hash
 
     scheduler = sampler.pipe.scheduler
     method = options.method
@@ -330,8 +330,8 @@ def draw_group(
     Raises:
         FloatingPointError: if a picture is not finite, naming it.
     """
-    from train.sample_files import png_bytes
-    from train.sample_subjects import picture_seed
+    from train.sampling.files import png_bytes
+    from train.sampling.subjects import picture_seed
 
     numbers = range(part[0], part[0] + group)
     shown = [subjects[min(index, len(subjects) - 1)] for index in numbers]
@@ -349,7 +349,7 @@ def _compare(folder: SampleFolder, again: Mapping[int, bytes]) -> None:
     """Warn if pictures that are there come out otherwise now: then the set would be of two kinds."""
     import warnings
 
-    from train.sample_files import sha256
+    from train.sampling.files import sha256
 
     different = [index for index, content in again.items() if sha256(content) != folder.hash_of(index)]
     if different:
@@ -367,7 +367,7 @@ def finish(
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Pack and list a complete set; says what is missing of another."""
-    from train.sample_pack import NPZ, pack_shards, write_npz
+    from train.sampling.pack import NPZ, pack_shards, write_npz
 
     folder.reload()
     missing = len(folder.missing())

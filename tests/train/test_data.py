@@ -1,4 +1,4 @@
-"""train.data.open: every source of pictures, batches that depend on nothing read before, and what is said of bad data."""
+"""train.data: every source of pictures, batches that depend on nothing read before, and what is said of bad data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""train.encode and train.data.latents: the same files after any interruption, lazy reading, the autoencoder's values."""
+"""train.encode: the same files after any interruption, lazy reading, the autoencoder's values."""
 
 from __future__ import annotations
 

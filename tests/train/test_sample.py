@@ -18,9 +18,9 @@ from PIL import Image
 from attngen import InterpolantScheduler, SiTPipeline, SiTTransformer2DModel
 from pipelines.cli import UserError
 from train import sample as program
-from train.sample_files import SampleFolder, read_shard
-from train.sample_model import Sampler, make_mediators
-from train.sample_subjects import choose_labels, class_prompts, picture_seed, read_prompts, repeat
+from train.sampling.files import SampleFolder, read_shard
+from train.sampling.model import Sampler, make_mediators
+from train.sampling.subjects import choose_labels, class_prompts, picture_seed, read_prompts, repeat
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ["face", "heart", "animal", "clock", "fruit"]
@@ -134,7 +134,7 @@ def test_raw_values_are_the_same_for_any_composition_of_a_group(model, tmp_path)
 
 
 def program_subject(label: int):
-    from train.sample_subjects import Subject
+    from train.sampling.subjects import Subject
 
     return Subject(label)
 

@@ -1,7 +1,7 @@
 """Features of small pictures for FD-emoji: a small network trained on the emoji set, loaded from `train/data`.
 
-`python -m train.emoji.train_features` makes the weights. The network is no Inception network: distances between its features
-compare models of emoji with each other, and with nothing in a paper.
+`python -m train.emoji.train_features` makes the weights. The network is no Inception network: distances between its
+features compare models of emoji with each other, and with nothing in a paper.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.cli import UserError
 from pipelines.images import write_file
-from train.sample_subjects import Subject, picture_seed
+from train.sampling.subjects import Subject, picture_seed
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from attngen.files import write_whole
-from train.sample_files import SampleFolder, read_shard
-from train.sample_subjects import Subject
+from train.sampling.files import SampleFolder, read_shard
+from train.sampling.subjects import Subject
 
 if TYPE_CHECKING:
     import numpy as np

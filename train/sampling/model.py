@@ -11,7 +11,7 @@ from typing import Any
 from pipelines import cli
 from pipelines.engine.loading import DEFAULT_MODEL, LoadOptions, draws_classes, load_pipeline, shipped_models
 from pipelines.engine.runs import resolve
-from train.sample_subjects import Subject
+from train.sampling.subjects import Subject
 
 # Pictures in a call on a CPU: rows of a matrix product round alike for any of these, and more are no faster.
 CLASS_GROUP, CLASS_GROUP_GPU = 16, 64

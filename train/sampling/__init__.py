@@ -1,0 +1,1 @@
+"""Sets of images: what is drawn, with what, and their files."""
