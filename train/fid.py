@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines import cli
 
 if TYPE_CHECKING:
-    from train.fid_inputs import Given
+    from train.metrics.sets import Given
 
 PROGRAM = "train.fid"
 METRICS = ("fid", "sfid", "is", "kid", "pr", "mmd", "mind")
@@ -174,10 +174,10 @@ def fid(options: argparse.Namespace) -> dict[str, Any]:
     """
     import torch_fidelity  # noqa: F401  # before hours of reading
 
-    from train.extractors import make_extractor, split_extractor
-    from train.fid_inputs import open_input
-    from train.fid_measure import default_cache, measure_input, write_measured
-    from train.fid_metrics import compare, facts_of, library_versions
+    from train.metrics.extractors import make_extractor, split_extractor
+    from train.metrics.measure import default_cache, measure_input, write_measured
+    from train.metrics.numbers import compare, facts_of, library_versions
+    from train.metrics.sets import open_input
 
     name, weights = split_extractor(options.extractor)
     device = cli.prepare_device(options)
@@ -214,7 +214,7 @@ def check_input(given: Given) -> None:
     Raises:
         ValueError: if one is broken or of another size, there are fewer than 2, or a file holds no statistics.
     """
-    from train.fid_inputs import is_statistics
+    from train.metrics.sets import is_statistics
 
     if given.statistics is not None and not is_statistics(given.statistics):
         raise ValueError(f"{given.name} holds no statistics; make them with --save-statistics")
@@ -248,7 +248,7 @@ def open_reference(options: argparse.Namespace, generated: Given) -> Given:
     Raises:
         ValueError: if it cannot be.
     """
-    from train.fid_inputs import EMOJI, EmojiSet, Given, open_input
+    from train.metrics.sets import EMOJI, EmojiSet, Given, open_input
 
     name, _, split = options.reference.partition(":")
     if name != EMOJI or Path(options.reference).exists():
@@ -262,7 +262,7 @@ def open_reference(options: argparse.Namespace, generated: Given) -> Given:
     if labels is not None and classes is not None:
         import torch
 
-        from train.frechet import warn_of_mix
+        from train.metrics.frechet import warn_of_mix
 
         warn_of_mix(torch.tensor(labels), generated.pictures.count, classes, split)
     side = min(generated.pictures.size[0], 64)

@@ -305,7 +305,7 @@ def fd_of(folder: Path, classes: Sequence[str]) -> dict[str, Any]:
     import torch
     from PIL import Image
 
-    from train.frechet import fd_emoji
+    from train.metrics.frechet import fd_emoji
 
     pictures = [np.asarray(Image.open(path).convert("RGB")) for path in pictures_of(folder)]
     stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)

@@ -172,7 +172,7 @@ def _read_emoji(path: Path) -> Any:
 
 def _write_statistics(path: Path) -> None:
     from train.emoji.features import default_extractor
-    from train.frechet import Statistics, save_statistics
+    from train.metrics.frechet import Statistics, save_statistics
 
     extractor = default_extractor()
     features = normal(9, 4).double()
@@ -182,7 +182,7 @@ def _write_statistics(path: Path) -> None:
 
 
 def _read_statistics(path: Path) -> Any:
-    from train.frechet import load_statistics
+    from train.metrics.frechet import load_statistics
 
     return load_statistics(path)
 

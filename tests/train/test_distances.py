@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from train import distances
-from train.distances import bootstrap, extrapolated_frechet, gaussian_mmd, moments, sliced_wasserstein
-from train.frechet import RunningStatistics
+from train.metrics import distances
+from train.metrics.distances import bootstrap, extrapolated_frechet, gaussian_mmd, moments, sliced_wasserstein
+from train.metrics.frechet import RunningStatistics
 
 
 def normal(count, width, seed=0):
@@ -122,7 +122,7 @@ def test_dinov2_equals_torch_fidelity_s_extractor(dino_folder, pixels, monkeypat
     pytest.importorskip("torch_fidelity")
     from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
 
-    from train.extractors import make_extractor
+    from train.metrics.extractors import make_extractor
 
     ours = make_extractor("dinov2", str(dino_folder), "cpu")
 
@@ -141,7 +141,7 @@ def test_dinov2_equals_torch_fidelity_s_extractor(dino_folder, pixels, monkeypat
 def test_clip_embeddings_are_those_of_the_model_and_of_length_one(tmp_path, pixels):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch_fidelity")
-    from train.extractors import make_extractor
+    from train.metrics.extractors import make_extractor
 
     config = transformers.CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
@@ -161,7 +161,7 @@ def test_clip_embeddings_are_those_of_the_model_and_of_length_one(tmp_path, pixe
 
 def test_weights_of_another_network_are_refused(dino_folder):
     pytest.importorskip("torch_fidelity")
-    from train.extractors import make_extractor, split_extractor
+    from train.metrics.extractors import make_extractor, split_extractor
 
     with pytest.raises(ValueError, match="holds no weights of CLIPVisionModelWithProjection"):
         make_extractor("clip", str(dino_folder), "cpu")

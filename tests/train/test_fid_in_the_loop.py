@@ -12,9 +12,11 @@ from PIL import Image
 
 from tests.train.test_fid import inception_file, small_groups  # noqa: F401
 from tests.train.test_sit_training import run
-from train import fid, fid_metrics, frechet
+from train import fid
 from train.data.open import open_data
 from train.loop import distance as evaluate
+from train.metrics import frechet
+from train.metrics import numbers as fid_metrics
 from train.recipe.config import TrainingConfig
 
 

@@ -309,7 +309,7 @@ def test_the_manifest_says_how(whole):
 
 def test_train_fid_measures_the_set(whole):
     pytest.importorskip("torch_fidelity")
-    from train.fid_inputs import open_input
+    from train.metrics.sets import open_input
 
     pictures = open_input(str(whole)).pictures
     assert pictures is not None

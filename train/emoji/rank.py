@@ -100,7 +100,7 @@ def rank_damage(image_size: int = 32, classes: Sequence[str] = REFERENCE_CLASSES
         classes: of the reference.
     """
     from train.emoji.dataset import EmojiDataset
-    from train.frechet import frechet_distance, reference_statistics, statistics_of
+    from train.metrics.frechet import frechet_distance, reference_statistics, statistics_of
 
     data, reference = EmojiDataset("train", image_size, classes), reference_statistics(image_size, classes)
     found: dict[str, dict[str, float]] = {}

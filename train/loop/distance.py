@@ -1,4 +1,4 @@
-"""The Fréchet distance of a model in training: FD-emoji (`train.frechet`), or FID against a reference (`train.fid`).
+"""The Fréchet distance of a model in training: FD-emoji (`train.metrics.frechet`), or FID against a reference (`train.fid`).
 
 Pictures are drawn without guidance, classes in the data's own frequencies, each from a seed of its own, the same at
 every step and for every number of mediators.
@@ -82,14 +82,14 @@ class EmojiDistance:
     """FD-emoji to the training pictures."""
 
     def __init__(self, config: TrainingConfig, data: Data) -> None:
-        from train.frechet import reference_labels
+        from train.metrics.frechet import reference_labels
 
         self.classes = list(data.id2label.values())
         self.labels = reference_labels(config.fd_pictures, self.classes)
 
     def __call__(self, batches: Iterator[Tensor]) -> tuple[str, float, dict[str, Any]]:
         """Name and value of the distance, and its floor."""
-        from train.frechet import fd_emoji
+        from train.metrics.frechet import fd_emoji
 
         result = fd_emoji(torch.cat(list(batches)), self.classes, labels=self.labels)
         return result["name"], result["value"], {"floor": round(result["floor"], 4)}
@@ -114,9 +114,9 @@ class InceptionDistance:
             import torch_fidelity  # noqa: F401
         except ImportError as error:
             raise ValueError("FID needs torch-fidelity: pip install 'attngen[fid]' installs it") from error
-        from train.extractors import make_extractor
         from train.fid import check_input
-        from train.fid_inputs import open_input
+        from train.metrics.extractors import make_extractor
+        from train.metrics.sets import open_input
 
         if data.vae is not None:
             from pipelines.engine.autoencoder import load_vae
@@ -130,9 +130,9 @@ class InceptionDistance:
 
     def __call__(self, batches: Iterator[Tensor]) -> tuple[str, float, dict[str, Any]]:
         """Name and value of the distance."""
-        from train.fid_extractors import GROUP
-        from train.fid_measure import default_cache, measure_input
-        from train.frechet import RunningStatistics, frechet_distance
+        from train.metrics.frechet import RunningStatistics, frechet_distance
+        from train.metrics.inception import GROUP
+        from train.metrics.measure import default_cache, measure_input
 
         if self._statistics is None:
             self._statistics = measure_input(self.reference, self.extractor, default_cache()).statistics

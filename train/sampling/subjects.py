@@ -82,7 +82,7 @@ def _random_label(seed: int, index: int, num_classes: int) -> int:
 
 
 def _emoji_labels(count: int, id2label: Mapping[int, str]) -> list[int]:
-    from train.frechet import reference_labels
+    from train.metrics.frechet import reference_labels
 
     names = [id2label[number] for number in sorted(id2label)]
     try:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from train.frechet import RunningStatistics, Statistics, frechet_distance
+from train.metrics.frechet import RunningStatistics, Statistics, frechet_distance
 
 # Bandwidth and factor of CMMD (Jayasumana et al., arXiv 2401.09603), for features of length 1.
 BANDWIDTH, SCALE = 10.0, 1000.0

@@ -21,7 +21,7 @@ import numpy as np
 
 from train.data.pictures import SUFFIXES, read_picture, to_rgb, upright
 from train.data.tar import find_shards
-from train.frechet import FORMAT, MIN_PICTURES
+from train.metrics.frechet import FORMAT, MIN_PICTURES
 
 EMOJI = "emoji"
 STATISTICS = {"mu": 1, "sigma": 2, "mu_s": 1, "sigma_s": 2}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from train.emoji.features import load_extractor
-from train.fid_extractors import EmojiExtractor, Extractor, InceptionExtractor
-from train.hub_extractors import CLIP, DINOV2, ClipExtractor, DinoExtractor
+from train.metrics.hub import CLIP, DINOV2, ClipExtractor, DinoExtractor
+from train.metrics.inception import EmojiExtractor, Extractor, InceptionExtractor
 
 EXTRACTORS = ("inception", "emoji", "dinov2", "clip")
 

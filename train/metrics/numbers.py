@@ -1,6 +1,6 @@
 """FID, sFID, IS, KID, precision, recall, MMD and MIND of measured sets.
 
-The Fréchet distances are computed here, in double precision (`train.frechet`); the rest by torch-fidelity's functions,
+The Fréchet distances are computed here, in double precision (`train.metrics.frechet`); the rest by torch-fidelity's functions,
 with its own settings. Where torch-fidelity computes all of it, the numbers agree to 1e-6.
 """
 
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.distances import bootstrap, extrapolated_frechet, gaussian_mmd, moments, sliced_wasserstein
-from train.fid_extractors import Extractor
-from train.fid_measure import UNKNOWN, Measured
-from train.frechet import ENOUGH_PICTURES, floor_distance, frechet_distance, kernel_distance
+from train.metrics.distances import bootstrap, extrapolated_frechet, gaussian_mmd, moments, sliced_wasserstein
+from train.metrics.frechet import ENOUGH_PICTURES, floor_distance, frechet_distance, kernel_distance
+from train.metrics.inception import Extractor
+from train.metrics.measure import UNKNOWN, Measured
 
 METRICS = ("fid", "sfid", "is", "kid", "pr", "mmd", "mind")
 KID_SUBSET_SIZE, IS_SPLITS, NEIGHBOURS = 1000, 10, 3

@@ -21,9 +21,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pipelines.images import write_file
-from train.fid_extractors import GROUP, Extractor
-from train.fid_inputs import Given, PictureSet
-from train.frechet import FORMAT, RunningStatistics, Statistics
+from train.metrics.frechet import FORMAT, RunningStatistics, Statistics
+from train.metrics.inception import GROUP, Extractor
+from train.metrics.sets import Given, PictureSet
 
 # Number of pictures of statistics that do not tell it.
 UNKNOWN = 10**9
@@ -145,7 +145,7 @@ def default_cache() -> Path:
 
 
 def write_measured(path: Path, measured: Measured) -> None:
-    """Write a set's statistics and features as safetensors; `train.frechet` reads those of the emoji extractor too."""
+    """Write a set's statistics and features as safetensors; `train.metrics.frechet` reads those of the emoji extractor too."""
     tensors = {"mean": measured.statistics.mean, "covariance": measured.statistics.covariance}
     if measured.spatial is not None:
         tensors |= {"spatial_mean": measured.spatial.mean, "spatial_covariance": measured.spatial.covariance}
@@ -168,7 +168,7 @@ def write_measured(path: Path, measured: Measured) -> None:
 
 
 def read_measured(path: Path, extractor: Extractor) -> Measured:
-    """Read what `write_measured`, or `train.frechet.save_statistics`, wrote.
+    """Read what `write_measured`, or `train.metrics.frechet.save_statistics`, wrote.
 
     Raises:
         ValueError: if the file is damaged, or of another extractor.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.fid_extractors import Extractor, hash_of
+from train.metrics.inception import Extractor, hash_of
 
 DINOV2, CLIP = "facebook/dinov2-large", "openai/clip-vit-large-patch14-336"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
