@@ -162,8 +162,8 @@ def distill(options: argparse.Namespace) -> int:
     import attngen
     from attngen.hosts.families import denoisers_of
     from attngen.learned.file import LearnedLayers
-    from train.distill_inputs import Drawing, open_inputs
-    from train.distill_run import RUN_SUFFIX, Run
+    from train.distillation.inputs import Drawing, open_inputs
+    from train.distillation.run import RUN_SUFFIX, Run
     from train.loop.checkpoint import list_checkpoints
 
     if options.threads:
@@ -245,7 +245,7 @@ def choices(pipe: Any, lines: Sequence[str] | None) -> Sequence[Any] | None:
     Raises:
         ValueError: for a class that the pipeline does not have.
     """
-    from train.distill_inputs import PROMPTS
+    from train.distillation.inputs import PROMPTS
 
     if "prompt" in inspect.signature(pipe.__call__).parameters:
         return lines or PROMPTS

@@ -20,8 +20,10 @@ import attngen
 from attngen import LearnedLayers, LearnedLinear, LearnedMediators
 from attngen.hosts.families import denoisers_of
 from tests.builders.hosts import TEXT, fresh, normal, randomised, snapshot
-from train import distill, distill_pair, distill_run
-from train.distill_inputs import Call, Drawing, NoisedData, OwnTrajectories, open_inputs
+from train import distill
+from train.distillation import pair as distill_pair
+from train.distillation import run as distill_run
+from train.distillation.inputs import Call, Drawing, NoisedData, OwnTrajectories, open_inputs
 from train.loop.checkpoint import list_checkpoints, load_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -569,7 +571,7 @@ def test_labels_go_by_name(folder):
 
 
 def distill_labels(*arguments):
-    from train.distill_inputs import _labels
+    from train.distillation.inputs import _labels
 
     return _labels(*arguments)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from attngen.learned.modules import hidden_core
 from pipelines.cli.signals import StopOnSignal
-from train.distill_pair import PREDICTION, TINY, Pair, measure, table
+from train.distillation.pair import PREDICTION, TINY, Pair, measure, table
 from train.loop.checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -33,7 +33,7 @@ from train.loop.record import record_start, tell_changes
 if TYPE_CHECKING:
     from attngen.learned.file import LearnedLayers
     from attngen.patch import AttentionPatch
-    from train.distill_inputs import Inputs
+    from train.distillation.inputs import Inputs
 
 RUN_SUFFIX = ".run"
 """Of the folder with checkpoints and the log, beside the file that comes out."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attngen.layers.call import CHANNEL_KEY
-from train.distill_inputs import Call, latents_of
+from train.distillation.inputs import Call, latents_of
 
 if TYPE_CHECKING:
     from attngen.patch import AttentionPatch

@@ -1,0 +1,1 @@
+"""Teaching a finished model cheaper layers."""
