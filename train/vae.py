@@ -26,7 +26,7 @@ from train.recipe.files import add_run_arguments, find_run, read_config
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Any]:
     """Command line -> options of the program, and the configuration of the run."""
-    from train.vae_config import VaeConfig
+    from train.autoencoder.config import VaeConfig
 
     parser = cli.Parser("train.vae", __doc__)
     add_run_arguments(parser, "runs/vae")
@@ -79,9 +79,9 @@ def train(options: argparse.Namespace, config: Any) -> int:
     import torch
 
     from pipelines.cli.signals import StopOnSignal
+    from train.autoencoder.images import read_images
+    from train.autoencoder.run import start
     from train.loop.checkpoint import list_checkpoints
-    from train.vae_data import read_images
-    from train.vae_run import start
 
     if options.threads:
         torch.set_num_threads(options.threads)

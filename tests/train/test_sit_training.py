@@ -162,9 +162,9 @@ def test_generators_depend_on_every_part_of_the_key(global_rng_untouched):
 
 def test_building_seeds_no_gpu(monkeypatch, global_rng_untouched):
     """torch.manual_seed would seed every GPU, and nothing restores their generators."""
+    from train.autoencoder.config import VaeConfig
+    from train.autoencoder.model import build_vae
     from train.recipe.unet import build_unet
-    from train.vae_config import VaeConfig
-    from train.vae_model import build_vae
 
     seeded = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)

@@ -18,14 +18,14 @@ from attngen.sit.latents import check_normalization, denormalize_latents, encode
 from pipelines.engine.autoencoder import load_vae
 from pipelines.engine.previews import colours_of
 from train import encode, vae
+from train.autoencoder.config import VaeConfig
+from train.autoencoder.images import make_batch, read_images
+from train.autoencoder.model import KernelMuon, build_vae, latent_statistics, reconstruction_loss
+from train.autoencoder.quality import measure, psnr, reconstruct
 from train.data.latents import LatentData, scale, unscale
 from train.data.open import open_data
 from train.emoji.dataset import DATA_FILE, SKIN_TONES, is_held_out, read_data_file
 from train.emoji.dataset import build as build_emoji
-from train.vae_config import VaeConfig
-from train.vae_data import make_batch, read_images
-from train.vae_model import KernelMuon, build_vae, latent_statistics, reconstruction_loss
-from train.vae_quality import measure, psnr, reconstruct
 
 SIZE = 16
 TINY = {
@@ -78,7 +78,7 @@ def test_a_run_that_was_stopped_equals_one_that_was_not(images, trained, tmp_pat
             raise KeyboardInterrupt  # as a power cut: nothing is saved after step 3
         return whole_step(run)
 
-    monkeypatch.setattr("train.vae_run.VaeRun.train_step", stopped_after_five)
+    monkeypatch.setattr("train.autoencoder.run.VaeRun.train_step", stopped_after_five)
     assert vae.main(arguments(images, out, "--steps", "8")) == 130
     monkeypatch.undo()
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000003"]
@@ -93,7 +93,7 @@ def test_a_run_that_was_stopped_equals_one_that_was_not(images, trained, tmp_pat
 
 
 def vae_run_step() -> Any:
-    from train.vae_run import VaeRun
+    from train.autoencoder.run import VaeRun
 
     return VaeRun.train_step
 
@@ -110,7 +110,7 @@ def test_sigterm_saves_and_a_budget_of_minutes_ends(images, tmp_path, monkeypatc
         run.seconds += 6
         return step(run)
 
-    monkeypatch.setattr("train.vae_run.VaeRun.train_step", stop_in_the_second)
+    monkeypatch.setattr("train.autoencoder.run.VaeRun.train_step", stop_in_the_second)
     given = arguments(images, tmp_path / "x", "--minutes", "0.5")
     assert vae.main(given) == 0 and "stopped after step 2" in capsys.readouterr().err
     assert vae.main([*given, "--resume"]) == 0
@@ -144,7 +144,7 @@ def test_the_export_is_a_folder_of_diffusers_with_statistics_of_its_latents(imag
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("train.vae_run.reconstruction_loss", lambda decoded, batch: decoded.mean() * math.nan)
+    monkeypatch.setattr("train.autoencoder.run.reconstruction_loss", lambda decoded, batch: decoded.mean() * math.nan)
     assert vae.main(arguments(images, tmp_path / "x", "--steps", "3")) == 2
     assert "the loss is nan" in capsys.readouterr().err and not (tmp_path / "x" / "checkpoints").exists()
 

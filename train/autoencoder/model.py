@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderDC
 from torch import Tensor, nn
 
-from train.vae_config import VaeConfig
+from train.autoencoder.config import VaeConfig
 
 # Weights of the terms of the loss beside L1.
 L2_WEIGHT, EDGE_WEIGHT, SCALES_WEIGHT, LATENT_WEIGHT = 4.0, 0.5, 0.5, 1e-3

@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 
 from pipelines.cli.seeds import generator_for
+from train.autoencoder.config import VaeConfig
+from train.autoencoder.images import Images, make_batch
+from train.autoencoder.model import build_optimizers, build_vae, latent_loss, latent_statistics, reconstruction_loss
+from train.autoencoder.quality import measure, reconstruct, write_sheet
 from train.loop.checkpoint import (
     checkpoint_tensors,
     list_checkpoints,
@@ -26,10 +30,6 @@ from train.loop.meter import append_line, trim_log
 from train.loop.preview import write_pipeline
 from train.loop.record import record_start, tell_changes
 from train.recipe.files import changes
-from train.vae_config import VaeConfig
-from train.vae_data import Images, make_batch
-from train.vae_model import build_optimizers, build_vae, latent_loss, latent_statistics, reconstruction_loss
-from train.vae_quality import measure, reconstruct, write_sheet
 
 # Options that may change on resume.
 FREE = ("data", "steps", "minutes", "log_every", "eval_every", "eval_images", "save_every", "keep")

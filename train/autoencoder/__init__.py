@@ -1,0 +1,1 @@
+"""The autoencoder that `train.vae` trains."""
