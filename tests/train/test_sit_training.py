@@ -532,7 +532,7 @@ def test_a_run_keeps_averages_and_makes_others(tmp_path, capsys):
 
 
 def test_curves_of_runs(tmp_path, capsys):
-    from train import plot
+    from benchmarks.studies import plot
 
     for name in ("one", "two"):
         assert run(tmp_path / name, "--steps", "3") == 0

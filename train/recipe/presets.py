@@ -53,7 +53,7 @@ _EMOJI: dict[str, TrainingConfig] = {
         sample_steps=25,
         log_every=10,
     ),
-    # What `train.experiment` compares kinds of attention with: 256 tokens, minutes on one CPU core.
+    # What `benchmarks.studies.experiment` compares kinds of attention with: 256 tokens, minutes on one CPU core.
     "emoji-experiment": TrainingConfig(
         classes=("face", "heart", "clock", "flag"),
         augment=0.3,

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from attngen import Report
     from attngen.kernels.dispatch import Kernel
+    from benchmarks.studies.quality_rows import Row
     from pipelines.engine.calls import Call, CallWatch
-    from train.quality_rows import Row
 
 
 def costs(sampler: Any, rows: Sequence[Row], options: argparse.Namespace, baseline: Row) -> dict[str, dict[str, Any]]:
@@ -31,7 +31,7 @@ def costs(sampler: Any, rows: Sequence[Row], options: argparse.Namespace, baseli
         try:
             found[row.name] = operations(sampler, row, options)
         except ValueError as error:
-            print(f"train.quality: {row.name} is left out: {error}", file=sys.stderr)
+            print(f"benchmarks.studies.quality: {row.name} is left out: {error}", file=sys.stderr)
     by_name = {row.name: row for row in [baseline, *rows] if row is baseline or row.name in found}
     times: dict[str, list[float]] = {name: [] for name in by_name}
     for round_number in range(options.rounds + 1):

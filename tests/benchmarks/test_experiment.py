@@ -1,4 +1,4 @@
-"""train.experiment: its commands, resuming, losses at fixed noise, and the page made of results."""
+"""benchmarks.studies.experiment: its commands, resuming, losses at fixed noise, and the page made of results."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import json
 import pytest
 import torch
 
-from train import experiment
-from train.experiment_table import text
+from benchmarks.studies import experiment
+from benchmarks.studies.experiment_table import text
 from train.recipe.objectives import make_objective
 from train.recipe.presets import PRESETS
 from train.sit import parse_arguments

@@ -1,4 +1,4 @@
-"""Model card of a training run: python -m train.card --run runs/emoji
+"""Model card of a training run: python -m benchmarks.studies.card --run runs/emoji
 
 Every line comes from the run's own files: configuration, starts and log, the weights, and for the emoji the images drawn
 beside the nearest training image. What the images look like is for a person to write.
@@ -21,7 +21,7 @@ from train.loop.record import STARTS
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of the command line."""
-    parser = cli.Parser("train.card", (__doc__ or "").splitlines()[0])
+    parser = cli.Parser("benchmarks.studies.card", (__doc__ or "").splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="folder that train.sit wrote")
     parser.add_argument("--pipeline", type=Path, help="folder of the pipeline, for the card (default: RUN/pipeline)")
     parser.add_argument("--pictures", type=int, default=130, help="emoji drawn to search for copies of training images")
@@ -33,7 +33,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     options = parse_arguments(argv)
-    return cli.run("train.card", lambda: write_card(options.run, options.pipeline, options.pictures))
+    return cli.run("benchmarks.studies.card", lambda: write_card(options.run, options.pipeline, options.pictures))
 
 
 def write_card(run: Path, pipeline: Path, pictures: int) -> None:

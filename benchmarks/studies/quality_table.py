@@ -1,4 +1,4 @@
-"""The page of `train.quality` and its plots, made of its results. Nothing in them is written by hand."""
+"""The page of `benchmarks.studies.quality` and its plots, made of its results. Nothing in them is written by hand."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.studies.quality_rows import shown
 from pipelines.cli import UserError
-from train.quality_rows import shown
 
 INTRODUCTION = """\
 # What each attention method costs in quality
 
-Written by `python -m train.quality --table --results docs/quality --page docs/quality.md`; change nothing by hand.
+Written by `python -m benchmarks.studies.quality --table --results docs/quality --page docs/quality.md`; change nothing by hand.
 
 Every row draws the same pictures from the same noise, so rows of a table can be compared with each other. `FD-emoji` is
 the Fréchet distance to the training pictures in the features of a small classifier of emoji: lower is better, it is not
@@ -28,7 +28,7 @@ With the weights of Stable Diffusion 1.5, the names of ImageNet's classes and it
 the AgentSD paper (2,000 pictures, 50 steps) is:
 
 ```bash
-python -m train.quality --model stable-diffusion-v1-5/stable-diffusion-v1-5 --name sd15 --pictures 2000 --seeds 1 \\
+python -m benchmarks.studies.quality --model stable-diffusion-v1-5/stable-diffusion-v1-5 --name sd15 --pictures 2000 --seeds 1 \\
     --steps 50 --height 512 --width 512 --scheduler PNDMScheduler --class-names imagenet.txt --reference imagenet-512/
 ```
 
@@ -111,7 +111,7 @@ def read(path: Path) -> dict[str, Any]:
         for row in result["rows"]:
             _ = row["row"], row["mean"], row["values"], row["spread"], row["gflop"], row["speedup"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as results of train.quality: {error!r}") from error
+        raise UserError(f"{path} cannot be read as results of benchmarks.studies.quality: {error!r}") from error
     if not result["rows"]:
         raise UserError(f"{path} has no rows")
     return result

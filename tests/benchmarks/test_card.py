@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attngen import InterpolantScheduler, SiTPipeline, SiTTransformer2DModel
-from train.card import card, main, training_facts
+from benchmarks.studies.card import card, main, training_facts
 from train.recipe.presets import PRESETS
 
 

@@ -1,9 +1,9 @@
 """The same small SiT with each kind of attention: loss, Fréchet distance, speed; same size, data, steps and seed.
 
-    python -m train.experiment --list                 # the runs and their commands
-    python -m train.experiment --run                  # train and measure those that are not done
-    python -m train.experiment --run elastic --steps 5000 --out runs/long
-    python -m train.experiment --table                # a page and a plot of the results
+    python -m benchmarks.studies.experiment --list                 # the runs and their commands
+    python -m benchmarks.studies.experiment --run                  # train and measure those that are not done
+    python -m benchmarks.studies.experiment --run elastic --steps 5000 --out runs/long
+    python -m benchmarks.studies.experiment --table                # a page and a plot of the results
 
 A run that was stopped goes on, and one that was measured is not run again. The results are JSON, one file a run.
 """
@@ -47,7 +47,7 @@ SPEED_ROUNDS = 7
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of the command line."""
-    parser = cli.Parser("train.experiment", __doc__)
+    parser = cli.Parser("benchmarks.studies.experiment", __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--list", action="store_true", help="print the runs and their commands")
     what.add_argument("--run", nargs="*", metavar="NAME", help="train and measure these runs, or all")
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _act(options)
     except (ValueError, OSError, ImportError) as error:
-        print(f"train.experiment: {error}", file=sys.stderr)
+        print(f"benchmarks.studies.experiment: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -84,7 +84,7 @@ def _act(options: argparse.Namespace) -> int:
         print("\n".join(f"{name}: {shlex.join(command(name, options))}" for name in RUNS))
         return 0
     if options.table:
-        from train.experiment_table import write_page
+        from benchmarks.studies.experiment_table import write_page
 
         print(write_page(options.results, options.page, list(RUNS)))
         return 0
@@ -157,11 +157,11 @@ def measure(run: Path) -> dict[str, Any]:
     Raises:
         ValueError: if the run has no checkpoint or is not at its end.
     """
+    from benchmarks.studies.plot import read_log
     from train.data.open import open_data
     from train.loop.build import build_model
     from train.loop.checkpoint import list_checkpoints, load_checkpoint
     from train.loop.distance import frechet_distances
-    from train.plot import read_log
     from train.recipe.objectives import make_objective
 
     found = list_checkpoints(run / "checkpoints")

@@ -1,8 +1,8 @@
 """What each attention method costs in quality: the same pictures by each, their distance to the data, time and FLOPs.
 
-    python -m train.quality --model attngen/assets/emoji --pictures 1024 --name sit
-    python -m train.quality --model runs/mine/pipeline --plan calibrated=plan.json --name mine
-    python -m train.quality --table
+    python -m benchmarks.studies.quality --model attngen/assets/emoji --pictures 1024 --name sit
+    python -m benchmarks.studies.quality --model runs/mine/pipeline --plan calibrated=plan.json --name mine
+    python -m benchmarks.studies.quality --table
 
 The first row is what the others are compared with. Every row draws the same pictures, each from a seed of its own, with
 `train.sample`; a set that is there is not drawn again, so a run that was stopped goes on. Models of the emoji are
@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING, Any
 from pipelines import cli, samplers
 
 if TYPE_CHECKING:
-    from train.quality_rows import Row
+    from benchmarks.studies.quality_rows import Row
 
-PROGRAM = "train.quality"
+PROGRAM = "benchmarks.studies.quality"
 SHOWN, SHOWN_SIZE = 12, 64
 """Pictures of a row that are shown, and their least side in pixels."""
 EXAMPLES = """
 examples:
-  python -m train.quality --model attngen/assets/emoji --name sit --pictures 10000
-  python -m train.quality --model stable-diffusion-v1-5/stable-diffusion-v1-5 --name sd15 --pictures 2000 --seeds 1 \\
+  python -m benchmarks.studies.quality --model attngen/assets/emoji --name sit --pictures 10000
+  python -m benchmarks.studies.quality --model stable-diffusion-v1-5/stable-diffusion-v1-5 --name sd15 --pictures 2000 --seeds 1 \\
       --steps 50 --height 512 --width 512 --class-names imagenet.txt --reference imagenet-512/ --scheduler PNDMScheduler
 """
 
@@ -83,7 +83,7 @@ def _named_plan(text: str) -> tuple[str, Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
     if options.table:
-        from train.quality_table import write_page
+        from benchmarks.studies.quality_table import write_page
 
         return cli.run(PROGRAM, lambda: write_page(options.results, options.page))
     return cli.run(PROGRAM, lambda: measure(options))
@@ -97,9 +97,9 @@ def measure(options: argparse.Namespace) -> None:
     """
     from tqdm import tqdm
 
+    from benchmarks.studies.quality_cost import costs
+    from benchmarks.studies.quality_rows import rows_of, shown
     from pipelines.images import write_file
-    from train.quality_cost import costs
-    from train.quality_rows import rows_of, shown
 
     sampler = load_sampler(options)
     try:

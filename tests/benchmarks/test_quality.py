@@ -19,8 +19,8 @@ from attngen import (
     SoftmaxAttention,
     Stage,
 )
+from benchmarks.studies import quality, quality_cost, quality_rows, quality_table
 from tests.builders.programs import build_sd
-from train import quality, quality_cost, quality_rows, quality_table
 
 pytestmark = pytest.mark.filterwarnings("ignore::attngen.AttnGenWarning", "ignore::UserWarning")
 

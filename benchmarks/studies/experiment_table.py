@@ -1,4 +1,4 @@
-"""The page and the plot of `train.experiment`, from its results."""
+"""The page and the plot of `benchmarks.studies.experiment`, from its results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PLOT = "curves.png"
 
 _HEAD = """# Softmax, mediators, linear: the same model with each
 
-Made by `python -m train.experiment --table` from the JSON files in [{folder}]({folder}). A small experiment: a SiT
+Made by `python -m benchmarks.studies.experiment --table` from the JSON files in [{folder}]({folder}). A small experiment: a SiT
 with {layers} blocks of width {width} on the emoji of {classes}, {tokens} tokens, {steps} steps of {batch} pictures, one
 seed. It shows that every kind of attention trains, and what each costs. It ends far from the end of training: a few
 hundredths of the loss, and a few tenths of the distance, mean nothing.
@@ -33,7 +33,7 @@ _FOOT = """
 
 ![Loss by step](PLOT_PATH)
 
-`python -m train.experiment --run` trains, resumes and measures in `runs/experiment`. Its commands:
+`python -m benchmarks.studies.experiment --run` trains, resumes and measures in `runs/experiment`. Its commands:
 
 ```bash
 {commands}
@@ -57,7 +57,7 @@ def write_page(results: Path, page: Path, names: Sequence[str]) -> Path:
     """
     found = {name: _read(results / f"{name}.json") for name in names if (results / f"{name}.json").is_file()}
     if not found:
-        raise ValueError(f"there are no results in {results}; python -m train.experiment --run makes them")
+        raise ValueError(f"there are no results in {results}; python -m benchmarks.studies.experiment --run makes them")
     speed = _read(results / "speed.json") if (results / "speed.json").is_file() else {}
     plot(found, results / PLOT)
     write_file(page, text(found, speed, _link(page, results)).encode())
@@ -142,7 +142,7 @@ def plot(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib; pip install 'attngen[train]' installs it") from error
-    from train.plot import smoothed
+    from benchmarks.studies.plot import smoothed
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes: Any = figure.subplots()

@@ -1,4 +1,4 @@
-"""Draw the curves of several training runs: python -m train.plot runs/softmax runs/mediators --out curves.png
+"""Draw the curves of several training runs: python -m benchmarks.studies.plot runs/softmax runs/mediators --out curves.png
 
 One panel a quantity: loss (smoothed), loss by noise level of the last lines, images per second, and the Fréchet
 distance where it was measured.
@@ -18,7 +18,7 @@ from pipelines import cli
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of the command line."""
-    parser = cli.Parser("train.plot", __doc__)
+    parser = cli.Parser("benchmarks.studies.plot", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="image to write: .png, .svg or .pdf")
     parser.add_argument("--smooth", type=float, default=0.02, help="fraction of a run that the loss is averaged over")
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logs = {name: read_log(run) for name, run in zip(names, options.runs, strict=True)}
         draw(logs, options.out, options.smooth)
     except (ValueError, OSError, ImportError) as error:
-        print(f"train.plot: {error}", file=sys.stderr)
+        print(f"benchmarks.studies.plot: {error}", file=sys.stderr)
         return 2
     print(options.out)
     return 0
