@@ -13,10 +13,10 @@ PLOT = "curves.png"
 
 _HEAD = """# Softmax, mediators, linear: the same model with each
 
-Made by `python -m benchmarks.studies.experiment --table` from the JSON files in [{folder}]({folder}). A small experiment: a SiT
-with {layers} blocks of width {width} on the emoji of {classes}, {tokens} tokens, {steps} steps of {batch} pictures, one
-seed. It shows that every kind of attention trains, and what each costs. It ends far from the end of training: a few
-hundredths of the loss, and a few tenths of the distance, mean nothing.
+Made by `python -m benchmarks.studies.experiment --table` from the JSON files in [{folder}]({folder}). A small
+experiment: a SiT with {layers} blocks of width {width} on the emoji of {classes}, {tokens} tokens, {steps} steps of
+{batch} pictures, one seed. It shows that every kind of attention trains, and what each costs. It ends far from the
+end of training: a few hundredths of the loss, and a few tenths of the distance, mean nothing.
 
 """
 _COLUMNS = (

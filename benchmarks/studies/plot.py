@@ -1,4 +1,4 @@
-"""Draw the curves of several training runs: python -m benchmarks.studies.plot runs/softmax runs/mediators --out curves.png
+"""Draw the curves of training runs: python -m benchmarks.studies.plot runs/softmax runs/mediators --out curves.png
 
 One panel a quantity: loss (smoothed), loss by noise level of the last lines, images per second, and the Fréchet
 distance where it was measured.

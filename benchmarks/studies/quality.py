@@ -32,8 +32,9 @@ SHOWN, SHOWN_SIZE = 12, 64
 EXAMPLES = """
 examples:
   python -m benchmarks.studies.quality --model attngen/assets/emoji --name sit --pictures 10000
-  python -m benchmarks.studies.quality --model stable-diffusion-v1-5/stable-diffusion-v1-5 --name sd15 --pictures 2000 --seeds 1 \\
-      --steps 50 --height 512 --width 512 --class-names imagenet.txt --reference imagenet-512/ --scheduler PNDMScheduler
+  python -m benchmarks.studies.quality --model stable-diffusion-v1-5/stable-diffusion-v1-5 --name sd15 \\
+      --pictures 2000 --seeds 1 --steps 50 --height 512 --width 512 --class-names imagenet.txt \\
+      --reference imagenet-512/ --scheduler PNDMScheduler
 """
 
 

@@ -15,7 +15,8 @@ from pipelines.cli import UserError
 INTRODUCTION = """\
 # What each attention method costs in quality
 
-Written by `python -m benchmarks.studies.quality --table --results docs/quality --page docs/quality.md`; change nothing by hand.
+Written by `python -m benchmarks.studies.quality --table --results docs/quality --page docs/quality.md`; change
+nothing by hand.
 
 Every row draws the same pictures from the same noise, so rows of a table can be compared with each other. `FD-emoji` is
 the Fréchet distance to the training pictures in the features of a small classifier of emoji: lower is better, it is not
@@ -28,8 +29,9 @@ With the weights of Stable Diffusion 1.5, the names of ImageNet's classes and it
 the AgentSD paper (2,000 pictures, 50 steps) is:
 
 ```bash
-python -m benchmarks.studies.quality --model stable-diffusion-v1-5/stable-diffusion-v1-5 --name sd15 --pictures 2000 --seeds 1 \\
-    --steps 50 --height 512 --width 512 --scheduler PNDMScheduler --class-names imagenet.txt --reference imagenet-512/
+python -m benchmarks.studies.quality --model stable-diffusion-v1-5/stable-diffusion-v1-5 --name sd15 --pictures 2000 \\
+    --seeds 1 --steps 50 --height 512 --width 512 --scheduler PNDMScheduler --class-names imagenet.txt \\
+    --reference imagenet-512/
 ```
 
 `imagenet.txt` has a class a line; `imagenet-512` is a folder of pictures, or a file of statistics that `train.fid`

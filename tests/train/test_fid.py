@@ -22,11 +22,11 @@ torch_fidelity = pytest.importorskip("torch_fidelity")
 from train import fid  # noqa: E402
 from train.emoji.dataset import EmojiDataset  # noqa: E402
 from train.emoji.features import default_extractor, register_with_torch_fidelity  # noqa: E402
-from train.metrics import extractors
-from train.metrics import inception as fid_extractors
-from train.metrics import measure as fid_measure
-from train.metrics import numbers as fid_metrics
-from train.metrics import sets as fid_inputs
+from train.metrics import extractors  # noqa: E402
+from train.metrics import inception as fid_extractors  # noqa: E402
+from train.metrics import measure as fid_measure  # noqa: E402
+from train.metrics import numbers as fid_metrics  # noqa: E402
+from train.metrics import sets as fid_inputs  # noqa: E402
 from train.metrics.frechet import Statistics, save_statistics, statistics_of  # noqa: E402
 from train.metrics.inception import EmojiExtractor, Extractor, InceptionExtractor  # noqa: E402
 

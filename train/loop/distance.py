@@ -1,4 +1,4 @@
-"""The Fréchet distance of a model in training: FD-emoji (`train.metrics.frechet`), or FID against a reference (`train.fid`).
+"""The Fréchet distance of a model in training: FD-emoji, or FID against a reference (`train.metrics`).
 
 Pictures are drawn without guidance, classes in the data's own frequencies, each from a seed of its own, the same at
 every step and for every number of mediators.

@@ -145,7 +145,7 @@ def default_cache() -> Path:
 
 
 def write_measured(path: Path, measured: Measured) -> None:
-    """Write a set's statistics and features as safetensors; `train.metrics.frechet` reads those of the emoji extractor too."""
+    """Write a set's statistics and features as safetensors; `frechet` reads those of the emoji extractor too."""
     tensors = {"mean": measured.statistics.mean, "covariance": measured.statistics.covariance}
     if measured.spatial is not None:
         tensors |= {"spatial_mean": measured.spatial.mean, "spatial_covariance": measured.spatial.covariance}

@@ -1,6 +1,6 @@
 """FID, sFID, IS, KID, precision, recall, MMD and MIND of measured sets.
 
-The Fréchet distances are computed here, in double precision (`train.metrics.frechet`); the rest by torch-fidelity's functions,
+The Fréchet distances are computed here, in double precision (`frechet`); the rest by torch-fidelity's functions,
 with its own settings. Where torch-fidelity computes all of it, the numbers agree to 1e-6.
 """
 
