@@ -153,7 +153,7 @@ def _read_official(path: Path) -> Any:
 
 def _write_emoji(path: Path) -> None:
     """A data file of four pictures."""
-    from train.emoji.dataset import dataset as emoji
+    from train.emoji import dataset as emoji
 
     entry = {"name": "a face", "group": "g", "subgroup": "s", "codepoints": [1], "base": [1]}
     index = {"format": emoji.FORMAT, "version": emoji.VERSION, "size": 8, "columns": 2, "emoji": [entry] * 4}

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from pipelines.cli.seeds import generator_for
+from train.data import open as data_module
 from train.data.broken import Broken, parse_max_broken
-from train.data.open import open as data_module
 from train.data.open import open_data
 from train.data.pictures import MAX_PIXELS, center_crop, read_picture
 from train.data.prefetch import Prefetcher
@@ -524,7 +524,7 @@ def test_splits_are_no_classes(tmp_path):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    from train.data.open import hub as data_hub
+    from train.data import hub as data_hub
 
     monkeypatch.setattr(data_hub.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'attngen\[data\]'"):

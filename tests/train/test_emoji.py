@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image, features
 
-from train.emoji.dataset import build as build_emoji
-from train.emoji.dataset import dataset as emoji
+from train.emoji import build as build_emoji
+from train.emoji import dataset as emoji
 
 HAS_SOURCES = all(Path(p).is_file() for p in (build_emoji.DEFAULT_FONT, build_emoji.DEFAULT_EMOJI_TEST))
 
@@ -468,7 +468,7 @@ def test_failed_write_leaves_nothing(tmp_path, monkeypatch):
 
 def test_help_is_light():
     code = (
-        "import sys; from train import build_emoji\n"
+        "import sys; from train.emoji import build as build_emoji\n"
         "try: build_emoji.main(['--help'])\n"
         "except SystemExit as stop: assert stop.code == 0\n"
         "assert not {'torch', 'numpy', 'PIL', 'tqdm'} & set(sys.modules)"

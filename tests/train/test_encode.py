@@ -20,8 +20,9 @@ from pipelines.cli.seeds import generator_for
 from pipelines.engine.autoencoder import load_vae, weights_hash
 from tests.train.test_data import assert_batches_are_stateless, class_folders
 from train import encode
+from train.data import latents
 from train.data.latents import INDEX_NAME, LatentData, scale, unscale
-from train.data.open import latents, open_data
+from train.data.open import open_data
 from train.data.prefetch import Prefetcher
 
 ROOT = Path(__file__).parents[2]
@@ -217,7 +218,7 @@ def test_a_killed_encoding_goes_on_to_equal_bytes(pictures, vae, encoded, tmp_pa
     command = [sys.executable, "-m", "train.encode", *arguments(pictures, vae, out)]
     # Encoding is over in an instant, so it is slowed down where it writes; the bytes stay what they are.
     slow = (
-        "import sys, time; from train import checkpoint, encode; write = checkpoint.write_file\n"
+        "import sys, time; from train import encode; from train.loop import checkpoint; write = checkpoint.write_file\n"
         "def slowly(path, content): time.sleep(0.15); write(path, content); time.sleep(0.15)\n"
         "checkpoint.write_file = slowly; sys.exit(encode.main(sys.argv[1:]))"
     )

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipelines.cli.seeds import generator_for, sample_order
-from train.emoji.dataset import CLASSES, DATA_FILE, EmojiDataset, features, train_features
-from train.emoji.dataset import training as feature_training
+from train.emoji import features, train_features
+from train.emoji import training as feature_training
+from train.emoji.dataset import CLASSES, DATA_FILE, EmojiDataset
 from train.emoji.features import FeatureExtractor, load_extractor, prepare
 
 
@@ -197,7 +198,7 @@ def test_changed_weights_are_refused(tmp_path):
 
 
 def test_missing_and_damaged_files_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"python -m train\.train_features"):
+    with pytest.raises(ValueError, match=r"python -m train\.emoji\.train_features"):
         load_extractor(tmp_path / "none.safetensors")
     path = copy_of_shipped(tmp_path)
     features.card_path(path).write_text("{}")

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from train.emoji import rank as rank_extractor
 from train.emoji.dataset import EmojiDataset
-from train.emoji.dataset import rank as rank_extractor
 from train.emoji.features import FeatureExtractor, default_extractor, register_with_torch_fidelity
 from train.metrics import frechet
 from train.metrics.frechet import (

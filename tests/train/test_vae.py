@@ -24,8 +24,8 @@ from train.autoencoder.model import KernelMuon, build_vae, latent_statistics, re
 from train.autoencoder.quality import measure, psnr, reconstruct
 from train.data.latents import LatentData, scale, unscale
 from train.data.open import open_data
+from train.emoji import build as build_emoji
 from train.emoji.dataset import DATA_FILE, SKIN_TONES, is_held_out, read_data_file
-from train.emoji.dataset import build as build_emoji
 
 SIZE = 16
 TINY = {
@@ -214,7 +214,7 @@ def test_the_emoji_are_held_out_by_their_base():
     found = read_images("emoji", 16)
     assert found.names == [entry["name"] for entry in plain if is_held_out(entry["base"])]
     assert len(found.train) + len(found.held_out) == len(plain) and len(found.held_out) == len(found.names)
-    with pytest.raises(ValueError, match="build_emoji --size 128"):
+    with pytest.raises(ValueError, match="train.emoji.build --size 128"):
         read_images("emoji", 128)
 
 
