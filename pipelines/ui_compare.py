@@ -128,7 +128,7 @@ class CompareTab:
         rounds = len(found.seconds[0])
         return {
             self.status: f"Done: {settings.prompt}, seed {settings.seed}, steps: {settings.steps}. Times are medians of"
-            f" {rounds} round{'s' if rounds > 1 else ''}; warm-up steps are not timed.",
+            f" {rounds} round{'s' if rounds > 1 else ''} of {found.steps} steps; warm-up steps are not timed.",
             self.table: table_of(found, titles),
             self.against: gr.update(choices=[(title, i) for i, title in enumerate(titles)], value=last),
             self.slider: slider,

@@ -17,8 +17,8 @@ from pipelines.engine.settings import Settings
 from pipelines.methods.uses import Use
 
 ROUNDS = 7
-SECONDS = 30.0  # after which no further round begins
-SAME_SIDE_ROUNDS, CLEAR = 6, 0.2
+SECONDS = 30.0  # that all rounds may take together; where whole drawings take longer they have fewer steps
+LEAST_STEPS, SAME_SIDE_ROUNDS = 2, 6
 
 
 class Speed(NamedTuple):
@@ -38,12 +38,9 @@ class Speed(NamedTuple):
 
     @property
     def differs(self) -> bool:
-        """Whether the ratio can be told from 1: all rounds on one side of it, of which a coin would give 1 in 32, or
-        at least two of them 20% away."""
-        if not (self.low > 1 or self.high < 1):
-            return False
-        nearest = self.low - 1 if self.low > 1 else 1 / self.high - 1
-        return self.rounds >= SAME_SIDE_ROUNDS or (self.rounds > 1 and nearest >= CLEAR)
+        """Whether the ratio can be told from 1: six rounds or more, all on one side of it, which chance gives once in
+        32 times."""
+        return self.rounds >= SAME_SIDE_ROUNDS and (self.low > 1 or self.high < 1)
 
     def __str__(self) -> str:
         spread = f"{self.low:.2f} to {self.high:.2f}" if self.rounds > 1 else f"{self.median:.2f} in one round"
@@ -56,11 +53,13 @@ class Measured:
 
     Attributes:
         comparison: the samples, operations and differences.
-        seconds: of each round, by method, in the order of the rows.
+        seconds: of a whole drawing at the speed of each round, by method, in the order of the rows.
+        steps: of a round.
     """
 
     comparison: Comparison
     seconds: list[list[float]]
+    steps: int
 
     def speed(self, row: int) -> Speed:
         """Of a row against the first."""
@@ -89,7 +88,8 @@ def measure(
         settings: what to draw.
         uses: the methods; the others are compared with the first.
         rounds: of timing; the first is not the comparison's own, which also pays for counting.
-        seconds: after so many of timing no further round begins, but the first.
+        seconds: that all rounds may take, by the times of the comparison: rounds have fewer steps where they would
+            take longer. After three times as many no further round begins.
         stop: see `Engine.generate`.
 
     Raises:
@@ -102,18 +102,21 @@ def measure(
             else:
                 yield event
     times: list[list[float]] = [[] for _ in uses]
+    steps, images = comparison.rows[0].result.settings.steps or 1, comparison.rows[0].result.settings.images
+    share = seconds / max(1e-9, rounds * sum(row.result.seconds for row in comparison.rows))
+    short, few = (steps, images) if share >= 1 else (min(steps, max(LEAST_STEPS, int(steps * images * share))), 1)
     start = time.monotonic()
     for number in range(rounds):
         order = list(range(len(uses)))
         for row in reversed(order) if number % 2 else order:
-            again = comparison.rows[row].result.settings
+            again = replace(comparison.rows[row].result.settings, steps=short, images=few)
             which = f"timing, round {number + 1} of {rounds}, {again.use.label}"
             with closing(engine.generate(again, previews=False, stop=stop)) as events:
                 for event in events:
                     if isinstance(event, Result):
-                        times[row].append(event.seconds)
+                        times[row].append(event.seconds * steps * images / (short * few))
                     else:
                         yield replace(event, what=which) if event.total else event
-        if time.monotonic() - start > seconds:
+        if time.monotonic() - start > 3 * seconds:
             break
-    yield Measured(comparison, times)
+    yield Measured(comparison, times, short)
