@@ -7,7 +7,9 @@ from typing import Any
 
 FILES = Path(__file__).parent / "ui_files"
 CSS = (FILES / "page.css").read_text(encoding="utf-8")
-HEAD = f"<script>{(FILES / 'page.js').read_text(encoding='utf-8')}</script>"
+# Gradio applies CSS inside its own columns only; the space around them is outside.
+NARROW = "<style>@media (max-width: 768px) { .main.fillable { padding: 0.75rem !important; } }</style>"
+HEAD = f"{NARROW}<script>{(FILES / 'page.js').read_text(encoding='utf-8')}</script>"
 
 
 def theme() -> Any:
