@@ -18,10 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attngen.functional import agent_attention, agent_grid, linear_attention, pool_tokens
+from attngen.functional import (
+    agent_attention,
+    agent_grid,
+    focal_attention,
+    linear_attention,
+    pool_tokens,
+    tile_attention,
+)
 from attngen.kernels.absorbed import Projection, absorbed_agent_attention
 from attngen.kernels.dispatch import choose_agent_kernel
 from attngen.layers.mediator import MediatorMixer
+from attngen.methods import FocalAttention, TileAttention
+from attngen.methods.base import LayerShape
 from attngen.tokens import convolve_tokens, join_heads, split_heads
 from benchmarks.shapes import Shape
 
@@ -38,6 +47,16 @@ SOFTMAX_BACKENDS = {
 }
 SHORTCUT, EXPONENT = 0.075, 0.3
 
+SPARSE: Mapping[str, FocalAttention | TileAttention] = {
+    **{
+        f"tiles {key_tile} {density:g}{' gain' if gain else ''}": TileAttention(8, key_tile, density, gain)
+        for key_tile, gain in ((8, 0.0), (8, 0.5), (4, 0.0))
+        for density in (0.05, 0.1, 0.2, 0.3)
+    },
+    "focal": FocalAttention(),
+}
+"""Attention to chosen and near keys, by name: side of a tile of keys, density, and whether there is a gain."""
+
 Heads = tuple[Tensor, Tensor, Tensor]
 
 
@@ -47,7 +66,7 @@ class Candidate:
 
     Attributes:
         name: kind, variant, agents and path in one.
-        kind: "softmax", "agents" or "linear".
+        kind: "softmax", "agents", "linear" or "sparse".
         variant: of `VARIANTS` for agents.
         agents: their number, or None.
         path: the code that runs.
@@ -131,7 +150,13 @@ def _new_mixer(shape: Shape, count: int) -> MediatorMixer:
 
 
 def candidates(
-    layer: Layer, block: bool, agents: Sequence[int], variants: Sequence[str], device: str, flex: bool
+    layer: Layer,
+    block: bool,
+    agents: Sequence[int],
+    variants: Sequence[str],
+    device: str,
+    flex: bool,
+    sparse: bool = False,
 ) -> tuple[list[Candidate], dict[str, str]]:
     """Every candidate that is here for a layer, and by name those that are not, with the reason."""
     missing: dict[str, str] = {}
@@ -139,7 +164,8 @@ def candidates(
     for count in agents:
         for variant in variants:
             found += _agents(layer, block, count, variant, device, missing)
-    return found + _linear(layer, block, device, missing), missing
+    found += _linear(layer, block, device, missing)
+    return found + (_sparse(layer, block, missing) if sparse else []), missing
 
 
 def leaves(candidate: Candidate, layer: Layer, block: bool) -> list[Tensor]:
@@ -154,6 +180,8 @@ def oracle(candidate: Candidate, layer: Layer, block: bool) -> Callable[..., Ten
     """The candidate's formula written out, for float64. `layer` has that dtype."""
     if candidate.kind == "softmax":
         core = _written_out_softmax(layer.shape)
+    elif candidate.kind == "sparse":
+        core = _sparse_core(layer.shape, SPARSE[candidate.name])
     elif candidate.kind == "linear":
         core = _linear_core(layer.shape, {"kernel": "reference"})
     else:
@@ -240,6 +268,27 @@ def _linear(layer: Layer, block: bool, device: str, missing: dict[str, str]) -> 
             units = None if block else 4.0
             found.append(Candidate(name, "linear", None, None, path, function, flops, 0, units))
     return found
+
+
+def _sparse(layer: Layer, block: bool, missing: dict[str, str]) -> list[Candidate]:
+    shape, found = layer.shape, []
+    sizes = LayerShape(shape.grid, shape.channels, shape.channels, shape.heads)
+    for name, method in SPARSE.items():
+        reason = method.why_exact(shape.grid)
+        if reason is not None:
+            missing[name] = reason
+            continue
+        core = _sparse_core(shape, method)
+        flops = method.flops(sizes) - (0 if block else sizes.projection_flops(shape.tokens, shape.tokens))
+        function = _with_projections(layer, core, None) if block else core
+        found.append(Candidate(name, "sparse", None, None, "sparse", function, flops))
+    return found
+
+
+def _sparse_core(shape: Shape, method: FocalAttention | TileAttention) -> Callable[..., Tensor]:
+    options = {name: value for name, value in method.to_dict().items() if name not in ("method", "head_gains")}
+    function = tile_attention if isinstance(method, TileAttention) else focal_attention
+    return _heads_core(shape, lambda query, key, value: function(query, key, value, shape.grid, **options))
 
 
 def _why_not(path: str, count: int, shape: Shape, device: str) -> str | None:

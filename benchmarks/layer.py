@@ -58,6 +58,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argpars
     parser.add_argument("--agents", nargs="+", type=cli.at_least(1), default=[4, 16, 64, 256])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--paths", nargs="+", help="only these, and every softmax: sdpa, absorbed, triton, ...")
+    parser.add_argument("--sparse", action="store_true", help="focal attention and tiles, too")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=cli.DTYPES)
     parser.add_argument("--batch", nargs="+", type=cli.at_least(1), default=[2])
     parser.add_argument("--pass", nargs="+", dest="passes", default=["forward"], choices=["forward", "training"])
@@ -120,7 +121,9 @@ def _measure_case(
         return [], [{**case, "candidate": "all", "reason": f"tensors of {size / 2**30:.1f} GiB each do not fit"}]
     agents = [count for count in options.agents if 2 * count <= shape.tokens]
     layer = attention.Layer.random(shape, agents, dtype, options.device)
-    found, missing = attention.candidates(layer, block, options.agents, options.variants, options.device, options.flex)
+    found, missing = attention.candidates(
+        layer, block, options.agents, options.variants, options.device, options.flex, options.sparse
+    )
     found = [c for c in found if c.kind == "softmax" or not options.paths or c.path in options.paths]
     sets = timing.input_sets(size * (1 if block else 3), options.device)
     inputs = [_inputs(shape, case["batch"], dtype, options.device, block, training, seed) for seed in range(sets)]
@@ -288,7 +291,9 @@ def _errors_at(options: argparse.Namespace, shape: Shape, dtype_name: str, block
     agents = [count for count in options.agents if 2 * count <= shape.tokens]
     layer = attention.Layer.random(shape, agents, dtype, options.device)
     wide = layer.to(torch.float64)
-    found, _ = attention.candidates(layer, block, options.agents, options.variants, options.device, False)
+    found, _ = attention.candidates(
+        layer, block, options.agents, options.variants, options.device, False, options.sparse
+    )
     inputs = _inputs(shape, 1, dtype, options.device, block, False, 0)
     rows = []
     for candidate in found:

@@ -33,7 +33,9 @@ class FluxAttnGenProcessor:
         spec = spec_of(attn)
         original, kernel = (self.default(), AUTO) if spec is None else (spec.original, spec.kernel)
         in_one_sequence = getattr(attn, "add_k_proj", None) is None
-        return JointLayer(attn, attention_of(self, original, kernel), kernel, text_tokens, not in_one_sequence)
+        layer = JointLayer(attn, attention_of(self, original, kernel), kernel, text_tokens, not in_one_sequence)
+        layer.rotary = True
+        return layer
 
     def __call__(
         self,

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attngen.checks import Grid
 from attngen.hosts.backend import BackendAttention, attention_of
 from attngen.hosts.family import Core
 from attngen.hosts.references import Grids, log_counts, means, num_tokens
@@ -22,7 +21,7 @@ from attngen.kernels.like import Like
 from attngen.layers.call import Call
 from attngen.layers.layer import Attention, FusedAttention, Heads, Layer, Selection
 from attngen.layers.route import Route
-from attngen.tokens import join_heads, nearest_positions, split_heads
+from attngen.tokens import join_heads, split_heads
 
 EXACT_ATTENTION = F.scaled_dot_product_attention
 
@@ -37,7 +36,7 @@ class CoreLayer(Layer):
         heads: number of heads.
         head_dim: size of a head.
         context_tokens: text and reference tokens.
-        rotary: whether queries are rotated by position, so that their mean is no query.
+        rotary: whether queries and keys are rotated by position.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class CoreLayer(Layer):
         rotary: bool,
     ) -> None:
         self.attn, self.attention, self.wanted, self.core = attn, attention, wanted, None
-        self._heads, self._head_dim, self.context_tokens, self._rotary = heads, head_dim, context_tokens, rotary
+        self._heads, self._head_dim, self.context_tokens, self.rotary = heads, head_dim, context_tokens, rotary
         self._given: Heads | None = None
 
     @property
@@ -84,12 +83,6 @@ class CoreLayer(Layer):
 
     def project_queries(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         return split_heads(tokens, self.heads)
-
-    def pool_queries(self, query: Tensor, grid: Grid, size: Grid) -> Tensor:
-        if not self._rotary:
-            return super().pool_queries(query, grid, size)
-        # The mean of rotated queries loses the high frequencies; the query nearest to the cell's centre keeps them.
-        return query[:, :, nearest_positions(grid, size, query.device)]
 
     def output(self, mixed: Tensor) -> Tensor:
         return mixed

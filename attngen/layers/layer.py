@@ -103,8 +103,10 @@ class Layer:
         context: keys and values (B, H, T, D) of the text that image queries attend to as well, or None.
         context_tokens: T, known in a report too.
         core: learned weights attached to the module, or None.
+        rotary: whether queries and keys are rotated by position.
     """
 
+    rotary: bool = False
     context: tuple[Tensor, Tensor] | None = None
     context_tokens: int = 0
 

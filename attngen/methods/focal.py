@@ -28,6 +28,9 @@ from attngen.methods.base import AttentionMethod, LayerShape, Preset, option
 from attngen.methods.tiling import Tiles
 from attngen.tokens import Tensors, agent_grid, join_heads, made_once
 
+_ROTATED_CELL = 8
+"""Tokens along a side of a cell whose mean of rotated keys still stands for them; docs/methods.md has the errors."""
+
 
 def focal_attention(
     query: Tensor,
@@ -250,8 +253,6 @@ class FocalAttention(AttentionMethod):
         {"window": 4, "margin": 4, "num_cells": 64},
         {"window": 4, "margin": 1, "num_cells": 16},
     )
-    # The mean of keys that were rotated by position has lost what the rotation was for.
-    supports_rotary: ClassVar[bool] = False
 
     @property
     def label(self) -> str:
@@ -268,8 +269,21 @@ class FocalAttention(AttentionMethod):
     def _regions(self, grid: Grid) -> _Regions:
         return _Regions(grid, self.window, self.margin, self.num_cells, self.frames, self.margin_frames)
 
+    def why_not_rotated(self, grid: Grid) -> str | None:
+        """Why this does not fit keys that were rotated by position on `grid`, or None where it does."""
+        cells = self._regions(grid).cells
+        sizes = tuple(-(-length // count) for length, count in zip(grid, cells, strict=True))
+        if max(sizes) <= _ROTATED_CELL:
+            return None
+        enough = math.prod(-(-length // _ROTATED_CELL) for length in grid)
+        return (
+            f"means of rotated keys need cells of at most {_ROTATED_CELL} tokens a side: num_cells of {enough} or more"
+        )
+
     def route(self, layer: Layer, call: Call, like: Like) -> Route:
         why = self.why_exact(call.grid)
+        if why is None and layer.rotary:
+            why = self.why_not_rotated(call.grid)
         return exact(why) if why is not None else Route(self._run, layer.attention.name)
 
     def _run(self, layer: Layer, hidden_states: Tensor, call: Call) -> Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as tf
 
+from attngen import FocalAttention
 from attngen import functional as F
 from attngen.methods.focal import _Regions
 from tests import oracles
@@ -136,3 +137,18 @@ def test_focal_attention_refuses(change, message):
     given = {name: torch.zeros(1, 2, 12, 4) for name in ("query", "key", "value")} | {"grid": (3, 4)} | change
     with pytest.raises(ValueError, match=re.escape(message)):
         F.focal_attention(**given)
+
+
+@pytest.mark.parametrize(
+    ("method", "grid", "message"),
+    [
+        (FocalAttention(), (64, 64), None),
+        (FocalAttention(), (128, 128), "cells of at most 8 tokens a side: num_cells of 256 or more"),
+        (FocalAttention(num_cells=256), (128, 128), None),
+        (FocalAttention(), (21, 30, 52), "cells of at most 8 tokens a side: num_cells of 84 or more"),
+        (FocalAttention(num_cells=256), (21, 30, 52), None),
+    ],
+)
+def test_cells_of_rotated_keys_are_small(method, grid, message):
+    why = method.why_not_rotated(grid)
+    assert why is None if message is None else message in why
