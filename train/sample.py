@@ -72,10 +72,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _add_model_arguments(parser: cli.Parser) -> None:
     add = parser.add_argument
-    add(
-        "--model",
-        help="pipeline folder, training run (RUN or RUN@STEP), hub id or file (default: the model that ships)",
-    )
+    add("--model", help="pipeline folder, RUN or RUN@STEP of train.sit, hub id or file (default: the model that ships)")
     add("--config", help="for a single file: folder or hub id of a pipeline of its kind")
     add("--revision", help="branch, tag or commit on the hub")
     add("--variant", help="weights' variant, such as fp16")
