@@ -115,7 +115,7 @@ def value_branches(
     if weight is not None:
         y, x = (start + token) // width, (start + token) % width
         for dy in range(-1, 2):
-            for dx in tl.static_range(-1, 2):  # three loads on the way at once; nine take too many registers
+            for dx in range(-1, 2):  # loads on the way at once take registers that are not there
                 inside = (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width) & (start + token < tokens)
                 shifted = value + tl.cast(dy * width + dx, tl.int64) * stride
                 mask = inside[:, None] & (column < E)[None, :]

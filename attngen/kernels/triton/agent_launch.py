@@ -34,7 +34,7 @@ def aggregation_tiles(row: int, agents: int, width: int) -> Tiles:
         agents: M, padded.
         width: D or E, padded.
     """
-    return Tiles(_tokens(8192 // row, 64), 4, 3)
+    return Tiles(_tokens(8192 // row, 64 if agents <= 32 else 32), 4, 3)
 
 
 def broadcast_tiles(row: int, agents: int, width: int) -> Tiles:
