@@ -143,10 +143,10 @@ def prepare_folder(folder: Path) -> None:
 
 def make_engine(options: argparse.Namespace) -> Engine:
     """The engine that the command line asks for."""
-    from pipelines.engine.loading import shipped_models
     from pipelines.engine.models import ModelStore
     from pipelines.engine.session import Engine
     from pipelines.engine.settings import Limits
+    from pipelines.engine.shipped import shipped_models
 
     shipped = shipped_models()
     first = [*options.model, *([FIRST] if FIRST in shipped else [])]

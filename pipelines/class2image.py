@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import cli
-from pipelines.engine.loading import DEFAULT_MODEL, class_name, is_hub_id, read_index, shipped_models
+from pipelines.engine.loading import class_name, is_hub_id, read_index
 from pipelines.engine.runs import describe as read_run
 from pipelines.engine.runs import is_checkpoint, resolve
+from pipelines.engine.shipped import DEFAULT_MODEL, shipped_models
 from pipelines.methods.counts import counts_argument
 from pipelines.methods.options import MEDIATORS, method_help
 

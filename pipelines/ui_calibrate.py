@@ -9,10 +9,10 @@ from typing import Any
 
 import gradio as gr
 
-from pipelines.engine.loading import shipped_models
 from pipelines.engine.models import Model
 from pipelines.engine.session import Engine
 from pipelines.engine.settings import whole
+from pipelines.engine.shipped import shipped_models
 from pipelines.methods.options import PLAN
 from pipelines.methods.uses import Use
 from pipelines.ui_events import EXPECTED, QUIET, Buttons, Wrap, as_gradio_error, bounded, follow, refused, stop_of

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipelines.engine.loading import shipped_models
 from pipelines.engine.models import CLASSES, Model
 from pipelines.engine.settings import Settings
+from pipelines.engine.shipped import shipped_models
 from pipelines.methods.catalogue import SWITCH
 from pipelines.methods.counts import FIRST_RATIO, NEXT_RATIO, parse_counts
 from pipelines.methods.options import MEDIATORS, PLAN

@@ -14,9 +14,9 @@ from typing import Any
 import gradio as gr
 
 from pipelines.cli import UserError
-from pipelines.engine.loading import shipped_models
 from pipelines.engine.models import CLASSES, Model
 from pipelines.engine.settings import MAX_SEED, text, whole
+from pipelines.engine.shipped import shipped_models
 from pipelines.methods.catalogue import METHODS
 from pipelines.methods.options import PLAN, UNCHANGED, Option
 from pipelines.methods.uses import Use

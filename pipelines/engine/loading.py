@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-DEFAULT_MODEL = "emoji"
 CLASS_PIPELINES = ("SiTPipeline", "UNetClassPipeline")
 # Prefix of the model type that diffusers infers from a single file -> its pipeline; the rest are Stable Diffusion 1, 2.
 SINGLE_FILE_PIPELINES = {
@@ -59,18 +58,6 @@ class LoadOptions:
         """Those of a program's parsed arguments, as far as it has them."""
         given = vars(options)
         return cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})
-
-
-# Models in the package
-
-
-def shipped_models() -> dict[str, Path]:
-    """Folders of the models in the package by name, found without importing the package."""
-    spec = importlib.util.find_spec("attngen")
-    assert spec is not None and spec.submodule_search_locations is not None
-    assets = Path(next(iter(spec.submodule_search_locations))) / "assets"
-    folders = {name: assets / name.replace("-", "_") for name in ("emoji", "emoji-128", "emoji-unet")}
-    return {name: folder for name, folder in folders.items() if (folder / "model_index.json").is_file()}
 
 
 # What a name can be

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipelines import cli
-from pipelines.engine.loading import LoadOptions, draws_classes, fetch, load_pipeline, shipped_models
+from pipelines.engine.loading import LoadOptions, draws_classes, fetch, load_pipeline
 from pipelines.engine.results import Progress
 from pipelines.engine.runs import resolve
+from pipelines.engine.shipped import shipped_models
 from pipelines.engine.turns import POLL_SECONDS, TURNS, Tell
 from pipelines.methods.catalogue import METHODS
 from pipelines.methods.options import MEDIATORS, UNCHANGED

@@ -13,11 +13,11 @@ from typing import Any
 
 from pipelines.cli import UserError, public_name
 from pipelines.cli.provenance import model_hash, versions
-from pipelines.engine.loading import shipped_models
 from pipelines.engine.models import ModelStore
 from pipelines.engine.parameters import parse_parameters, program_of
 from pipelines.engine.runs import resolve
 from pipelines.engine.settings import Limits, Settings
+from pipelines.engine.shipped import shipped_models
 from pipelines.images import PARAMETERS_CHUNK, SETTINGS_CHUNK, settings_of
 from pipelines.methods.catalogue import METHODS
 from pipelines.methods.options import MEDIATORS, UNCHANGED

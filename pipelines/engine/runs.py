@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.cli import UserError, first_line
+from pipelines.engine.shipped import shipped_models
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +30,8 @@ def resolve(name: str) -> str:
     """The folder or file that a model's name means; a hub id, or a name that is none, comes back as it is.
 
     Args:
-        name: pipeline folder, single file, hub id, RUN (a folder of `train.sit`: its pipeline, or its newest checkpoint
-            until it has one) or RUN@STEP (that checkpoint).
+        name: pipeline folder, single file, hub id, the name of a model that ships, RUN (a folder of `train.sit`: its
+            pipeline, or its newest checkpoint until it has one) or RUN@STEP (that checkpoint).
 
     Raises:
         UserError: if the run has no such checkpoint.
@@ -39,7 +40,7 @@ def resolve(name: str) -> str:
         return _newest(Path(name)) if _is_run(Path(name)) else name
     match = _AT.fullmatch(name)
     if match is None or not Path(match[1]).is_dir():
-        return name
+        return str(shipped_models().get(name, name))
     return str(checkpoint_of(Path(match[1]), int(match[2])))
 
 

@@ -23,10 +23,10 @@ from pipelines import cli
 from pipelines.engine.background import Tell, held, run_in_thread
 from pipelines.engine.comparison import WARM_UP_STEPS, Comparison, compare_results
 from pipelines.engine.draw import call_arguments, draw, fit
-from pipelines.engine.loading import DEFAULT_MODEL
 from pipelines.engine.models import CLASSES, Model, ModelStore
 from pipelines.engine.results import Progress, Result
 from pipelines.engine.settings import UNLIMITED, Limits, Settings, whole
+from pipelines.engine.shipped import DEFAULT_MODEL
 from pipelines.methods.options import UNCHANGED
 from pipelines.methods.uses import Use
 

@@ -22,8 +22,8 @@ from attngen import (
     LinearAttention,
     Plan,
     SoftmaxAttention,
-    TileAttention,
     Stage,
+    TileAttention,
     TokenMerging,
 )
 from attngen.hosts.families import denoisers_of

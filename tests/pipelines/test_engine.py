@@ -11,11 +11,11 @@ import torch
 import attngen
 from pipelines.cli import UserError
 from pipelines.engine.comparison import Comparison
-from pipelines.engine.loading import shipped_models
 from pipelines.engine.recall import recall
 from pipelines.engine.results import Progress, Result, save
 from pipelines.engine.session import Engine
 from pipelines.engine.settings import Settings
+from pipelines.engine.shipped import shipped_models
 from pipelines.methods.uses import Use, parse_use
 from tests.pipelines.engines import drawn, last, pixels
 

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines import cli
-from pipelines.engine.loading import DEFAULT_MODEL, LoadOptions, draws_classes, load_pipeline, shipped_models
+from pipelines.engine.loading import LoadOptions, draws_classes, load_pipeline
 from pipelines.engine.runs import resolve
+from pipelines.engine.shipped import DEFAULT_MODEL, shipped_models
 from train.sampling.subjects import Subject
 
 # Pictures in a call on a CPU: rows of a matrix product round alike for any of these, and more are no faster.
