@@ -1,7 +1,7 @@
 """What becomes of a plan where it is not used as it was found: other steps, sizes, guidance, a LoRA, another scheduler.
 
     python -m benchmarks.transfer --pipeline attngen/assets/emoji_unet --labels face clock --size 64 --steps 10 \\
-        --plan plans/emoji_unet-64px.json --threads 1 --out benchmarks/results/transfer-emoji-unet-cpu.json
+        --plan plans/emoji_unet-64px.json --threads 1 --out plans/measured/transfer-emoji-unet-cpu.json
 
 One row a change, the others as in the first row. Each row compares exact attention and the plan under the same change,
 in turn: seconds of whole drawings, the median over rounds of their ratio, and the relative error of the latents. The
