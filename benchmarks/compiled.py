@@ -256,15 +256,17 @@ def is_taken(case: Case) -> bool:
 
 
 def covering_cases(options: argparse.Namespace) -> list[Case]:
-    """Four of all combinations a target, in which every head size, dtype, number of agents, branch and map occurs.
+    """Five of all combinations a target, in which every head size, dtype, number of agents, branch and map occurs.
 
-    One of them has the largest agents with all branches, which need most registers and shared memory.
+    One of them has the largest agents with all branches, and one a wide head of linear attention, which need most
+    registers and shared memory.
     """
     cases, chosen, seen = every_case(options), [], set()
     for row, target in enumerate(options.targets):
         agent, linear = ([c for c in cases if c.target == target and bool(c.agents) is kind] for kind in (True, False))
         largest = sorted(agent, key=lambda c: (c.extra == BRANCHES[-1], padded_bytes(c)))[-6:]
-        for part in (largest[row % 6 :][:1], agent, agent, linear):
+        wide = [c for c in linear if c.head_dim > 64 and c.extra in ("focused", "elu")]
+        for part in (largest[row % 6 :][:1], agent, agent, linear, wide[row * 7 % max(1, len(wide)) :][:1]):
             start = 37 * row % max(1, len(part))  # others for other targets where all is covered
             case = max(part[start:] + part[:start], key=lambda c: len(_values(c) - seen), default=None)
             if case is not None:

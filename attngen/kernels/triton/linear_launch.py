@@ -39,17 +39,13 @@ def forward_blocks(head_size: int, value_size: int, itemsize: int) -> Blocks:
     return Blocks(d, e, n, 4 if small else 8, stages, programs=3 if small else 2)
 
 
-def backward_blocks(head_size: int, value_size: int, itemsize: int) -> Blocks:
-    """For `query_backward` and `key_backward`, which keep three or four tiles of n x d beside the matrix."""
+def backward_blocks(head_size: int, value_size: int) -> Blocks:
+    """For `query_backward` and `key_backward`, which keep three or four tiles of n x d beside the matrix.
+
+    Larger tiles spill hundreds of bytes a thread on sm_86 and exceed its 99 KB of shared memory, in half precision too.
+    """
     d = common.power_of_two(head_size)
-    # Fewer columns make `query_backward` repeat its first product for each tile of them, more spill.
-    e = min(common.power_of_two(value_size), 128 if itemsize == 2 and d <= 128 else 64 if d <= 64 else 32)
-    # 64 tokens of the larger heads, and 32 of the largest, spill hundreds of bytes a thread; float32 does so earlier.
-    if itemsize == 2:
-        n = 64 if max(d, e) <= 64 else 32 if d <= 128 else 16
-    else:
-        n = 32 if d < 64 else 16
-    return Blocks(d, e, n, 8, 3 if d <= 128 and itemsize == 2 else 2, programs=2)
+    return Blocks(d, min(common.power_of_two(value_size), 64 if d <= 64 else 32), 32 if d < 64 else 16, 8, 2, 2)
 
 
 def operand_size(dtype: torch.dtype) -> int:
@@ -130,7 +126,7 @@ def backward(
 def _plan_backward(tensors: tuple[Tensor, ...], feature_map: str, eps: float) -> tuple[Pass, Pass]:
     query, key, value, grad = tensors
     width = value.shape[3]
-    blocks = backward_blocks(query.shape[3], width, operand_size(query.dtype))
+    blocks = backward_blocks(query.shape[3], width)
     by_query = _plan(query_backward, (query, grad), width, blocks, eps, 256, feature_map, False)
     return by_query, _plan(key_backward, (key, value), width, blocks, 1 / key.shape[2], 128, feature_map)
 
