@@ -41,11 +41,15 @@ class ClockHook:
     def __init__(self, model: nn.Module, clock: Clock, listener: Callable[[float], None]) -> None:
         family = family_of(model)
         assert family is not None
-        self.clock, self.default, self.place, self.listener = clock, family.clock, slots(model)[family.time], listener
+        self.clock, self.default, self.listener = clock, family.clock, listener
+        self.place = None if family.time is None else slots(model)[family.time]
 
     @torch.compiler.disable
     def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = self.place.get(args, kwargs)
+        timestep = None if self.place is None else self.place.get(args, kwargs)
+        if timestep is None:  # a plan of one stage is all that holds then
+            self.listener(1.0)
+            return
         values = timestep.flatten().tolist() if isinstance(timestep, Tensor) else [float(timestep)]
         self.listener(max(self.clock.time(value, self.default) for value in values))
 
