@@ -30,14 +30,12 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
-import torch
-from torch import Tensor
-
-from attngen.kernels.triton import common
-from attngen.kernels.triton.agent_call import why_not_size
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class Target(NamedTuple):
@@ -78,7 +76,7 @@ LAYERS = {
     160: (2, 8, (16, 16)),
 }
 AGENTS = (4, 16, 49, 64)
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32}
+DTYPES = {"bfloat16": "bfloat16", "float16": "float16", "tf32": "float32"}
 BRANCHES = ("plain", "bias", "all")
 MAPS = ("elu", "relu", "focused", "identity")
 
@@ -129,6 +127,8 @@ def compiling(target: Target, took: Callable[[Any, Any, float], None]) -> Iterat
     import triton
     from triton.runtime.jit import JITFunction
 
+    from attngen.kernels.triton import common
+
     run = JITFunction.run
 
     def compile_instead(kernel: Any, *arguments: Any, warmup: bool = False, **options: Any) -> None:
@@ -152,6 +152,8 @@ def compiling(target: Target, took: Callable[[Any, Any, float], None]) -> Iterat
 
 def compile_case(case: Case) -> list[dict[str, Any]]:
     """A row for each binary of one call."""
+    import torch
+
     target, rows, known = TARGETS[case.target], [], set()
 
     def took(kernel: Any, made: Any, seconds: float) -> None:
@@ -206,10 +208,19 @@ def faults(row: dict[str, Any], stack: int) -> list[str]:
 # Calls. Heads are slices of a contiguous (batch, tokens, heads x size), as projections give them.
 
 
+def dtype_of(case: Case) -> torch.dtype:
+    """Of the inputs; "tf32" is single precision whose products are rounded."""
+    import torch
+
+    return getattr(torch, DTYPES[case.dtype])
+
+
 def _heads(case: Case, tokens: int) -> Tensor:
+    import torch
+
     batch, heads, _ = LAYERS[case.head_dim]
     shape = (batch, tokens, heads, case.head_dim)
-    return torch.empty(shape, dtype=DTYPES[case.dtype], device="meta").transpose(1, 2)
+    return torch.empty(shape, dtype=dtype_of(case), device="meta").transpose(1, 2)
 
 
 def call_agent(case: Case) -> None:
@@ -252,7 +263,9 @@ def every_case(options: argparse.Namespace) -> list[Case]:
 
 def is_taken(case: Case) -> bool:
     """Whether the kernels take such a call."""
-    return not case.agents or why_not_size(case.agents, case.head_dim, DTYPES[case.dtype]) is None
+    from attngen.kernels.triton.agent_call import why_not_size
+
+    return not case.agents or why_not_size(case.agents, case.head_dim, dtype_of(case)) is None
 
 
 def covering_cases(options: argparse.Namespace) -> list[Case]:
@@ -281,7 +294,9 @@ def _values(case: Case) -> set[tuple[Any, ...]]:
 
 def padded_bytes(case: Case) -> int:
     """What all agents of a head take on the chip."""
-    return common.padded(case.agents) * common.padded(case.head_dim) * DTYPES[case.dtype].itemsize
+    from attngen.kernels.triton import common
+
+    return common.padded(case.agents) * common.padded(case.head_dim) * dtype_of(case).itemsize
 
 
 def line(row: dict[str, Any], stack: int) -> str:

@@ -16,27 +16,25 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-import torch
-from torch import Tensor
-
-from attngen.kernels import sdpa
-from attngen.kernels.reference import AgentScales
-from attngen.kernels.triton import agent, common, linear
-
-SCALES = AgentScales(0.25, 0.25)
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def tensors(tokens: int, trained: bool) -> list[Tensor]:
     """Query, key, value and 16 agents of one head, of size 16, in bfloat16."""
+    import torch
+
     heads = [torch.zeros(1, n, 1, 16, dtype=torch.bfloat16).transpose(1, 2) for n in (tokens, tokens, tokens, 16)]
     return [x.requires_grad_(trained) for x in heads]
 
 
 def call_of(function: Callable[..., Tensor], inputs: Sequence[Tensor], trained: bool) -> Callable[[], Any]:
     """A call without arguments: forward, or forward and backward."""
+    import torch
+
     if not trained:
         return lambda: function(*inputs)
     gradient = torch.zeros_like(function(*inputs))
@@ -48,10 +46,15 @@ def calls(trained: bool) -> dict[str, Callable[[], Any]]:
 
     1024 tokens are several splits, so that all kernels are launched; fused attention computes on its 16.
     """
+    from attngen.kernels import sdpa
+    from attngen.kernels.reference import AgentScales
+    from attngen.kernels.triton import agent, linear
+
+    scales = AgentScales(0.25, 0.25)
     few, many = tensors(16, trained), tensors(1024, trained)
     return {
-        "sdpa": call_of(lambda q, k, v, a: sdpa.agent_attention(q, k, v, a, SCALES), few, trained),
-        "triton agent": call_of(lambda q, k, v, a: agent.agent_attention(q, k, v, a, SCALES), many, trained),
+        "sdpa": call_of(lambda q, k, v, a: sdpa.agent_attention(q, k, v, a, scales), few, trained),
+        "triton agent": call_of(lambda q, k, v, a: agent.agent_attention(q, k, v, a, scales), many, trained),
         "triton linear": call_of(lambda q, k, v: linear.linear_attention(q, k, v, "elu", 1e-6), many[:3], trained),
     }
 
@@ -66,10 +69,11 @@ def thread_time(call: Callable[[], Any], repeats: int) -> float:
 
 def measure(trained: bool, rounds: int, repeats: int) -> dict[str, tuple[float, float, int]]:
     """Name of a call -> median microseconds, ratio to "sdpa", and launches."""
+    import torch
     from triton.runtime.jit import JITFunction
 
     # Before the environment says otherwise, so that their kernels are not interpreted.
-    from attngen.kernels.triton import agent_launch, linear_launch  # noqa: F401
+    from attngen.kernels.triton import agent_launch, common, linear_launch  # noqa: F401
 
     launches = []
     with (
@@ -104,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--rounds", type=int, default=21, help="medians are over so many")
     made.add_argument("--repeats", type=int, default=200, help="calls a round")
     options = made.parse_args(argv)
+    import torch
+
     torch.set_num_threads(1)
     for trained in (False, True):
         for name, (taken, ratio, launches) in measure(trained, options.rounds, options.repeats).items():

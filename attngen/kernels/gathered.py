@@ -52,9 +52,6 @@ def gathered_attention(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, 
     if dtype is not None:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     bias = bias.to(torch.promote_types(query.dtype, torch.float32))
-    missing = -rows.shape[2] % EVEN
-    if missing:
-        rows, bias = F.pad(rows, (0, missing)), F.pad(bias, (0, missing), value=-float("inf"))
     return _forward(query, key, value, rows, bias, scale)
 
 
@@ -125,6 +122,9 @@ def _of(bias: Tensor, head: int, groups: slice) -> Tensor:
 @torch.library.custom_op("attngen::gathered_attention", mutates_args=())
 def _forward(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, bias: Tensor, scale: float) -> Tensor:
     output, buffers = query.new_empty(*query.shape[:3], value.shape[2]), None
+    missing = -rows.shape[2] % EVEN
+    if missing:
+        rows, bias = F.pad(rows, (0, missing)), F.pad(bias, (0, missing), value=-float("inf"))
     length = rows.shape[2]
     for head, groups, index in _chunks(query, key, value, rows):
         part = query[head, groups]

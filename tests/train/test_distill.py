@@ -414,7 +414,7 @@ def test_not_a_number_stops_with_the_last_good_weights(tmp_path, folder, capsys,
         (("--learning-rate", "nan"), "--learning-rate must be a finite number"),
         (("--prompts", "nowhere.txt"), "cannot read the prompts in nowhere.txt"),
         (("--data", "nowhere"), "nowhere"),
-        (("--model", "nowhere/else"), "cannot load the pipeline nowhere/else"),
+        (("--model", "nowhere/else"), "cannot get nowhere/else from the Hugging Face hub"),
     ],
 )
 def test_wrong_options_end_before_work(tmp_path, folder, capsys, options, message):
