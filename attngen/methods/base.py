@@ -205,8 +205,8 @@ class AttentionMethod(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """The method as JSON: `{"method": kind, option: value, …}`."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {"method": self.kind, **{n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}}
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"method": self.kind, **{n: [*v] if type(v) is tuple else v for n, v in values.items()}}
 
     @classmethod
     def from_options(cls: type[Method], options: Mapping[str, Any]) -> Method:
