@@ -21,6 +21,7 @@ LONG = (
     "train/test_sit_training.py",
     "kernels/triton/test_agent.py",
     "app/test_page.py",
+    "benchmarks/test_compiled.py",
     "hosts/test_compile.py",
     "kernels/triton/test_linear.py",
 )
