@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measured_rows import measured_rows
 from pipelines import cli
 
 PROGRAM = "benchmarks.protocols"
@@ -186,7 +187,7 @@ def measure(options: argparse.Namespace) -> None:
         make_tiny(options, folder)
     path = folder / RESULTS
     facts = describe(options, protocol)
-    done = read(path, facts)
+    done = measured_rows(path, facts, ("versions",), "give another --out")
     for row in rows:
         if row.name not in done:
             done[row.name] = measure_row(options, protocol, row, folder / row.name.replace(" ", "-").replace("%", ""))
@@ -224,27 +225,6 @@ def describe(options: argparse.Namespace, protocol: Protocol) -> dict[str, Any]:
         "seed": options.seed,
         "versions": versions(),
     }
-
-
-def read(path: Path, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Rows that are measured already, by name.
-
-    Raises:
-        UserError: if the file cannot be read, or is of another measurement.
-    """
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        rows = {row["row"]: row for row in found["rows"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise cli.UserError(f"{path} cannot be read as results of this program: {error!r}") from error
-    for name, value in facts.items():
-        if name != "versions" and found.get(name) != value:
-            raise cli.UserError(
-                f"{path} was measured with {name} {found.get(name)!r}, not {value!r}; give another --out"
-            )
-    return rows
 
 
 def measure_row(options: argparse.Namespace, protocol: Protocol, row: Row, folder: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.measured_rows import measured_rows
 from pipelines import cli, samplers
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def measure(options: argparse.Namespace) -> None:
     name = options.name or Path(options.model).name.lower()
     path = options.results / f"{name}.json"
     settings = describe(options, sampler)
-    done = read_results(path, settings)
+    done = measured_rows(path, settings, ("versions", "device"), "choose another --name")
     missing = [row for row in rows if row.name not in done]
     cost = costs(sampler, missing, options, baseline=rows[0]) if missing else {}
     for row in tqdm(missing, desc="rows", disable=None):
@@ -231,27 +232,6 @@ def command(options: argparse.Namespace, rows: Sequence[str]) -> str:
 def _public(value: Any) -> str:
     """A value of an option, without folders of this machine."""
     return cli.public_name(str(value)) if isinstance(value, Path) else str(value)
-
-
-def read_results(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Rows that are measured already, by name.
-
-    Raises:
-        UserError: if the file cannot be read or holds results of another measurement.
-    """
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        rows = {record["row"]: record for record in found["rows"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise cli.UserError(f"{path} cannot be read as results of this program: {error!r}") from error
-    for name, value in settings.items():
-        if name not in ("versions", "device") and found.get(name) != value:
-            raise cli.UserError(
-                f"{path} was measured with {name} = {found.get(name)!r}, not {value!r}; choose another --name"
-            )
-    return rows
 
 
 def measure_set(options: argparse.Namespace, sampler: Any, row: Row, name: str, seed: int) -> dict[str, Any]:
